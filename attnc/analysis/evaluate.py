@@ -1,0 +1,84 @@
+"""Evaluate an expression on arrays: numpy for geometry, torch for the meaning. One walk, the operators do the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attnc import ir
+
+Load = Callable[[str, tuple[Any, ...]], Any]
+
+
+def evaluate(e: ir.Expr, leaves: Mapping[ir.Expr, Any], xp: Any, load: Load | None = None) -> Any:
+    """The value of e. `leaves` maps coord, size, head, batch, score, var nodes to numbers or broadcastable arrays of module xp."""
+    memo: dict[ir.Expr, Any] = {}
+
+    def go(n: ir.Expr) -> Any:
+        if n not in memo:
+            memo[n] = step(n)
+        return memo[n]
+
+    def step(n: ir.Expr) -> Any:
+        if n.op == "const":
+            return n.args[0]
+        if n.op in ir.LEAVES:
+            return leaves[n]
+        a = [go(c) for c in n.children]
+        if n.op == "load":
+            if load is None:
+                raise KeyError(n.args[0])
+            return load(n.args[0], tuple(a))
+        return _apply(n.op, a, xp)
+
+    return go(e)
+
+
+def _plain(x: Any) -> bool:
+    return isinstance(x, int | float | bool)
+
+
+def _apply(op: str, a: list[Any], xp: Any) -> Any:
+    match op:
+        case "add":
+            return a[0] + a[1]
+        case "sub":
+            return a[0] - a[1]
+        case "mul":
+            return a[0] * a[1]
+        case "floordiv":
+            return a[0] // a[1]
+        case "mod":
+            return a[0] % a[1]
+        case "truediv":
+            return a[0] / a[1]
+        case "neg":
+            return -a[0]
+        case "abs":
+            return abs(a[0])
+        case "eq":
+            return a[0] == a[1]
+        case "ne":
+            return a[0] != a[1]
+        case "lt":
+            return a[0] < a[1]
+        case "le":
+            return a[0] <= a[1]
+        case "and":
+            return a[0] & a[1]
+        case "or":
+            return a[0] | a[1]
+        case "not":
+            return (not a[0]) if isinstance(a[0], bool) else ~a[0]
+        case "min" | "max":
+            if _plain(a[0]) and _plain(a[1]):
+                return min(a) if op == "min" else max(a)
+            return xp.where(a[0] < a[1] if op == "min" else a[0] > a[1], a[0], a[1])
+        case "where":
+            return (a[1] if a[0] else a[2]) if _plain(a[0]) else xp.where(a[0], a[1], a[2])
+    f = {"sigmoid": lambda x: 1 / (1 + xp.exp(-x))}.get(op) or getattr(xp, op)
+    if _plain(a[0]):
+        import numpy as np  # the functions of torch refuse Python numbers
+
+        return float({"sigmoid": lambda x: 1 / (1 + np.exp(-x))}.get(op, getattr(np, op, None))(a[0]))
+    return f(a[0])

@@ -1,0 +1,133 @@
+"""Functions of symbols, and the pieces a declaration returns. `attnc.min` and friends replace the builtins, which would branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+from attnc import ir
+from attnc.errors import DeclarationError
+from attnc.lang.symbols import Number, Sym, as_expr
+
+SCORE, HEAD, BATCH = Sym(ir.SCORE), Sym(ir.HEAD), Sym(ir.BATCH)
+Value = Sym | Number
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a pattern function returns, taken apart: relation, score and how weights are made."""
+
+    relation: ir.Expr
+    score: ir.Expr = ir.SCORE
+    normalizer: ir.Normalizer = ir.Normalizer()
+    post: ir.Expr | None = None
+    q_map: ir.RowMap | None = None
+    k_map: ir.RowMap | None = None
+
+
+def _fold(op: str, values: tuple[Value, ...]) -> Sym:
+    if len(values) < 2:
+        raise DeclarationError(f"attnc.{op} takes two values or more")
+    out = as_expr(values[0])
+    for v in values[1:]:
+        out = ir.make(op, out, as_expr(v))
+    return Sym(out)
+
+
+def minimum(*values: Value) -> Sym:
+    """Smallest of two or more values."""
+    return _fold("min", values)
+
+
+def maximum(*values: Value) -> Sym:
+    """Largest of two or more values."""
+    return _fold("max", values)
+
+
+def clamp(value: Value, low: Value, high: Value) -> Sym:
+    """min(max(value, low), high)."""
+    return minimum(maximum(value, low), high)
+
+
+def exp(x: Value) -> Sym:
+    """e ** x."""
+    return Sym(ir.make("exp", as_expr(x)))
+
+
+def log(x: Value) -> Sym:
+    """Natural logarithm."""
+    return Sym(ir.make("log", as_expr(x)))
+
+
+def tanh(x: Value) -> Sym:
+    """Hyperbolic tangent (soft cap: c * tanh(SCORE / c))."""
+    return Sym(ir.make("tanh", as_expr(x)))
+
+
+def sqrt(x: Value) -> Sym:
+    """Square root."""
+    return Sym(ir.make("sqrt", as_expr(x)))
+
+
+def l2norm(eps: float = 1e-12) -> ir.RowMap:
+    """A row map: x / max(|x|_2, eps), for cosine attention (Swin v2)."""
+    return ir.RowMap("l2norm", eps)
+
+
+def softmax(over: Literal["keys", "queries"] = "keys", sink: object = None) -> ir.Normalizer:
+    """exp(s) / sum exp(s), over keys (default) or over queries; `sink` is a Table of one extra logit per head."""
+    if over not in ("keys", "queries"):
+        raise DeclarationError(f"softmax(over={over!r}): either 'keys' or 'queries'")
+    name = getattr(sink, "name", None)
+    if sink is not None and name is None:
+        raise DeclarationError(f"softmax(sink={sink!r}): a sink is a table, declared as `sink: attnc.Table`")
+    return ir.Normalizer("softmax", over, name)
+
+
+def sigmoid() -> ir.Normalizer:
+    """1 / (1 + exp(-s)) for each allowed key, no sum."""
+    return ir.Normalizer("sigmoid")
+
+
+def relu(power: int = 1) -> ir.Normalizer:
+    """max(s, 0) ** power for each allowed key, no sum."""
+    if power < 1:
+        raise DeclarationError(f"relu(power={power!r}): a positive integer")
+    return ir.Normalizer("relu", power=int(power))
+
+
+@overload
+def where(
+    condition: Sym,
+    value: Value,
+    /,
+    *,
+    normalizer: ir.Normalizer | None = None,
+    post: Value | None = None,
+    q_map: ir.RowMap | None = None,
+    k_map: ir.RowMap | None = None,
+) -> Statement: ...
+@overload
+def where(condition: Sym, value: Value, other: Value, /) -> Sym: ...
+def where(
+    condition: Sym,
+    value: Value,
+    other: Value | None = None,
+    /,
+    *,
+    normalizer: ir.Normalizer | None = None,
+    post: Value | None = None,
+    q_map: ir.RowMap | None = None,
+    k_map: ir.RowMap | None = None,
+) -> Statement | Sym:
+    """Two uses. where(relation, score, normalizer=, post=, q_map=, k_map=): what a pattern returns.
+
+    where(condition, a, b): the value a or b, inside a score or a coordinate expression.
+    """
+    test = as_expr(condition)
+    if test.kind != "bool":
+        raise DeclarationError(f"attnc.where: `{ir.show(test)}` is not a condition but {test.kind}; compare it with something")
+    if other is not None:
+        return Sym(ir.make("where", test, as_expr(value), as_expr(other)))
+    weight = None if post is None else as_expr(post)
+    return Statement(test, as_expr(value), normalizer or ir.Normalizer(), weight, q_map, k_map)

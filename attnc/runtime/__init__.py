@@ -1,0 +1,1 @@
+"""Build, cache, operators, autograd, devices. Nothing here knows what a pattern means."""

@@ -1,0 +1,87 @@
+"""What a backend is handed for one call, and the views and allocations that all backends share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnc import ir
+from attnc.schedule.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a statement at concrete sizes.
+
+    Tensors: q [B, Hq, N, D] or [B, Hq, *grid, D], k and v alike with Hkv heads (Hq % Hkv == 0), any strides.
+    tables: the statement's runtime tables by name (any strides; a dimension of length 1 broadcasts), and `pad_k` [Hkv or 1, D],
+    `pad_v` [Hkv or 1, Dv] where the geometry has virtual keys. scale multiplies q . k and is the meaning of SCORE with it.
+
+    A backend module has
+        forward(call, q, k, v) -> (out, lse)
+        backward(call, q, k, v, out, lse, grad_out, grad_lse) -> (dq, dk, dv, {table: gradient})
+    where lse is float32 [B, Hq, N] (float64 for float64 inputs): natural log of the sum of exp of the scores, -inf for a row without
+    keys (its output row and gradients are zero). grad_lse may be None. Gradients of tables have the tables' shapes.
+    """
+
+    program: ir.Program
+    geometry: Geometry
+    scale: float
+    tables: dict[str, Tensor]
+
+    @property
+    def attend(self) -> ir.Attend:
+        """The statement."""
+        assert isinstance(self.program.attend, ir.Attend)
+        return self.program.attend
+
+
+@dataclass(frozen=True)
+class Strides:
+    """Element strides of a token tensor: batch, head, one per grid axis, channel; `grid_start` is where the grid begins."""
+
+    batch: int
+    head: int
+    axes: tuple[int, ...]
+    channel: int
+    prefix: int  # from one prefix token to the next
+    grid_start: int
+
+
+def strides(t: Tensor, grid: tuple[int, ...], prefix: int) -> Strides:
+    """Strides of [B, H, N, D] or [B, H, *grid, D]."""
+    s = t.stride()
+    if t.dim() == 4 and (len(grid) != 1 or prefix or t.shape[2] == grid[0]):
+        token, axes = s[2], []
+        for n in reversed(grid):
+            axes.append(token)
+            token *= n
+        return Strides(s[0], s[1], tuple(reversed(axes)), s[3], s[2], prefix * s[2])
+    return Strides(s[0], s[1], tuple(s[2:-1]), s[-1], 0, 0)
+
+
+def empty_like_order(t: Tensor, channels: int) -> Tensor:
+    """A dense tensor with t's shape but for the last dimension, its dimensions laid out in memory in the order of t's strides.
+
+    So an output follows its query's layout ([B, N, H, D] seen as [B, H, N, D] gives the same), and nothing is copied afterwards.
+    """
+    shape = (*t.shape[:-1], channels)
+    order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
+    inverse = [order.index(d) for d in range(t.dim())]
+    return torch.empty([shape[d] for d in order], dtype=t.dtype, device=t.device).permute(inverse)
+
+
+def token_count(t: Tensor) -> int:
+    """Tokens of [B, H, N, D] or [B, H, *grid, D]."""
+    n = 1
+    for d in t.shape[2:-1]:
+        n *= d
+    return n
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """[B, H, N], float32 (float64 for float64)."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty((*q.shape[:2], token_count(q)), dtype=dtype, device=q.device)
