@@ -1,0 +1,43 @@
+# make setup | demo | test | lint | bench | clean       (`make test ARGS="-k cache"` passes arguments to pytest)
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.setup-done
+ARGS   ?=
+
+# PyTorch goes first and is then held: asked for by range, pip prefers a CPU build where one is on offer (a local
+# version sorts above the plain one), and torchvision must fit it, not replace it. For a CUDA build:
+# make setup TORCH=torch
+TORCH  ?= torch>=2.11,<2.14
+
+.PHONY: setup demo test lint bench clean
+setup: $(STAMP)
+
+$(STAMP): Makefile pyproject.toml setup.py tools/torchvision_cpu.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet '$(TORCH)'
+	$(PY) -m pip list --format=freeze | grep '^torch==' > $(VENV)/held.txt
+	$(PY) -m pip install --quiet --editable '.[dev]' --constraint $(VENV)/held.txt
+	$(PY) tools/torchvision_cpu.py
+	touch $@
+
+demo: setup
+	$(PY) examples/demo.py
+
+# Two workers and torch's own threads share the cores: waiting threads must sleep, not spin.
+test: setup
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal -q $(ARGS)
+	$(PY) tests/wheel_check.py
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tools/typecheck.py
+
+bench: setup
+	$(PY) -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
