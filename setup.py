@@ -1,8 +1,8 @@
 """Package list and folder mapping; everything else is in pyproject.toml.
 
 Three top-level folders make one importable package: ``attnc/`` is ``attnc``, ``patterns/`` is
-``attnc.patterns`` and ``models/`` is ``attnc.models``. setuptools' own discovery cannot see that mapping, and a
-list written by hand goes stale with the first new subpackage, so the list is found here.
+``attnc.patterns`` and ``models/`` is ``attnc.models``. setuptools' own discovery cannot see that mapping, and
+a list written by hand goes stale with the first new subpackage, so the list is found here.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The build cache: built once among many processes, never torn by a kill, never trusting what it cannot verify."""
+"""The build cache: built once among many processes, never torn by a kill, never trusted unverified."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def leftovers(home: Path) -> list[Path]:
     return [path for path in home.rglob(".*") if path.name != cache.MARKER]
 
 
-# --- entries -----------------------------------------------------------------------------------------------------
+# --- entries --------------------------------------------------------------------------------------
 
 
 def test_built_once_and_verified_by_a_fresh_process(home: Path) -> None:
@@ -90,7 +90,7 @@ def test_kinds_cannot_leave_the_cache(home: Path, kind: str) -> None:
         cache.entry(kind, "key", refuses, FILES)
 
 
-# --- builds that fail or die -------------------------------------------------------------------------------------
+# --- builds that fail or die ----------------------------------------------------------------------
 
 
 def test_failed_build_leaves_nothing_behind(home: Path) -> None:
@@ -171,7 +171,7 @@ def test_killed_builder_leaves_no_entry_and_the_next_build_works(home: Path, pro
     assert leftovers(home) == []
 
 
-# --- entries that cannot be trusted ------------------------------------------------------------------------------
+# --- entries that cannot be trusted ---------------------------------------------------------------
 
 
 def _edit(path: Path) -> None:
@@ -238,18 +238,18 @@ def test_a_file_added_later_is_not_trusted(home: Path) -> None:
 def test_entry_rebuilt_by_another_process_is_verified_again(home: Path) -> None:
     path = cache.entry("cpp", "key", writes("code"), FILES)
     manifest = json.loads((path / "manifest.json").read_text())
-    os.replace(_copy(path / "manifest.json", manifest), path / "manifest.json")
+    _twin(path / "manifest.json", manifest).replace(path / "manifest.json")
     (path / "kernel.so").write_text("torn")
     assert (cache.entry("cpp", "key", writes("again"), FILES) / "kernel.so").read_text() == "again"
 
 
-def _copy(path: Path, manifest: Any) -> Path:
+def _twin(path: Path, manifest: Any) -> Path:
     twin = path.with_name("twin")
     twin.write_text(json.dumps(manifest))
     return twin
 
 
-# --- the directory -----------------------------------------------------------------------------------------------
+# --- the directory --------------------------------------------------------------------------------
 
 
 def test_default_is_the_users_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_directory_removed_while_in_use(home: Path) -> None:
     assert cache.entry("cpp", "key", writes("code"), FILES) == path
 
 
-# --- tables ------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def test_tables_round_trip(home: Path) -> None:
@@ -340,7 +340,7 @@ def test_table_with_a_changed_value_is_set_aside(home: Path) -> None:
     assert cache.read_json("tuned", "key") is None
 
 
-# --- looking at it and emptying it -------------------------------------------------------------------------------
+# --- looking at it and emptying it ----------------------------------------------------------------
 
 
 def test_info_and_clear(home: Path) -> None:

@@ -1,13 +1,13 @@
 """Let torchvision (and timm, which imports it) load next to a CPU build of PyTorch.
 
-The registry's torchvision is linked against CUDA libraries. Beside a CPU-only torch its compiled operators cannot
-load, and its import then stops at the two operators it registers shapes for without asking whether they exist.
-Declaring those two by name is enough: models and transforms are plain Python. Nothing else is touched, and where
-torchvision's own library loads, nothing is declared at all.
+The usual torchvision wheel is linked against CUDA libraries. Beside a CPU-only torch its compiled operators
+cannot load, and its import then stops at the two operators it registers shapes for without asking whether
+they exist. Declaring those two by name is enough: models and transforms are plain Python. Nothing else is
+touched, and beside a torch with CUDA or ROCm nothing is declared at all.
 
 ``python tools/torchvision_cpu.py`` installs this file into the running interpreter's site-packages, for
-development environments only, when (and only when) torchvision cannot be imported without it. As an import hook
-it costs nothing until torchvision is imported. attnc itself never depends on it.
+development environments only, when (and only when) torchvision cannot be imported without it. As an import
+hook it costs nothing until torchvision is imported. attnc itself never depends on it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _imports() -> bool:
 
 
 def install() -> None:
-    """Copy this file and a one-line ``.pth`` into site-packages if torchvision does not import without them."""
+    """Copy this file and a one-line ``.pth`` into site-packages if torchvision does not import otherwise."""
     import sysconfig
 
     site = Path(sysconfig.get_path("purelib"))
@@ -67,9 +67,7 @@ def install() -> None:
     (site / f"{MODULE}.py").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     (site / f"{MODULE}.pth").write_text(f"import {MODULE}\n", encoding="utf-8")
     if not _imports():
-        raise SystemExit(
-            "torchvision does not import beside this torch; timm and torchvision tests will not run"
-        )
+        raise SystemExit("torchvision does not import beside this torch; its tests and timm's will not run")
     print("torchvision: two operators declared by name (its compiled ones need CUDA libraries)")
 
 

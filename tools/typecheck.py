@@ -1,7 +1,7 @@
 """Run ``mypy --strict`` over the three folders as the one package they are imported as.
 
-mypy reads the file system, where ``patterns/`` is no subfolder of ``attnc/``. So it is shown a tree of links that
-has the shape of the installed package, and its messages are translated back to the real paths.
+mypy reads the file system, where ``patterns/`` is no subfolder of ``attnc/``. So it is shown a tree of links
+that has the shape of the installed package, and its messages are translated back to the real paths.
 """
 
 from __future__ import annotations

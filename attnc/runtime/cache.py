@@ -7,10 +7,11 @@ Layout, below ``ATTNC_CACHE_DIR`` or the user's cache directory::
     <kind>/<digest>.json           one small table (``read_json``, ``write_json``)
     locks/  quarantine/            lock files; whatever did not verify
 
-The digest is that of the *content key*: a string that says everything the entry depends on. A manifest repeats the
-key and holds the sha256 of each file; both are checked before an entry is used, once per process. What fails the
-check (a torn disk, another program's file, a collision) is moved to ``quarantine/`` and built again: never trusted
-and never fatal. Entries are data or code that the caller loads; nothing is unpickled or evaluated here.
+The digest is that of the *content key*: a string that says everything the entry depends on. A manifest
+repeats the key and holds the sha256 of each file; both are checked before an entry is used, once per process.
+What fails the check (a torn disk, another program's file, a collision) is moved to ``quarantine/`` and built
+again: never trusted and never fatal. Entries are data or code that the caller loads; nothing is unpickled or
+evaluated here.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class KindInfo:
     bytes: int
 
 
-# --- the directory -----------------------------------------------------------------------------------------------
+# --- the directory --------------------------------------------------------------------------------
 
 
 def root() -> Path:
@@ -88,9 +89,7 @@ def root() -> Path:
     try:
         # Empty or already marked, else somebody else's: a typing error must not turn a home into a cache.
         if not (path / MARKER).exists() and any(child.name != MARKER for child in path.iterdir()):
-            raise CacheError(
-                f"{path} holds files but is not an attnc build cache; {hint}, empty or not there yet"
-            )
+            raise CacheError(f"{path} holds files but is not an attnc build cache; {hint}, empty or new")
         (path / MARKER).touch(mode=0o600)
     except OSError as error:
         raise CacheError(f"cannot write to the build cache {path} ({error.strerror}); {hint}") from error
@@ -124,16 +123,14 @@ def _digest(key: str) -> str:
 
 @contextmanager
 def _lock(kind: str, digest: str, timeout: float = -1) -> Iterator[bool]:
-    """Hold the lock of one entry across processes and threads; yields whether it was had within `timeout` s."""
+    """Hold the lock of one entry across processes and threads; yields whether it was had (`timeout` s)."""
     import filelock
 
     path = _inside("locks") / f"{kind}-{digest}.lock"
     lock = filelock.FileLock(path, timeout=timeout)
     with _writing(path):
-        try:
+        with suppress(filelock.Timeout):  # an OSError, but no failure
             lock.acquire()
-        except filelock.Timeout:  # an OSError, but no failure
-            pass
     try:
         yield lock.is_locked
     finally:
@@ -149,7 +146,7 @@ def _quarantine(path: Path, why: str) -> None:
         _log.warning("cache entry %s set aside as %s: %s", path, target.name, why)
 
 
-# --- entries of files --------------------------------------------------------------------------------------------
+# --- entries of files -----------------------------------------------------------------------------
 
 
 def entry(kind: str, key: str, build: Callable[[Path], None], files: tuple[str, ...]) -> Path:
@@ -165,7 +162,7 @@ def entry(kind: str, key: str, build: Callable[[Path], None], files: tuple[str, 
         files: plain file names; each is verified against the manifest before the entry is returned.
 
     Raises:
-        CacheError: the cache directory is unsafe or cannot be written, or `build` did not write all of `files`.
+        CacheError: the cache directory is unsafe or cannot be written, or `build` did not write `files`.
     """
     for name in files:
         if not _name.fullmatch(name) or name == MANIFEST:
@@ -245,7 +242,7 @@ def _flaw(path: Path, key: str, files: tuple[str, ...]) -> str | None:
     return None
 
 
-# --- small tables ------------------------------------------------------------------------------------------------
+# --- small tables ---------------------------------------------------------------------------------
 
 
 def read_json(kind: str, key: str) -> Any:
@@ -298,7 +295,7 @@ def _table(path: Path, key: str) -> dict[str, Any] | None:
     return table if table.get("sha256") == _text_hash(text) else None
 
 
-# --- the whole cache ---------------------------------------------------------------------------------------------
+# --- the whole cache ------------------------------------------------------------------------------
 
 
 def info() -> dict[str, KindInfo]:
@@ -312,15 +309,14 @@ def info() -> dict[str, KindInfo]:
 
 
 def clear() -> None:
-    """Remove every entry, table and quarantined file, except what another process is building at this moment."""
+    """Remove every entry, table and quarantined file, except what another process is building now."""
     _verified.clear()
     for folder in root().iterdir():
         if not folder.is_dir() or folder.name == "locks":  # lock files stay: removing one splits its holders
             continue
         for child in folder.iterdir():
-            digest = child.name.lstrip(".").partition(".")[
-                0
-            ]  # of <digest>, <digest>.json or .<digest>.<partial>
+            # named <digest>, <digest>.json or .<digest>.<partial>
+            digest = child.name.lstrip(".").partition(".")[0]
             with _lock(folder.name, digest, timeout=0) as held:
                 if held:
                     _remove(child)
@@ -328,7 +324,7 @@ def clear() -> None:
             folder.rmdir()
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _load(path: Path) -> Any:
