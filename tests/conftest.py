@@ -1,0 +1,22 @@
+"""One build cache for a run of the suite, shared by its workers: tests neither read nor fill the user's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+_folder = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "ATTNC_CACHE_DIR" not in os.environ:  # workers inherit it from the process that started them
+        config.stash[_folder] = os.environ["ATTNC_CACHE_DIR"] = tempfile.mkdtemp(prefix="attnc-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _folder in config.stash:
+        shutil.rmtree(config.stash[_folder], ignore_errors=True)
+        del os.environ["ATTNC_CACHE_DIR"]
