@@ -28,8 +28,18 @@ ARITY: dict[str, int] = {
     "where": 3,
 }
 INFIX = {
-    **{"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/"},
-    **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "and": "&", "or": "|"},
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "floordiv": "//",
+    "mod": "%",
+    "truediv": "/",
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "and": "&",
+    "or": "|",
 }
 PRECEDENCE = {"or": 1, "and": 2, "eq": 3, "ne": 3, "lt": 3, "le": 3, "add": 5, "sub": 5, "neg": 7}
 PRECEDENCE |= {"mul": 6, "floordiv": 6, "mod": 6, "truediv": 6, "not": 7}
@@ -218,7 +228,9 @@ def flatten_index(e: Expr, rank: int, same_grid: bool) -> Expr:
 def show(e: Expr, axes: tuple[str, ...] | None = None) -> str:
     """The expression as a user would write it."""
     names = axes or ("t", "y", "x")
-    rank_names = axes or AXES.get(1 + max((n.args[1] for n in walk(e) if n.op in ("coord", "size")), default=1), names)
+    rank_names = axes or AXES.get(
+        1 + max((n.args[1] for n in walk(e) if n.op in ("coord", "size")), default=1), names
+    )
 
     def sub(c: Expr, level: int, right: bool = False) -> str:
         text, mine = go(c), PRECEDENCE.get(c.op, 9)
@@ -337,11 +349,15 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A statement over a query token set and a key token set: all that a backend needs to know besides tensors."""
+    """A statement over a query token set and a key token set: all that a backend needs to know besides tensors.
+
+    same_grid: keys lie on the queries' grid, and the statement's sizes are the query's; otherwise each grid has its own.
+    """
 
     attend: Attend | Channel
     queries: Tokens
     keys: Tokens
+    same_grid: bool = True
 
 
 # ------------------------------------------------------------------------------------------------------------------ JSON, as data
@@ -350,14 +366,24 @@ def _expr_out(e: Expr) -> Any:
 
 
 def _expr_in(data: Any) -> Expr:
-    if not (isinstance(data, list) and len(data) >= 2 and isinstance(data[0], str) and data[1] in ("int", "bool", "real")):
+    if not (
+        isinstance(data, list)
+        and len(data) >= 2
+        and isinstance(data[0], str)
+        and data[1] in ("int", "bool", "real")
+    ):
         raise CacheError(f"not an attnc expression: {str(data)[:80]}")
     op, kind, *rest = data
     args = tuple(_expr_in(a) if isinstance(a, list) else a for a in rest)
     if op in ARITY:
         ok = len(args) == ARITY[op] and all(isinstance(a, Expr) for a in args)
     elif op == "load":
-        ok = bool(args) and isinstance(args[0], str) and args[0].isidentifier() and all(isinstance(a, Expr) for a in args[1:])
+        ok = (
+            bool(args)
+            and isinstance(args[0], str)
+            and args[0].isidentifier()
+            and all(isinstance(a, Expr) for a in args[1:])
+        )
     elif op == "const":
         ok = len(args) == 1 and isinstance(args[0], int | float)
     elif op in ("coord", "size"):
@@ -382,13 +408,22 @@ def to_json(p: Program) -> str:
     a = p.attend
     body: dict[str, Any] = {"op": "channel", "name": a.name}
     if isinstance(a, Attend):
-        body = {"op": "attend", "name": a.name, "rank": a.rank, "relation": _expr_out(a.relation), "score": _expr_out(a.score)}
+        body = {
+            "op": "attend",
+            "name": a.name,
+            "rank": a.rank,
+            "relation": _expr_out(a.relation),
+            "score": _expr_out(a.score),
+        }
         n = a.normalizer
         body["normalizer"] = [n.kind, n.over, n.sink, n.power]
         body["post"] = None if a.post is None else _expr_out(a.post)
         body["maps"] = [None if m is None else [m.kind, m.eps] for m in (a.q_map, a.k_map)]
-    tokens = [{"grid": t.grid, "prefix": t.prefix, "pad": t.pad, "pad_multiple": t.pad_multiple} for t in (p.queries, p.keys)]
-    return json.dumps({"attend": body, "tokens": tokens}, separators=(",", ":"))
+    tokens = [
+        {"grid": t.grid, "prefix": t.prefix, "pad": t.pad, "pad_multiple": t.pad_multiple}
+        for t in (p.queries, p.keys)
+    ]
+    return json.dumps({"attend": body, "tokens": tokens, "same_grid": p.same_grid}, separators=(",", ":"))
 
 
 def from_json(text: str) -> Program:
@@ -405,9 +440,9 @@ def from_json(text: str) -> Program:
                 raise CacheError(f"unknown normalizer {kind!r} over {over!r}")
             maps = [None if m is None else RowMap(m[0], float(m[1])) for m in b["maps"]]
             post = None if b["post"] is None else _expr_in(b["post"])
-            node = Attend(str(b["name"]), int(b["rank"]), _expr_in(b["relation"]), _expr_in(b["score"]))
             norm = Normalizer(kind, over, sink, int(power))
-            node = Attend(node.name, node.rank, node.relation, node.score, norm, post, maps[0], maps[1])
-        return Program(node, _tokens_in(tq), _tokens_in(tk))
+            statement = (_expr_in(b["relation"]), _expr_in(b["score"]), norm, post)
+            node = Attend(str(b["name"]), int(b["rank"]), *statement, maps[0], maps[1])
+        return Program(node, _tokens_in(tq), _tokens_in(tk), bool(d["same_grid"]))
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise CacheError(f"not an attnc program: {e}") from e

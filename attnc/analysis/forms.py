@@ -85,13 +85,15 @@ def _congruence(c: ir.Expr, q: sp.Symbol, k: sp.Symbol) -> sp.Expr | None:
     mods = sorted(e.atoms(FloorMod), key=str)
     if len(mods) == 1 and e in (mods[0], -mods[0]):
         u, m = mods[0].args
-    elif len(mods) == 2 and mods[0].args[1] == mods[1].args[1] and e in (mods[0] - mods[1], mods[1] - mods[0]):
+    elif (
+        len(mods) == 2 and mods[0].args[1] == mods[1].args[1] and e in (mods[0] - mods[1], mods[1] - mods[0])
+    ):
         u, m = sp.expand(mods[0].args[0] - mods[1].args[0]), mods[0].args[1]
         if mods[0].args[0].has(q) == mods[0].args[0].has(k):
             return None
     else:
         return None
-    return m if not m.has(q, k) and sp.expand(u - (q - k)) == 0 or sp.expand(u - (k - q)) == 0 else None
+    return m if (not m.has(q, k) and sp.expand(u - (q - k)) == 0) or sp.expand(u - (k - q)) == 0 else None
 
 
 def _bounds(x: sp.Expr, i: sp.Symbol, bound: sp.Expr, *, upper: bool) -> list[tuple[str, sp.Expr]]:
@@ -116,7 +118,11 @@ def _bounds(x: sp.Expr, i: sp.Symbol, bound: sp.Expr, *, upper: bool) -> list[tu
         u = sp.expand(x.args[0])
         return _bounds(u, i, bound, upper=True) + _bounds(u, i, sp.expand(-bound), upper=False)
     if isinstance(x, sp.Max if upper else sp.Min):  # max(a, b) <= bound: each of them
-        return [end for a in x.args for end in (_bounds(a, i, bound, upper=upper) if a.has(i) else _free(a, bound, upper))]
+        return [
+            end
+            for a in x.args
+            for end in (_bounds(a, i, bound, upper=upper) if a.has(i) else _free(a, bound, upper))
+        ]
     raise _Unrecognised
 
 
@@ -128,11 +134,16 @@ def _free(a: sp.Expr, bound: sp.Expr, upper: bool) -> list[tuple[str, sp.Expr]]:
     raise _Unrecognised
 
 
-def _ends(c: ir.Expr, replace: dict[sp.Symbol, sp.Expr], tidy: dict[sp.Expr, sp.Expr]) -> list[tuple[str, sp.Expr]]:
+def _ends(
+    c: ir.Expr, replace: dict[sp.Symbol, sp.Expr], tidy: dict[sp.Expr, sp.Expr]
+) -> list[tuple[str, sp.Expr]]:
     """Ends of i that one conjunct asks for, after q and k were split into residue and index."""
     what, e = _difference(c)
     e = sp.expand(e.subs(replace, simultaneous=True).xreplace(tidy))
-    inside, outside = [a for a in sp.Add.make_args(e) if a.has(_I)], [a for a in sp.Add.make_args(e) if not a.has(_I)]
+    inside, outside = (
+        [a for a in sp.Add.make_args(e) if a.has(_I)],
+        [a for a in sp.Add.make_args(e) if not a.has(_I)],
+    )
     if not inside:
         raise _Unrecognised
     x, bound = sp.Add(*inside), sp.expand(-sp.Add(*outside))
@@ -140,7 +151,9 @@ def _ends(c: ir.Expr, replace: dict[sp.Symbol, sp.Expr], tidy: dict[sp.Expr, sp.
     return out + _bounds(x, _I, bound, upper=False) if what == "eq" else out
 
 
-def recognise(conjuncts: tuple[ir.Expr, ...], axis: int, size_roles: tuple[ir.Role, ir.Role]) -> tuple[AxisForm, tuple[ir.Expr, ...]]:
+def recognise(
+    conjuncts: tuple[ir.Expr, ...], axis: int, size_roles: tuple[ir.Role, ir.Role]
+) -> tuple[AxisForm, tuple[ir.Expr, ...]]:
     """The form of one axis, and the conjuncts no rule knew (they stay a predicate that tiles evaluate).
 
     Conjuncts mention only this axis. `size_roles` says whose sizes the query and key axes have ("q", "q" on a shared grid).
@@ -184,7 +197,16 @@ def recognise(conjuncts: tuple[ir.Expr, ...], axis: int, size_roles: tuple[ir.Ro
     if split != 1:
         kind = "residue" if kind == "full" else f"residue {from_sympy(split)} of {kind}"
     size = None if block is None else from_sympy(block)
-    form = AxisForm(kind, from_sympy(split), from_sympy(lo), from_sympy(hi), inverse_lo, inverse_hi, size, from_sympy(shift))
+    form = AxisForm(
+        kind,
+        from_sympy(split),
+        from_sympy(lo),
+        from_sympy(hi),
+        inverse_lo,
+        inverse_hi,
+        size,
+        from_sympy(shift),
+    )
     return form, tuple(unknown)
 
 
@@ -241,6 +263,11 @@ def _name(lo: sp.Expr, hi: sp.Expr, nk: sp.Expr, block: sp.Expr | None, shift: s
     shifted = [e for e in (*lows, *highs) if e not in (0, nk - 1)]
     if all(sp.expand(e - _J).is_Integer or not (e - _J).has(_J) for e in shifted):
         return "band"
-    if any(isinstance(a, sp.Max | sp.Min) and a.has(_J) for e in (lo, hi) for a in sp.preorder_traversal(e) if a not in (lo, hi)):
+    if any(
+        isinstance(a, sp.Max | sp.Min) and a.has(_J)
+        for e in (lo, hi)
+        for a in sp.preorder_traversal(e)
+        if a not in (lo, hi)
+    ):
         return "clamped band"
     return "interval"

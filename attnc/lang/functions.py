@@ -126,7 +126,9 @@ def where(
     """
     test = as_expr(condition)
     if test.kind != "bool":
-        raise DeclarationError(f"attnc.where: `{ir.show(test)}` is not a condition but {test.kind}; compare it with something")
+        raise DeclarationError(
+            f"attnc.where: `{ir.show(test)}` is not a condition but {test.kind}; compare it with something"
+        )
     if other is not None:
         return Sym(ir.make("where", test, as_expr(value), as_expr(other)))
     weight = None if post is None else as_expr(post)

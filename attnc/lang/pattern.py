@@ -37,27 +37,43 @@ class Pattern:
             raise DeclarationError(f"pattern {self.name} on the grid ({', '.join(axes)}): {e}") from e
 
     def _checked(self, s: Statement, axes: tuple[str, ...]) -> ir.Attend:
-        relation = ir.rewrite(s.relation, lambda n: ir.load(n.args[0], n.children, "int") if n.op == "load" else None)
+        relation = ir.rewrite(
+            s.relation, lambda n: ir.load(n.args[0], n.children, "int") if n.op == "load" else None
+        )
         if relation.kind != "bool":
-            raise DeclarationError(f"the relation `{ir.show(relation, axes)}` is not boolean but {relation.kind}")
+            raise DeclarationError(
+                f"the relation `{ir.show(relation, axes)}` is not boolean but {relation.kind}"
+            )
         for n in ir.walk(relation):
             if n.kind == "real":
-                what = "SCORE decides nothing about who attends to whom" if n.op == "score" else "a float used as a coordinate"
+                what = (
+                    "SCORE decides nothing about who attends to whom"
+                    if n.op == "score"
+                    else "a float used as a coordinate"
+                )
                 text = f"`{ir.show(relation, axes)}` contains `{ir.show(n, axes)}`"
-                raise DeclarationError(f"{text}: {what}; a relation compares integers (coordinates, sizes, HEAD, integer tables)")
+                raise DeclarationError(
+                    f"{text}: {what}; a relation compares integers (coordinates, sizes, HEAD, integer tables)"
+                )
         if s.score.kind == "bool":
-            raise DeclarationError(f"the score `{ir.show(s.score, axes)}` is a condition; a score is a number")
+            raise DeclarationError(
+                f"the score `{ir.show(s.score, axes)}` is a condition; a score is a number"
+            )
         for e in (s.score, s.post):
             for n in ir.walk(e) if e is not None else ():
                 if n.op == "load" and n.args[0] in {m.args[0] for m in ir.walk(relation) if m.op == "load"}:
-                    raise DeclarationError(f"the table `{n.args[0]}` is read by the relation (integers) and by the score (reals)")
+                    raise DeclarationError(
+                        f"the table `{n.args[0]}` is read by the relation (integers) and by the score (reals)"
+                    )
         if s.post is not None and any(n.op == "score" for n in ir.walk(s.post)):
             raise DeclarationError("post multiplies the normalised weight and cannot read SCORE")
         ranks: dict[str, int] = {}
         for e in (relation, s.score, s.post):
             for n in ir.walk(e) if e is not None else ():
                 if n.op == "load" and ranks.setdefault(n.args[0], len(n.args) - 1) != len(n.args) - 1:
-                    raise DeclarationError(f"the table `{n.args[0]}` is indexed with {ranks[n.args[0]]} and {len(n.args) - 1} indices")
+                    raise DeclarationError(
+                        f"the table `{n.args[0]}` is indexed with {ranks[n.args[0]]} and {len(n.args) - 1} indices"
+                    )
         post = None if s.post is None else s.post
         return ir.Attend(self.name, len(axes), relation, s.score, s.normalizer, post, s.q_map, s.k_map)
 
@@ -103,8 +119,12 @@ class Pattern:
 
                 def one(c: ir.Expr, n: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
                     d = ir.const(next(it))
-                    left = ir.make("sub", n, ir.make("mod", c, d))  # length of c's residue class: ceil((n - c % d) / d)
-                    return ir.make("floordiv", c, d), ir.make("floordiv", ir.make("add", left, ir.const(d.args[0] - 1)), d)
+                    left = ir.make(
+                        "sub", n, ir.make("mod", c, d)
+                    )  # length of c's residue class: ceil((n - c % d) / d)
+                    return ir.make("floordiv", c, d), ir.make(
+                        "floordiv", ir.make("add", left, ir.const(d.args[0] - 1)), d
+                    )
 
                 return p.map(one)
 
@@ -125,7 +145,9 @@ class Pattern:
             member = ir.FALSE
             for h in chosen:
                 member = ir.make("or", member, ir.make("eq", ir.HEAD, ir.const(h)))
-            return Statement(ir.make("and", member, s.relation), s.score, s.normalizer, s.post, s.q_map, s.k_map)
+            return Statement(
+                ir.make("and", member, s.relation), s.score, s.normalizer, s.post, s.q_map, s.k_map
+            )
 
         return Pattern(f"{self.name}.heads({list(chosen)})", tracer)
 
@@ -151,7 +173,9 @@ def _per_axis(values: tuple[int, ...], axes: tuple[str, ...], what: str) -> tupl
 def per_axis(value: int | Sequence[int], axes: tuple[str, ...], what: str) -> tuple[int, ...]:
     """One positive int per axis from an int or a sequence; DeclarationError names `what` otherwise."""
     values = (value,) * len(axes) if isinstance(value, int) else tuple(value)
-    if len(values) != len(axes) or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+    if len(values) != len(axes) or any(
+        not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values
+    ):
         raise DeclarationError(f"{what}={value!r}: a positive int, or one per axis ({', '.join(axes)})")
     return values
 
@@ -170,14 +194,20 @@ def _combine(op: str, a: Pattern, b: Pattern) -> Pattern:
             (s.k_map, t.k_map, None),
         ):
             if x != y and plain not in (x, y):
-                raise DeclarationError(f"`{a.name}` and `{b.name}` do not agree: {x} and {y}; give both the same")
+                raise DeclarationError(
+                    f"`{a.name}` and `{b.name}` do not agree: {x} and {y}; give both the same"
+                )
             rest.append(y if x == plain else x)
         score = t.score if s.score == ir.SCORE else s.score
         if s.score != t.score:
             if op == "or":
-                score = ir.make("where", s.relation, s.score, t.score)  # pairs in both keep the first part's score
+                score = ir.make(
+                    "where", s.relation, s.score, t.score
+                )  # pairs in both keep the first part's score
             elif ir.SCORE not in (s.score, t.score):
-                raise DeclarationError(f"`{a.name} & {b.name}`: both parts change the score; say it in one pattern")
+                raise DeclarationError(
+                    f"`{a.name} & {b.name}`: both parts change the score; say it in one pattern"
+                )
         return Statement(relation, score, *rest)
 
     sign = "&" if op == "and" else "|"
@@ -189,7 +219,9 @@ def statement_of(result: object) -> Statement:
     if isinstance(result, Statement):
         return result
     if isinstance(result, Pattern):
-        raise DeclarationError(f"the function returned the pattern {result.name}; return its relation, or call it without @pattern")
+        raise DeclarationError(
+            f"the function returned the pattern {result.name}; return its relation, or call it without @pattern"
+        )
     if not isinstance(result, Sym | bool | int | float):
         raise DeclarationError(
             f"the function returned {type(result).__name__}: return a relation (a boolean of coordinates), a score, "
@@ -199,7 +231,9 @@ def statement_of(result: object) -> Statement:
     if e.kind == "bool":
         return Statement(e)
     if e.kind == "int":
-        raise DeclarationError(f"the relation `{ir.show(e)}` is not boolean but an integer: compare it with something")
+        raise DeclarationError(
+            f"the relation `{ir.show(e)}` is not boolean but an integer: compare it with something"
+        )
     return Statement(ir.TRUE, e)
 
 
@@ -208,8 +242,12 @@ def pattern(fn: Callable[..., Any]) -> Callable[..., Pattern]:
     signature = inspect.signature(fn)
     parameters = list(signature.parameters.values())
     if len(parameters) < 2 or any(p.kind is not p.KEYWORD_ONLY for p in parameters[2:]):
-        raise DeclarationError(f"pattern {fn.__name__}: write `def {fn.__name__}(q, k, *, ...)`: hyper-parameters and tables by keyword")
-    tables = {p.name: Table(p.name) for p in parameters[2:] if p.annotation is Table or _names_table(p.annotation)}
+        raise DeclarationError(
+            f"pattern {fn.__name__}: write `def {fn.__name__}(q, k, *, ...)`: hyper-parameters and tables by keyword"
+        )
+    tables = {
+        p.name: Table(p.name) for p in parameters[2:] if p.annotation is Table or _names_table(p.annotation)
+    }
     hypers = [p for p in parameters[2:] if p.name not in tables]
 
     def factory(**hyper: Any) -> Pattern:
@@ -217,11 +255,15 @@ def pattern(fn: Callable[..., Any]) -> Callable[..., Pattern]:
         for name in hyper:
             if name not in known:
                 takes = ", ".join(sorted(known)) or "none"
-                raise DeclarationError(f"pattern {fn.__name__}: unknown hyper-parameter {name!r} (it takes: {takes})")
+                raise DeclarationError(
+                    f"pattern {fn.__name__}: unknown hyper-parameter {name!r} (it takes: {takes})"
+                )
         missing = [p.name for p in hypers if p.default is p.empty and p.name not in hyper]
         if missing:
             hint = "; annotate runtime tensors as `name: attnc.Table`"
-            raise DeclarationError(f"pattern {fn.__name__}: hyper-parameter {missing[0]!r} has no value{hint}")
+            raise DeclarationError(
+                f"pattern {fn.__name__}: hyper-parameter {missing[0]!r} has no value{hint}"
+            )
 
         def tracer(q: Point, k: Point) -> Statement:
             return statement_of(fn(q, k, **hyper, **tables))

@@ -76,7 +76,9 @@ class Axis:
             j = np.arange(self.count(self.queries, r))
             position = j * self.split + r - self.before_queries
             real = (position >= 0) & (position < self.real_queries)
-            total += int(np.maximum(self.hi[r, : len(j)] - self.lo[r, : len(j)] + 1, 0)[real].sum(dtype=np.int64))
+            total += int(
+                np.maximum(self.hi[r, : len(j)] - self.lo[r, : len(j)] + 1, 0)[real].sum(dtype=np.int64)
+            )
         return total
 
 
@@ -137,7 +139,11 @@ class Geometry:
     def query_rows(self) -> Any:
         """(query coordinates [rank, n], key coordinates [rank, m]) row by row of the slowest axis; for counting and drawing."""
         first, rest = self.axes[0], self.axes[1:]
-        others_q = np.meshgrid(*[np.arange(a.real_queries) + a.before_queries for a in rest], indexing="ij") if rest else []
+        others_q = (
+            np.meshgrid(*[np.arange(a.real_queries) + a.before_queries for a in rest], indexing="ij")
+            if rest
+            else []
+        )
         others_k = np.meshgrid(*[np.arange(a.keys) for a in rest], indexing="ij") if rest else []
         step = 1 if rest else 64
         for p in range(0, first.real_queries, step):
@@ -161,7 +167,11 @@ class Geometry:
         for a, cq, ck in zip(self.axes, q, k, strict=True):
             lo, hi = a.lo[cq % a.split, cq // a.split], a.hi[cq % a.split, cq // a.split]
             i = ck // a.split
-            out &= (cq[:, None] % a.split == ck[None] % a.split) & (lo[:, None] <= i[None]) & (i[None] <= hi[:, None])
+            out &= (
+                (cq[:, None] % a.split == ck[None] % a.split)
+                & (lo[:, None] <= i[None])
+                & (i[None] <= hi[:, None])
+            )
         residual = self.structure.residual
         if residual == ir.TRUE:
             return np.broadcast_to(out, (heads, *out.shape))
@@ -170,7 +180,9 @@ class Geometry:
         leaves |= {ir.coord("k", i): c[None, :] for i, c in enumerate(k)}
         leaves[ir.HEAD] = np.arange(heads)[:, None, None]
         if any(n.op in ("load", "batch") for n in ir.walk(residual)):
-            raise ShapeError(f"pattern {self.attend.name}: its relation reads runtime tables, so its keys are known only when it runs")
+            raise ShapeError(
+                f"pattern {self.attend.name}: its relation reads runtime tables, so its keys are known only when it runs"
+            )
         return np.broadcast_to(out & evaluate(residual, leaves, np), (heads, *out.shape))
 
 
@@ -183,17 +195,23 @@ def _extended(tokens: ir.Tokens, grid: tuple[int, ...]) -> tuple[tuple[int, int]
     return tuple((0, 0) for _ in grid)
 
 
-def _ends(form: AxisForm, axis: int, n_q: int, n_k: int, roles: tuple[ir.Role, ir.Role]) -> tuple[int, Ints, Ints]:
+def _ends(
+    form: AxisForm, axis: int, n_q: int, n_k: int, roles: tuple[ir.Role, ir.Role]
+) -> tuple[int, Ints, Ints]:
     leaves: dict[ir.Expr, Any] = {ir.size(roles[1], axis): n_k, ir.size(roles[0], axis): n_q}
     split = int(evaluate(form.split, leaves, np))
     per = -(-n_q // split)
     leaves[ir.var("j")] = np.arange(per)[None, :]
     leaves[ir.var("r")] = np.arange(split)[:, None]
-    lo, hi = (np.broadcast_to(evaluate(e, leaves, np), (split, per)).astype(np.int32) for e in (form.lo, form.hi))
+    lo, hi = (
+        np.broadcast_to(evaluate(e, leaves, np), (split, per)).astype(np.int32) for e in (form.lo, form.hi)
+    )
     return split, lo, hi
 
 
-def _tightened(s: Structure, axis: int, n_q: int, n_k: int, split: int, lo: Ints, hi: Ints, sizes: dict[ir.Expr, int]) -> tuple[Ints, Ints]:
+def _tightened(
+    s: Structure, axis: int, n_q: int, n_k: int, split: int, lo: Ints, hi: Ints, sizes: dict[ir.Expr, int]
+) -> tuple[Ints, Ints]:
     """Ends of an axis some conjuncts of which no rule knew: the hull of the keys they allow, evaluated on this axis alone.
 
     The ends are made monotone (which only widens them); the conjuncts stay in the residual, so the relation is exact.
@@ -201,7 +219,11 @@ def _tightened(s: Structure, axis: int, n_q: int, n_k: int, split: int, lo: Ints
     lo, hi = lo.copy(), hi.copy()
     for r in range(min(split, n_q)):
         q, k = np.arange(r, n_q, split), np.arange(r, n_k, split)
-        leaves: dict[ir.Expr, Any] = {**sizes, ir.coord("q", axis): q[:, None], ir.coord("k", axis): k[None, :]}
+        leaves: dict[ir.Expr, Any] = {
+            **sizes,
+            ir.coord("q", axis): q[:, None],
+            ir.coord("k", axis): k[None, :],
+        }
         ok = np.ones((len(q), len(k)), bool)
         for c in s.unknown[axis]:
             ok &= evaluate(c, leaves, np)
@@ -221,8 +243,10 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
     a = program.attend
     assert isinstance(a, ir.Attend)
     if len(q_grid) != a.rank or len(k_grid) != a.rank:
-        raise ShapeError(f"pattern {a.name}: grid {q_grid} has {len(q_grid)} axes, the pattern was traced on {a.rank}")
-    same = program.queries == program.keys
+        raise ShapeError(
+            f"pattern {a.name}: grid {q_grid} has {len(q_grid)} axes, the pattern was traced on {a.rank}"
+        )
+    same = program.same_grid
     roles: tuple[ir.Role, ir.Role] = ("q", "q") if same else ("q", "k")
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     s = analyse(a, same, padded)

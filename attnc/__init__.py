@@ -1,0 +1,103 @@
+"""attnc: declare which token may attend to which; get a fused, differentiable operator.
+
+    import attnc
+
+    @attnc.pattern
+    def window(q, k, *, size):
+        return (q.y // size == k.y // size) & (q.x // size == k.x // size)
+
+    op = attnc.compile(window(size=7), grid=(56, 56))
+    out = op(q, k, v)                                    # [B, H, 3136, D] each
+
+The compiler (sympy, networkx), Triton and the C++ toolchain load when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnc.errors import AttncError, BuildError, CacheError, DeclarationError, ShapeError, UnsupportedError
+from attnc.lang.functions import (
+    BATCH,
+    HEAD,
+    SCORE,
+    clamp,
+    exp,
+    l2norm,
+    log,
+    relu,
+    sigmoid,
+    softmax,
+    sqrt,
+    tanh,
+    where,
+)
+from attnc.lang.functions import maximum as max
+from attnc.lang.functions import minimum as min
+from attnc.lang.mechanism import Mechanism, channel_attend, mechanism
+from attnc.lang.pattern import Pattern, pattern
+from attnc.lang.symbols import Table
+
+if TYPE_CHECKING:
+    from attnc import models, patterns
+    from attnc.compiler import Operator, compile, mask, reference
+    from attnc.report.draw import draw
+    from attnc.report.emit import emit
+    from attnc.report.explain import explain
+    from attnc.report.inspect import inspect
+
+__version__ = "0.1.0"
+_LAZY = {
+    **dict.fromkeys(("compile", "reference", "mask", "Operator"), "attnc.compiler"),
+    **{name: f"attnc.report.{name}" for name in ("explain", "draw", "emit", "inspect")},
+}
+__all__ = [
+    "BATCH",
+    "HEAD",
+    "SCORE",
+    "AttncError",
+    "BuildError",
+    "CacheError",
+    "DeclarationError",
+    "Mechanism",
+    "Operator",
+    "Pattern",
+    "ShapeError",
+    "Table",
+    "UnsupportedError",
+    "channel_attend",
+    "clamp",
+    "compile",
+    "draw",
+    "emit",
+    "exp",
+    "explain",
+    "inspect",
+    "l2norm",
+    "log",
+    "mask",
+    "max",
+    "mechanism",
+    "min",
+    "models",
+    "pattern",
+    "patterns",
+    "reference",
+    "relu",
+    "sigmoid",
+    "softmax",
+    "sqrt",
+    "tanh",
+    "where",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("patterns", "models"):
+        return importlib.import_module(f"attnc.{name}")
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value  # a submodule of the same name must not shadow the function
+        return value
+    raise AttributeError(f"module 'attnc' has no attribute {name!r}")

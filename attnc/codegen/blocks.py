@@ -1,0 +1,200 @@
+"""Attention of blocks in plain PyTorch, forward and backward: the arithmetic that the eager meaning and the portable backend share.
+
+A block is a set of tiles [T], each with n queries and m keys. `Tile` says which tokens they are; the drivers gather rows, evaluate the
+statement on coordinates and put rows back. The two backends differ only in the tiles they hand over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnc import ir
+from attnc.analysis.evaluate import evaluate
+from attnc.errors import UnsupportedError
+from attnc.runtime.call import Call, empty_like_order, lse_like
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens of T tiles. Token numbers count the prefix; -1 is no query (n side), -1 a virtual key and -2 no key (m side).
+
+    Coordinates are extended ones, one [T, n] or [T, m] tensor per axis of the statement; prefix tokens have coordinate -1 on all.
+    """
+
+    queries: Tensor  # [T, n]
+    keys: Tensor  # [T, m]
+    q_coords: tuple[Tensor, ...]
+    k_coords: tuple[Tensor, ...]
+
+
+Tiles = Callable[[Call, torch.device, int], Iterable[Tile]]
+
+
+def check(call: Call, backend: str) -> None:
+    """Refuse what block arithmetic does not do."""
+    if call.attend.normalizer.over == "queries":
+        raise UnsupportedError(
+            f"pattern {call.attend.name}: softmax over queries is not lowered by the {backend} backend (nor by another one yet); "
+            "normalise over keys"
+        )
+
+
+def _flat(t: Tensor) -> Tensor:
+    """[B, H, N, D] from [B, H, *grid, D]."""
+    return t if t.dim() == 4 else t.flatten(2, -2)
+
+
+def attend_block(
+    call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, n, Dv] and lse [B, H, T, n] of gathered rows q [B, H, T, n, D], k [B, Hkv, T, m, D], v [B, Hkv, T, m, Dv]."""
+    a = call.attend
+    virtual, absent = (tile.keys == -1), (tile.keys == -2)
+    if "pad_k" in tables:
+        pick = virtual[..., None]
+        k = torch.where(pick, tables["pad_k"][:, None, None, :], k)
+        v = torch.where(pick, tables["pad_v"][:, None, None, :], v)
+    for name, m in (("q", a.q_map), ("k", a.k_map)):
+        if m is not None:
+            row = q if name == "q" else k
+            row = row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(m.eps)
+            q, k = (row, k) if name == "q" else (q, row)
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    raw = (q @ k.transpose(-1, -2)) * call.scale  # [B, H, T, n, m]
+
+    def load(name: str, indices: tuple[Tensor | int, ...]) -> Tensor:
+        t = tables[name]
+        at = []
+        for d, i in enumerate(
+            indices
+        ):  # pairs outside the relation may index anything: their value is not used
+            index = torch.as_tensor(i, device=t.device)
+            at.append(index.clamp(0, t.shape[d] - 1))
+        return t[tuple(at)]
+
+    leaves: dict[ir.Expr, object] = {**call.geometry.sizes, ir.SCORE: raw}
+    for i, (cq, ck) in enumerate(zip(tile.q_coords, tile.k_coords, strict=True)):
+        leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = cq[:, :, None], ck[:, None, :]
+    leaves[ir.HEAD] = torch.arange(q.shape[1], device=q.device).view(-1, 1, 1, 1)
+    leaves[ir.BATCH] = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
+    same = call.program.same_grid
+
+    def value(e: ir.Expr) -> Tensor:
+        return torch.as_tensor(
+            evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load), device=q.device
+        )
+
+    allowed = value(a.relation)
+    score = raw if a.score == ir.SCORE else value(a.score).to(raw.dtype)
+    g = call.geometry
+    if g.q_prefix or g.k_prefix:
+        beside = (tile.q_coords[0] < 0)[:, :, None] | (tile.k_coords[0] < 0)[:, None, :]
+        allowed, score = allowed | beside, torch.where(beside, raw, score)
+    allowed = (allowed & ~absent[:, None, :]).expand(raw.shape)
+    score = score.expand(raw.shape)
+    lse = torch.full(raw.shape[:-1], float("-inf"), dtype=raw.dtype, device=q.device)
+    match a.normalizer.kind:
+        case "softmax":
+            masked = torch.where(allowed, score, float("-inf"))
+            if a.normalizer.sink is not None:
+                sink = (
+                    tables[a.normalizer.sink]
+                    .view(-1, 1, 1, 1)
+                    .expand(q.shape[0], q.shape[1], *raw.shape[2:4], 1)
+                )
+                masked = torch.cat([masked, sink], -1)
+            some = (masked > float("-inf")).any(-1, keepdim=True)
+            finite = torch.where(some, masked, 0.0)  # rows without keys: keep every derivative finite
+            lse = torch.where(some[..., 0], torch.logsumexp(finite, -1), float("-inf"))
+            weight = torch.where(some, torch.softmax(finite, -1), 0.0)[..., : raw.shape[-1]]
+        case "sigmoid":
+            weight = torch.where(allowed, torch.sigmoid(score), 0.0)
+        case "relu":
+            weight = torch.where(allowed, torch.relu(score) ** a.normalizer.power, 0.0)
+    if a.post is not None:
+        factor = value(a.post).to(weight.dtype)
+        if g.q_prefix or g.k_prefix:
+            factor = torch.where(beside, 1.0, factor)
+        weight = weight * factor
+    return weight @ v, lse
+
+
+def _compute_dtype(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _gather(t: Tensor, tokens: Tensor) -> Tensor:
+    """[B, H, T, n, D]; absent and virtual tokens read token 0, which is then replaced or masked."""
+    if t.shape[2] == 0:
+        return t.new_zeros(*t.shape[:2], *tokens.shape, t.shape[3])
+    return t[:, :, tokens.clamp_min(0)]
+
+
+def _float_tables(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in call.tables.items()}
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Run every tile. Returns out (q's shape with Dv channels) and lse."""
+    out, lse = empty_like_order(q, v.shape[-1]), lse_like(q)
+    dtype, flat_q, flat_k, flat_v = _compute_dtype(q), _flat(q), _flat(k), _flat(v)
+    group = q.shape[1] // k.shape[1]
+    tables = _float_tables(call, dtype)
+    rows = torch.empty((*flat_q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
+    for tile in tiles(call, q.device, q.shape[0] * q.shape[1]):
+        gathered = (
+            _gather(t, i).to(dtype)
+            for t, i in ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))
+        )
+        o, s = attend_block(call, tile, *gathered, tables, group)
+        real = tile.queries >= 0
+        rows[:, :, tile.queries[real]] = o[:, :, real].to(q.dtype)
+        lse[:, :, tile.queries[real]] = s[:, :, real].to(lse.dtype)
+    out.copy_(rows.view(out.shape))
+    return out, lse
+
+
+def backward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor | None, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Gradients of q, k, v and of every floating-point table: each tile is evaluated again and differentiated."""
+    dtype, flat_q, flat_k, flat_v, flat_g = _compute_dtype(q), _flat(q), _flat(k), _flat(v), _flat(grad_out)
+    group = q.shape[1] // k.shape[1]
+    tables = _float_tables(call, dtype)
+    learned = {n: t for n, t in tables.items() if t.is_floating_point()}
+    sums = [torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (flat_q, flat_k, flat_v)]
+    table_sums = {n: torch.zeros_like(t) for n, t in learned.items()}
+    for tile in tiles(call, q.device, q.shape[0] * q.shape[1]):
+        rows = [
+            _gather(t, i).to(dtype)
+            for t, i in ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))
+        ]
+        real, present = tile.queries >= 0, tile.keys >= 0
+
+        def block(
+            qb: Tensor, kb: Tensor, vb: Tensor, t: dict[str, Tensor], tile: Tile = tile
+        ) -> tuple[Tensor, Tensor]:
+            return attend_block(call, tile, qb, kb, vb, {**tables, **t}, group)
+
+        (_, s), vjp = torch.func.vjp(block, *rows, learned)
+        g = torch.where(real[..., None], _gather(flat_g, tile.queries).to(dtype), 0.0)
+        gl = torch.zeros_like(s)
+        if grad_lse is not None:
+            gl = torch.where(
+                real & torch.isfinite(s), grad_lse[:, :, tile.queries.clamp_min(0)].to(dtype), 0.0
+            )
+        *parts, table_parts = vjp((g, gl))
+        for total, part, tokens, keep in zip(
+            sums, parts, (tile.queries, tile.keys, tile.keys), (real, present, present), strict=True
+        ):
+            if total.shape[2]:
+                total.index_add_(2, tokens[keep], part[:, :, keep])
+        for n, part in table_parts.items():
+            table_sums[n] += part
+    shaped = [t.view(x.shape).to(x.dtype) for t, x in zip(sums, (q, k, v), strict=True)]
+    return shaped[0], shaped[1], shaped[2], {n: t.to(call.tables[n].dtype) for n, t in table_sums.items()}

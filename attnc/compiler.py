@@ -1,0 +1,505 @@
+"""`attnc.compile`: from a declared pattern to an operator on tensors. Everything a call checks is checked here, before any kernel."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attnc import ir
+from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
+from attnc.lang.mechanism import Mechanism
+from attnc.lang.pattern import Pattern
+from attnc.runtime import layout as layouts
+from attnc.runtime import operator
+from attnc.runtime.layout import Layout
+
+Backend = Literal["auto", "triton", "cpp", "torch", "eager"]
+GridLike = int | Sequence[int | None] | Mapping[str, int | None] | None
+PadLike = Literal["multiple"] | Sequence[tuple[int, int]] | None
+RESERVED = ("scale", "return_lse", "grid", "sizes", "dropout_p", "seed")
+
+
+def has_compiler() -> bool:
+    """A C++ compiler is on the path."""
+    return any(shutil.which(c) for c in ("g++", "c++", "clang++"))
+
+
+def axes_and_sizes(
+    grid: GridLike, layout: Layout | None
+) -> tuple[tuple[str, ...] | None, tuple[int | None, ...] | None]:
+    """Axis names and lengths that `grid=` and `layout=` tell; None where they leave it open."""
+    if grid is None:
+        return (layout.axes, None) if layout else (None, None)
+    if isinstance(grid, Mapping):
+        names, sizes = tuple(grid), tuple(grid.values())
+    else:
+        sizes = (grid,) if isinstance(grid, int) else tuple(grid)
+        names = layout.axes if layout else ir.AXES.get(len(sizes), ())
+        if not names:
+            raise DeclarationError(
+                f"grid {grid!r}: {len(sizes)} axes need names: pass a dict, e.g. {{'a': 4, 'b': 5, ...}}"
+            )
+    if layout and names != layout.axes:
+        raise DeclarationError(f"layout {layout.text!r} has the axes {layout.axes}, grid= has {names}")
+    for n in sizes:
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise DeclarationError(
+                f"grid {grid!r}: axis lengths are positive ints (or None where a call tells)"
+            )
+    return names, sizes
+
+
+def call_sizes(grid: GridLike) -> tuple[int, ...] | None:
+    """Lengths given with a call."""
+    if grid is None:
+        return None
+    if isinstance(grid, int):
+        return (grid,)
+    values = tuple(grid.values()) if isinstance(grid, Mapping) else tuple(grid)
+    return tuple(n for n in values if n is not None)
+
+
+def pad_of(pad: PadLike, attend: ir.Attend, same_grid: bool) -> dict[str, Any]:
+    """The padding fields of ir.Tokens. "multiple" reads the block length of each axis off the proof."""
+    if pad is None:
+        return {}
+    if pad != "multiple":
+        pairs = tuple((int(a), int(b)) for a, b in pad)
+        if len(pairs) != attend.rank or any(a < 0 or b < 0 for a, b in pairs):
+            raise DeclarationError(
+                f"pad={pad!r}: ((before, after), ...) with one pair of non-negative ints per axis"
+            )
+        return {"pad": pairs}
+    from attnc.analysis.structure import analyse
+
+    multiples = []
+    for axis, form in enumerate(analyse(attend, same_grid, True).axes):
+        parts = [form.split, *([form.block] if form.block is not None else [])]
+        kind = form.kind.split(" of ")[-1]
+        if any(p.op != "const" for p in parts) or kind not in (
+            "full",
+            "residue",
+            "point",
+            "block",
+            "shifted block",
+        ):
+            raise UnsupportedError(
+                f"pattern {attend.name}: pad='multiple' needs blocks of a constant length on every axis; axis {axis} is a {form.kind}: "
+                "give pad=((before, after), ...)"
+            )
+        n = 1
+        for p in parts:
+            n *= int(p.args[0])
+        multiples.append(n)
+    return {"pad_multiple": tuple(multiples)}
+
+
+class Operator:
+    """A compiled pattern: call it on tensors. See `attnc.compile`."""
+
+    def __init__(
+        self,
+        source: Pattern | Mechanism,
+        *,
+        grid: GridLike = None,
+        kv_grid: GridLike = None,
+        prefix: int = 0,
+        kv_prefix: int | None = None,
+        pad: PadLike = None,
+        heads: int | None = None,
+        layout: str | None = None,
+        backend: Backend = "auto",
+        fallback: Literal["torch"] | None = None,
+    ) -> None:
+        if backend not in ("auto", *operator.BACKENDS):
+            raise DeclarationError(f"backend={backend!r}: one of auto, {', '.join(operator.BACKENDS)}")
+        if fallback not in (None, "torch"):
+            raise DeclarationError(f"fallback={fallback!r}: None (raise) or 'torch' (warn once and go on)")
+        for name, n in (("prefix", prefix), ("kv_prefix", kv_prefix or 0)):
+            if not isinstance(n, int) or n < 0:
+                raise DeclarationError(f"{name}={n!r}: a non-negative int")
+        self.source, self.heads, self.backend, self.fallback = source, heads, backend, fallback
+        self.prefix, self.kv_prefix = prefix, prefix if kv_prefix is None else kv_prefix
+        self.layout = layouts.parse(layout) if layout else None
+        self.axes, self.grid = axes_and_sizes(grid, self.layout)
+        self.same_grid = kv_grid is None
+        self.kv_grid = None if kv_grid is None else axes_and_sizes(kv_grid, None)[1]
+        self._warned = False
+        if (
+            self.layout
+            and (self.prefix or self.kv_prefix)
+            and self.layout.separate
+            and len(self.layout.axes) > 1
+        ):
+            raise DeclarationError(
+                f"layout {layout!r}: prefix tokens have no place in it; use one group, e.g. (y x)"
+            )
+        if pad is not None and (self.prefix or self.kv_prefix):
+            raise UnsupportedError(
+                f"pattern {source.name}: pad= together with prefix tokens; append the padding to the grid yourself"
+            )
+        self._programs: dict[int, tuple[str, ir.Program] | AttncError] = {}
+        if isinstance(source, Mechanism):
+            if pad is not None:
+                raise UnsupportedError(
+                    f"mechanism {source.name}: pad= belongs to patterns; pad inside the mechanism"
+                )
+            self._graph = source.trace()
+            return
+        for names in [self.axes] if self.axes else ir.AXES.values():
+            try:
+                attend = source.trace(names, same_grid=self.same_grid)
+                for table in attend.tables:
+                    if table in RESERVED or table in ("pad_k", "pad_v"):
+                        raise DeclarationError(
+                            f"pattern {source.name}: {table!r} is a reserved keyword; rename the table"
+                        )
+                fields = pad_of(pad, attend, self.same_grid)
+            except AttncError as e:  # a rank the pattern does not fit matters only if a call has it
+                if self.axes:
+                    raise
+                self._programs[len(names)] = e
+                continue
+            unknown: tuple[int | None, ...] = (None,) * len(names)
+            queries = ir.Tokens(unknown, self.prefix, **fields)
+            # sizes stay symbols, so one kernel serves all grids; a separate key grid is told apart by its prefix field or `kv`
+            keys = ir.Tokens(unknown, self.kv_prefix, **fields)
+            program = ir.Program(attend, queries, keys, self.same_grid)
+            self._programs[len(names)] = (ir.to_json(program), program)
+
+    def __repr__(self) -> str:
+        return f"<attnc operator {self.source.name} grid={self.grid} backend={self.backend}>"
+
+    def program(self, rank: int) -> ir.Program:
+        """The traced program on a grid of this rank."""
+        found = self._programs.get(rank)
+        if isinstance(found, AttncError):
+            raise found
+        if found is None:
+            raise ShapeError(
+                f"pattern {self.source.name}: compiled for the axes {self.axes}, called on a grid with {rank}"
+            )
+        return found[1]
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+        grid: GridLike = None,
+        sizes: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: int | None = None,
+        **tables: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """out, in q's dtype and layout; with return_lse also lse float32 [B, Hq, Nq] (natural log, -inf for a row without keys)."""
+        name = self.source.name
+        if sizes is not None:
+            raise UnsupportedError(
+                f"{name}: sizes= (a valid region per batch item) is not lowered by any backend yet; mask in the pattern"
+            )
+        if dropout_p or seed is not None:
+            raise UnsupportedError(
+                f"{name}: dropout_p= is not lowered by any backend yet; apply dropout to the output instead"
+            )
+        qr, kr, vr = self._rows(q, k, v)
+        self._check(qr, kr, vr)
+        scale = qr.shape[-1] ** -0.5 if scale is None else float(scale)
+        backend = self._backend(qr.device.type)
+        if isinstance(self.source, Mechanism):
+            if tables or return_lse:
+                extra = ", ".join(tables) or "return_lse"
+                raise ShapeError(f"mechanism {name}: unexpected argument {extra}")
+            values = [qr, kr, vr]
+            for _, (a, b, c) in self._graph.steps:
+                values.append(torch.ops.attnc.channel(values[a], values[b], values[c], scale, backend))
+            out = values[self._graph.result]
+            return layouts.from_rows(out, self._layout(len(self._graph_axes(qr))))
+        q_grid, k_grid = self._grids(qr, kr, grid)
+        found = self._programs.get(len(q_grid))
+        if found is None or isinstance(found, AttncError):
+            self.program(len(q_grid))  # raises
+            raise AssertionError
+        text, program = found
+        ordered = self._tables(program, tables, qr, kr, vr)
+        out, lse = self._run(qr, kr, vr, ordered, scale, q_grid, k_grid, text, backend)
+        shaped = layouts.from_rows(out, self._layout(len(q_grid)))
+        if not return_lse:
+            return shaped
+        assert isinstance(program.attend, ir.Attend)
+        if program.attend.normalizer.kind != "softmax":
+            raise ShapeError(
+                f"{name}: return_lse=True, but weights by {program.attend.normalizer.kind} have no log-sum-exp"
+            )
+        return shaped, lse
+
+    # ----------------------------------------------------------------------------------------------------------------- pieces
+    def _run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: list[Tensor],
+        scale: float,
+        q_grid: tuple[int, ...],
+        k_grid: tuple[int, ...],
+        text: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        attend = torch.ops.attnc.attend
+        if self.fallback is None or backend in ("torch", "eager"):
+            return attend(q, k, v, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
+        try:
+            return attend(q, k, v, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
+        except UnsupportedError as e:
+            if not self._warned:
+                warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
+                self._warned = True
+            return attend(q, k, v, tables, scale, q_grid, k_grid, text, "torch")  # type: ignore[no-any-return]
+
+    def _layout(self, rank: int) -> Layout:
+        return self.layout or layouts.default(self.axes or ir.AXES[rank])
+
+    def _graph_axes(self, q: Tensor) -> tuple[str, ...]:
+        return self.axes or ir.AXES[1 if q.dim() == 4 else q.dim() - 3]
+
+    def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        name = self.source.name
+        if self.layout is None:
+            if k is None or v is None:
+                raise ShapeError(
+                    f"{name}: q, k and v are three tensors; for one packed tensor give layout='b (y x) (three h d)' or alike"
+                )
+            for what, t in (("q", q), ("k", k), ("v", v)):
+                if t.dim() != 4:
+                    raise ShapeError(
+                        f"{name}: {what} has shape {tuple(t.shape)}, expected [B, H, N, D]; say any other with layout="
+                    )
+            return q, k, v
+        if self.layout.packed:
+            if k is not None or v is not None:
+                raise ShapeError(
+                    f"{name}: the layout {self.layout.text!r} packs q, k and v in the first argument; k and v are left out"
+                )
+            q, k, v = layouts.to_rows(q, self.layout, self.heads, "qkv")
+            return q, k, v
+        if k is None or v is None:
+            raise ShapeError(
+                f"{name}: the layout {self.layout.text!r} has no `three`: q, k and v are three tensors"
+            )
+        out = []
+        for what, t in (("q", q), ("k", k), ("v", v)):
+            heads = self.heads
+            if heads and what != "q" and self.layout.joint:
+                at = next(i for i, g in enumerate(self.layout.groups) if "h" in g)
+                width = q.shape[at] // heads
+                if what == "k" and t.dim() == q.dim() and width and t.shape[at] % width == 0:
+                    heads = t.shape[at] // width  # grouped-query: fewer heads of the same width
+                elif what == "v":
+                    heads = out[1].shape[1]
+            out.append(layouts.to_rows(t, self.layout, heads, what)[0])
+        return out[0], out[1], out[2]
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        name = self.source.name
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [B, H, N, D] or [B, H, *grid, D])"
+        if not (q.shape[0] == k.shape[0] == v.shape[0]):
+            raise ShapeError(f"{name}: batch sizes differ: {shapes}")
+        if k.shape[1] != v.shape[1] or (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+            raise ShapeError(
+                f"{name}: {q.shape[1]} query heads over {k.shape[1]} key and {v.shape[1]} value heads: {shapes}"
+            )
+        if self.heads is not None and q.shape[1] != self.heads:
+            raise ShapeError(f"{name}: compiled for heads={self.heads}, called with {q.shape[1]}: {shapes}")
+        if q.shape[-1] != k.shape[-1]:
+            raise ShapeError(f"{name}: head dimensions of q and k differ: {shapes}")
+        if k.shape[2:-1] != v.shape[2:-1]:
+            raise ShapeError(f"{name}: k and v have different tokens: {shapes}")
+        for what, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
+            if not 1 <= d <= 256:
+                raise ShapeError(f"{name}: {what} = {d}; head dimensions go from 1 to 256")
+        if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+            raise ShapeError(
+                f"{name}: dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v share one floating-point dtype"
+            )
+        if not (q.device == k.device == v.device):
+            raise ShapeError(f"{name}: devices {q.device}, {k.device}, {v.device} differ")
+
+    def _grids(self, q: Tensor, k: Tensor, grid: GridLike) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        name, given = self.source.name, call_sizes(grid)
+        if q.dim() > 4 or (self.layout is not None and self.layout.separate):
+            seen: tuple[int, ...] = tuple(q.shape[2:-1])
+            kv_seen: tuple[int, ...] = tuple(k.shape[2:-1])
+            if len(seen) == 1 and self.prefix:
+                seen = (seen[0] - self.prefix,)
+            if len(kv_seen) == 1 and self.kv_prefix:
+                kv_seen = (kv_seen[0] - self.kv_prefix,)
+            if given is not None and given != seen:
+                raise ShapeError(f"{name}: grid={grid!r}, but q lies on {seen}")
+            given = seen
+        else:
+            kv_seen = ()
+        fixed = self.grid
+        if given is None:
+            if fixed is not None and None not in fixed:
+                given = tuple(n for n in fixed if n is not None)
+            elif self.axes is None or len(self.axes) == 1:
+                if self.axes is None:
+                    raise ShapeError(
+                        f"{name}: compiled without a grid: pass grid=(height, width) with the call, or to attnc.compile"
+                    )
+                given = (q.shape[2] - self.prefix,)
+            else:
+                raise ShapeError(
+                    f"{name}: the lengths of ({', '.join(self.axes)}) are open: pass grid= with the call"
+                )
+        elif fixed is not None and any(a is not None and a != b for a, b in zip(fixed, given, strict=False)):
+            raise ShapeError(f"{name}: compiled for grid={fixed}, called on {given}")
+        kv = given
+        if not self.same_grid:
+            fixed_kv = self.kv_grid or ()
+            if None in fixed_kv and not kv_seen:
+                raise ShapeError(f"{name}: kv_grid={fixed_kv} is open: use a layout with separate axes")
+            kv = kv_seen or tuple(n for n in fixed_kv if n is not None)
+            if any(a is not None and a != b for a, b in zip(fixed_kv, kv, strict=False)):
+                raise ShapeError(f"{name}: compiled for kv_grid={fixed_kv}, called on {kv}")
+        for what, t, g, p in (("q", q, given, self.prefix), ("k", k, kv, self.kv_prefix)):
+            tokens, expected = 1, 1
+            for n in t.shape[2:-1]:
+                tokens *= n
+            for n in g:
+                expected *= n
+            if tokens != expected + p:
+                beside = f" and {p} prefix tokens" if p else ""
+                raise ShapeError(
+                    f"{name}: {what} has {tokens} tokens, the grid {g}{beside} make {expected + p}"
+                )
+        return given, kv
+
+    def _tables(
+        self, program: ir.Program, given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor
+    ) -> list[Tensor]:
+        name, attend = self.source.name, program.attend
+        assert isinstance(attend, ir.Attend)
+        names = operator.table_names(program)
+        for n in given:
+            if n not in names:
+                raise ShapeError(f"{name}: unknown table {n!r} (it reads: {', '.join(names) or 'none'})")
+        out = []
+        for n in names:
+            t = given.get(n)
+            if n in ("pad_k", "pad_v"):
+                rows = k if n == "pad_k" else v
+                if t is None:
+                    t = rows.new_zeros(1, rows.shape[-1])
+                if t.dim() != 2 or t.shape[0] not in (1, k.shape[1]) or t.shape[1] != rows.shape[-1]:
+                    raise ShapeError(
+                        f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {rows.shape[-1]}]"
+                    )
+            elif t is None:
+                raise ShapeError(
+                    f"{name}: the table {n!r} is missing: pass {n}=tensor with {attend.table_rank(n)} dimensions"
+                )
+            elif t.dim() != attend.table_rank(n):
+                raise ShapeError(
+                    f"{name}: the table {n!r} has shape {tuple(t.shape)}, the pattern indexes {attend.table_rank(n)} dimensions"
+                )
+            if n in attend.int_tables and (t.is_floating_point() or t.is_complex()):
+                raise ShapeError(
+                    f"{name}: the table {n!r} is read by the relation and holds integers, not {t.dtype}"
+                )
+            if n not in attend.int_tables and not t.is_floating_point():
+                raise ShapeError(
+                    f"{name}: the table {n!r} enters the score and holds floating-point numbers, not {t.dtype}"
+                )
+            if t.device != q.device:
+                raise ShapeError(f"{name}: the table {n!r} is on {t.device}, q on {q.device}")
+            out.append(t)
+        return out
+
+    def _backend(self, device: str) -> str:
+        if self.backend != "auto":
+            return self.backend
+        if device == "cuda":
+            return "triton"
+        return "cpp" if device == "cpu" and _COMPILER else "torch"
+
+
+_COMPILER = has_compiler()
+
+
+def compile(
+    p: Pattern | Mechanism,
+    *,
+    grid: GridLike = None,
+    kv_grid: GridLike = None,
+    prefix: int = 0,
+    kv_prefix: int | None = None,
+    pad: PadLike = None,
+    heads: int | None = None,
+    layout: str | None = None,
+    backend: Backend = "auto",
+    tune: bool = False,
+    fallback: Literal["torch"] | None = None,
+) -> Operator:
+    """An operator `op(q, k, v, *, scale=None, return_lse=False, grid=None, **tables) -> out` from a pattern or mechanism.
+
+    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] unless `layout` says otherwise; the grid is row-major, `prefix` tokens come
+    first. Raises DeclarationError for a wrong statement, UnsupportedError for what cannot be lowered.
+    """
+    if not isinstance(p, Pattern | Mechanism):
+        hint = " (call it with its hyper-parameters first)" if callable(p) else ""
+        raise DeclarationError(f"attnc.compile takes a pattern or a mechanism, not {type(p).__name__}{hint}")
+    if tune:
+        raise UnsupportedError(
+            f"pattern {p.name}: tune=True: no tuner is built for this backend yet; leave it out"
+        )
+    options: dict[str, Any] = {
+        "grid": grid,
+        "kv_grid": kv_grid,
+        "prefix": prefix,
+        "kv_prefix": kv_prefix,
+        "pad": pad,
+    }
+    return Operator(p, **options, heads=heads, layout=layout, backend=backend, fallback=fallback)
+
+
+def reference(p: Pattern | Mechanism, **options: Any) -> Operator:
+    """The same operator evaluated eagerly from the statement, float64-capable: the meaning every backend is held to."""
+    return compile(p, **options, backend="eager")
+
+
+def mask(p: Pattern, *, grid: GridLike, kv_grid: GridLike = None, heads: int = 1) -> Tensor:
+    """bool [heads, Nq, Nk]: the relation on a grid, for looking at and for tests (N x N on purpose)."""
+    from attnc.analysis.evaluate import evaluate
+
+    op = compile(p, grid=grid, kv_grid=kv_grid)
+    if not op.grid or None in op.grid:
+        raise ShapeError(f"{p.name}: mask needs a grid with known lengths, not {grid!r}")
+    q_grid = tuple(n for n in op.grid if n is not None)
+    k_grid = q_grid if op.kv_grid is None else tuple(n for n in op.kv_grid if n is not None)
+    attend = op.program(len(q_grid)).attend
+    assert isinstance(attend, ir.Attend)
+    if attend.int_tables:
+        raise UnsupportedError(
+            f"{p.name}: the relation reads the runtime tables {attend.int_tables}; it has no mask without them"
+        )
+    leaves: dict[ir.Expr, Any] = {ir.HEAD: torch.arange(heads)[:, None, None]}
+    points = {"q": (q_grid, (slice(None), None)), "k": (k_grid, (None, slice(None)))}
+    for role, (sizes, view) in points.items():
+        coords = torch.meshgrid(*[torch.arange(n) for n in sizes], indexing="ij")
+        for i, c in enumerate(coords):
+            leaves[ir.coord(role, i)] = c.flatten()[view]  # type: ignore[arg-type]
+            leaves[ir.size(role, i)] = sizes[i]  # type: ignore[arg-type]
+    relation = ir.flatten_index(attend.relation, len(q_grid), op.same_grid)
+    found = torch.as_tensor(evaluate(relation, leaves, torch))
+    n_q, n_k = (int(torch.tensor(g).prod()) for g in (q_grid, k_grid))
+    return found.expand(heads, n_q, n_k).clone()

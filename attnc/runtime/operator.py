@@ -1,0 +1,202 @@
+"""The torch.library operators. A program travels as JSON text, so a traced or exported graph is complete in itself.
+
+attnc::attend and attnc::channel have fake kernels and autograd; their backwards are operators too, so torch.compile sees all of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc import ir
+from attnc.runtime.call import Call, empty_like_order, lse_like
+from attnc.schedule.geometry import geometry
+
+BACKENDS = {
+    "triton": "attnc.runtime.triton",
+    "cpp": "attnc.runtime.cpp",
+    "torch": "attnc.codegen.torch",
+    "eager": "attnc.codegen.eager",
+}
+
+_library = torch.library.Library("attnc", "DEF")
+_library.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor[] tables, float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    "attend_backward(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
+    " float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
+)
+_library.define("channel(Tensor q, Tensor k, Tensor v, float scale, str backend) -> Tensor")
+_library.define(
+    "channel_backward(Tensor q, Tensor k, Tensor v, Tensor grad_out, float scale, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@lru_cache(maxsize=1024)
+def program_of(text: str) -> ir.Program:
+    """The program in an operator's JSON argument."""
+    return ir.from_json(text)
+
+
+def table_names(p: ir.Program) -> tuple[str, ...]:
+    """Names of the tensors in an operator's `tables`, in order."""
+    assert isinstance(p.attend, ir.Attend)
+    padded = p.keys.pad is not None or p.keys.pad_multiple is not None
+    return (*p.attend.tables, *(("pad_k", "pad_v") if padded else ()))
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend; triton and the compiler are needed only once one is used."""
+    return importlib.import_module(BACKENDS[name])
+
+
+def _call(tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> Call:
+    p = program_of(program)
+    g = geometry(p, tuple(int(n) for n in q_grid), tuple(int(n) for n in k_grid))
+    return Call(p, g, scale, dict(zip(table_names(p), tables, strict=True)))
+
+
+def _like(t: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the memory order that the fake kernel promised."""
+    wanted = empty_like_order(t, t.shape[-1])
+    return (
+        gradient
+        if gradient.stride() == wanted.stride() and gradient.dtype == t.dtype
+        else wanted.copy_(gradient)
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    scale: float,
+    q_grid: Any,
+    k_grid: Any,
+    program: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = backend_module(backend).forward(_call(tables, scale, q_grid, k_grid, program), q, k, v)
+    return out, lse
+
+
+def _attend_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    scale: float,
+    q_grid: Any,
+    k_grid: Any,
+    program: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return empty_like_order(q, v.shape[-1]), lse_like(q)
+
+
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    scale: float,
+    q_grid: Any,
+    k_grid: Any,
+    program: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    call = _call(tables, scale, q_grid, k_grid, program)
+    dq, dk, dv, found = backend_module(backend).backward(call, q, k, v, out, lse, grad_out, grad_lse)
+    gradients = [
+        found[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32)
+        for n, t in zip(table_names(call.program), tables, strict=True)
+    ]
+    return _like(q, dq), _like(k, dk), _like(v, dv), gradients
+
+
+def _attend_backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *rest: Any, **named: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    parts = [
+        t.new_empty(t.shape) if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for t in tables
+    ]
+    dq, dk, dv = (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
+    return dq, dk, dv, parts
+
+
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, tables, scale, q_grid, k_grid, program, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *tables)
+    ctx.rest = (scale, q_grid, k_grid, program, backend)
+
+
+def _attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *tables = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv, parts = torch.ops.attnc.attend_backward(
+        q, k, v, tables, out, lse, grad_out, grad_lse, *ctx.rest
+    )
+    learned = [g if t.is_floating_point() else None for g, t in zip(parts, tables, strict=True)]
+    return dq, dk, dv, learned, None, None, None, None, None
+
+
+def _channel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    out: Tensor = backend_module(backend).channel_forward(q, k, v, scale)
+    return _like(q, out)
+
+
+def _channel_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    return empty_like_order(q, q.shape[-1])
+
+
+def _channel_backward(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = backend_module(backend).channel_backward(q, k, v, scale, grad_out)
+    return _like(q, dq), _like(k, dk), _like(v, dv)
+
+
+def _channel_backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
+    return dq, dk, dv
+
+
+def _channel_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, scale, backend = inputs
+    ctx.save_for_backward(q, k, v)
+    ctx.rest = (scale, backend)
+
+
+def _channel_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    q, k, v = ctx.saved_tensors
+    return (*torch.ops.attnc.channel_backward(q, k, v, grad_out, *ctx.rest), None, None)
+
+
+for _name, _kernel, _fake in (
+    ("attend", _attend, _attend_fake),
+    ("attend_backward", _attend_backward, _attend_backward_fake),
+    ("channel", _channel, _channel_fake),
+    ("channel_backward", _channel_backward, _channel_backward_fake),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnc::{_name}", _fake, lib=_library)
+torch.library.register_autograd("attnc::attend", _attend_gradient, setup_context=_attend_setup, lib=_library)
+torch.library.register_autograd(
+    "attnc::channel", _channel_gradient, setup_context=_channel_setup, lib=_library
+)

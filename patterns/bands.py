@@ -1,0 +1,38 @@
+"""Dense attention, causal attention and bands."""
+
+from __future__ import annotations
+
+from attnc import ir
+from attnc.errors import DeclarationError
+from attnc.lang.functions import Statement
+from attnc.lang.pattern import Pattern
+from attnc.lang.symbols import Point, Sym
+from attnc.patterns.relation import Bias, Places, Size, biased, every
+
+
+def full() -> Pattern:
+    """Every query sees every key (Vaswani et al. 2017)."""
+    return Pattern("full()", lambda q, k: Statement(ir.TRUE))
+
+
+def causal() -> Pattern:
+    """k <= q on every axis. (Causal in row-major order is `q.index >= k.index`.)"""
+    return Pattern(
+        "causal()", lambda q, k: Statement(every([b <= a for a, b in zip(q, k, strict=True)]).expr)
+    )
+
+
+def band(left: Size, right: Size, *, bias: Bias = None) -> Pattern:
+    """Keys from q - left to q + right on every axis, cut at the borders. A relative bias has left + right + 1 entries per axis side."""
+
+    def body(q: Point, k: Point) -> tuple[Sym, Places]:
+        lefts, rights = ((x,) * len(q.axes) if isinstance(x, int) else tuple(x) for x in (left, right))
+        if len(lefts) != len(q.axes) or len(rights) != len(q.axes) or min(*lefts, *rights) < 0:
+            raise DeclarationError(f"band({left!r}, {right!r}): non-negative ints, one or one per axis")
+        terms, places = [], []
+        for a, b, low, high in zip(q, k, lefts, rights, strict=True):
+            terms += [b >= a - low, b <= a + high]
+            places.append((a, b, max(low, high) + 1))
+        return every(terms), places
+
+    return biased(f"band({left!r}, {right!r})", body, bias)
