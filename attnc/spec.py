@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from attnc.errors import AttncError, DeclarationError
+from attnc.lang.mechanism import Mechanism
+from attnc.lang.pattern import Pattern
 
 _FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<hyper>.*))?")
 _LIBRARY = re.compile(r"(?P<name>[A-Za-z_]\w*)(?::(?P<hyper>.*))?")
@@ -149,8 +151,7 @@ def _filled(name: str, found: Any, hyper: dict[str, Value]) -> Any:
 
 
 def _is_statement(found: Any) -> bool:
-    """Patterns and mechanisms, both of which can be traced."""
-    return hasattr(found, "trace") and not inspect.isclass(found)
+    return isinstance(found, Pattern | Mechanism)
 
 
 def _line(error: BaseException, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""One build cache for a run of the suite, shared by its workers: tests neither read nor fill the user's own."""
+"""One build cache for a run of the suite, shared by its workers: tests never touch the user's own."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from attnc import spec
+from attnc import Mechanism, Pattern, spec
 from attnc.cli import app
 from attnc.errors import DeclarationError
 
@@ -84,12 +84,16 @@ def test_hyper_parameters() -> None:
     "text", ["window:size=7", "window:size=7x5,shift=3", "neighborhood:size=7,dilation=2"]
 )
 def test_library_specs(text: str) -> None:
-    assert hasattr(spec.resolve(text), "trace")
+    assert isinstance(spec.resolve(text), Pattern)
+
+
+def test_mechanisms_are_found() -> None:
+    assert isinstance(spec.resolve("channel"), Mechanism)
 
 
 @pytest.mark.parametrize("text", ["mine.py:near", "mine.py:near:size=7", "mine.py:ready", "./mine.py:ready"])
 def test_file_specs(text: str) -> None:
-    assert hasattr(spec.resolve(text), "trace")
+    assert isinstance(spec.resolve(text), Pattern)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_a_file_that_stops(home: Path, source: str, said: str) -> None:
 
 def test_a_file_may_import_its_neighbour(home: Path) -> None:
     (home / "user.py").write_text("from mine import ready as again\n")
-    assert hasattr(spec.resolve("user.py:again"), "trace")
+    assert isinstance(spec.resolve("user.py:again"), Pattern)
 
 
 def test_traceback_on_request() -> None:
