@@ -67,13 +67,13 @@ def build(work: Path) -> Path:
     return wheel
 
 
-def check_contents(wheel: Path) -> int:
+def check_contents(wheel: Path, source: Path) -> int:
     """Every module and data file of the three folders is in the wheel; returns how many there are."""
     wanted = set()
     for folder, target in FOLDERS.items():
-        for path in (ROOT / folder).rglob("*"):
+        for path in (source / folder).rglob("*"):
             if path.suffix == ".py" or path.suffix in DATA or path.name == "py.typed":
-                wanted.add(f"{target}/{path.relative_to(ROOT / folder).as_posix()}")
+                wanted.add(f"{target}/{path.relative_to(source / folder).as_posix()}")
     with zipfile.ZipFile(wheel) as archive:
         missing = sorted(wanted - set(archive.namelist()))
     if missing:
@@ -116,7 +116,7 @@ def main() -> None:
         work = Path(folder).resolve()
         print("wheel check: building")
         wheel = build(work)
-        print(f"wheel check: {wheel.name} holds all {check_contents(wheel)} files; installing")
+        print(f"wheel check: {wheel.name} holds all {check_contents(wheel, work / 'source')} files; installing")
         python, fresh = install(wheel, work)
         print("wheel check: using it")
         cache = {"ATTNC_CACHE_DIR": str(work / "cache")}
