@@ -1,11 +1,11 @@
-"""`attnc.compile`: from a declared pattern to an operator on tensors. Everything a call checks is checked here, before any kernel."""
+"""`attnc.compile`: from a declared pattern to an operator on tensors. A call is checked here, before any kernel."""
 
 from __future__ import annotations
 
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from attnc.runtime import layout as layouts
 from attnc.runtime import operator
 from attnc.runtime.layout import Layout
 
-Backend = Literal["auto", "triton", "cpp", "torch", "eager"]
 GridLike = int | Sequence[int | None] | Mapping[str, int | None] | None
 PadLike = Literal["multiple"] | Sequence[tuple[int, int]] | None
 RESERVED = ("scale", "return_lse", "grid", "sizes", "dropout_p", "seed")
@@ -29,9 +28,7 @@ def has_compiler() -> bool:
     return any(shutil.which(c) for c in ("g++", "c++", "clang++"))
 
 
-def axes_and_sizes(
-    grid: GridLike, layout: Layout | None
-) -> tuple[tuple[str, ...] | None, tuple[int | None, ...] | None]:
+def axes_and_sizes(grid: GridLike, layout: Layout | None) -> tuple[tuple[str, ...] | None, tuple[int | None, ...] | None]:
     """Axis names and lengths that `grid=` and `layout=` tell; None where they leave it open."""
     if grid is None:
         return (layout.axes, None) if layout else (None, None)
@@ -41,16 +38,12 @@ def axes_and_sizes(
         sizes = (grid,) if isinstance(grid, int) else tuple(grid)
         names = layout.axes if layout else ir.AXES.get(len(sizes), ())
         if not names:
-            raise DeclarationError(
-                f"grid {grid!r}: {len(sizes)} axes need names: pass a dict, e.g. {{'a': 4, 'b': 5, ...}}"
-            )
+            raise DeclarationError(f"grid {grid!r}: {len(sizes)} axes need names: pass a dict, e.g. {{'a': 4, 'b': 5, ...}}")
     if layout and names != layout.axes:
         raise DeclarationError(f"layout {layout.text!r} has the axes {layout.axes}, grid= has {names}")
     for n in sizes:
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise DeclarationError(
-                f"grid {grid!r}: axis lengths are positive ints (or None where a call tells)"
-            )
+            raise DeclarationError(f"grid {grid!r}: axis lengths are positive ints (or None where a call tells)")
     return names, sizes
 
 
@@ -71,9 +64,7 @@ def pad_of(pad: PadLike, attend: ir.Attend, same_grid: bool) -> dict[str, Any]:
     if pad != "multiple":
         pairs = tuple((int(a), int(b)) for a, b in pad)
         if len(pairs) != attend.rank or any(a < 0 or b < 0 for a, b in pairs):
-            raise DeclarationError(
-                f"pad={pad!r}: ((before, after), ...) with one pair of non-negative ints per axis"
-            )
+            raise DeclarationError(f"pad={pad!r}: ((before, after), ...) with one pair of non-negative ints per axis")
         return {"pad": pairs}
     from attnc.analysis.structure import analyse
 
@@ -89,7 +80,7 @@ def pad_of(pad: PadLike, attend: ir.Attend, same_grid: bool) -> dict[str, Any]:
             "shifted block",
         ):
             raise UnsupportedError(
-                f"pattern {attend.name}: pad='multiple' needs blocks of a constant length on every axis; axis {axis} is a {form.kind}: "
+                f"pattern {attend.name}: pad='multiple' needs blocks of a constant length; axis {axis} is a {form.kind}: "
                 "give pad=((before, after), ...)"
             )
         n = 1
@@ -113,7 +104,7 @@ class Operator:
         pad: PadLike = None,
         heads: int | None = None,
         layout: str | None = None,
-        backend: Backend = "auto",
+        backend: str = "auto",
         fallback: Literal["torch"] | None = None,
     ) -> None:
         if backend not in ("auto", *operator.BACKENDS):
@@ -130,15 +121,10 @@ class Operator:
         self.same_grid = kv_grid is None
         self.kv_grid = None if kv_grid is None else axes_and_sizes(kv_grid, None)[1]
         self._warned = False
-        if (
-            self.layout
-            and (self.prefix or self.kv_prefix)
-            and self.layout.separate
-            and len(self.layout.axes) > 1
-        ):
-            raise DeclarationError(
-                f"layout {layout!r}: prefix tokens have no place in it; use one group, e.g. (y x)"
-            )
+        ranks = [self.axes] if self.axes else list(ir.AXES.values())
+        self._layouts = {len(axes): self.layout or layouts.default(axes) for axes in ranks}
+        if self.layout and (self.prefix or self.kv_prefix) and self.layout.separate and len(self.layout.axes) > 1:
+            raise DeclarationError(f"layout {layout!r}: prefix tokens have no place in it; use one group, e.g. (y x)")
         if pad is not None and (self.prefix or self.kv_prefix):
             raise UnsupportedError(
                 f"pattern {source.name}: pad= together with prefix tokens; append the padding to the grid yourself"
@@ -146,19 +132,15 @@ class Operator:
         self._programs: dict[int, tuple[str, ir.Program] | AttncError] = {}
         if isinstance(source, Mechanism):
             if pad is not None:
-                raise UnsupportedError(
-                    f"mechanism {source.name}: pad= belongs to patterns; pad inside the mechanism"
-                )
+                raise UnsupportedError(f"mechanism {source.name}: pad= belongs to patterns; pad inside the mechanism")
             self._graph = source.trace()
             return
-        for names in [self.axes] if self.axes else ir.AXES.values():
+        for names in ranks:
             try:
                 attend = source.trace(names, same_grid=self.same_grid)
                 for table in attend.tables:
                     if table in RESERVED or table in ("pad_k", "pad_v"):
-                        raise DeclarationError(
-                            f"pattern {source.name}: {table!r} is a reserved keyword; rename the table"
-                        )
+                        raise DeclarationError(f"pattern {source.name}: {table!r} is a reserved keyword; rename the table")
                 fields = pad_of(pad, attend, self.same_grid)
             except AttncError as e:  # a rank the pattern does not fit matters only if a call has it
                 if self.axes:
@@ -177,15 +159,24 @@ class Operator:
 
     def program(self, rank: int) -> ir.Program:
         """The traced program on a grid of this rank."""
+        return self._traced(rank)[1]
+
+    def _traced(self, rank: int) -> tuple[str, ir.Program]:
         found = self._programs.get(rank)
         if isinstance(found, AttncError):
             raise found
         if found is None:
-            raise ShapeError(
-                f"pattern {self.source.name}: compiled for the axes {self.axes}, called on a grid with {rank}"
-            )
-        return found[1]
+            raise ShapeError(f"pattern {self.source.name}: compiled for the axes {self.axes}, called on a grid with {rank}")
+        return found
 
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: Literal[False] = ..., **options: Any
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: Literal[True], **options: Any
+    ) -> tuple[Tensor, Tensor]: ...
     def __call__(
         self,
         q: Tensor,
@@ -207,9 +198,7 @@ class Operator:
                 f"{name}: sizes= (a valid region per batch item) is not lowered by any backend yet; mask in the pattern"
             )
         if dropout_p or seed is not None:
-            raise UnsupportedError(
-                f"{name}: dropout_p= is not lowered by any backend yet; apply dropout to the output instead"
-            )
+            raise UnsupportedError(f"{name}: dropout_p= is not lowered by any backend yet; apply dropout to the output instead")
         qr, kr, vr = self._rows(q, k, v)
         self._check(qr, kr, vr)
         scale = qr.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -222,23 +211,17 @@ class Operator:
             for _, (a, b, c) in self._graph.steps:
                 values.append(torch.ops.attnc.channel(values[a], values[b], values[c], scale, backend))
             out = values[self._graph.result]
-            return layouts.from_rows(out, self._layout(len(self._graph_axes(qr))))
+            return layouts.from_rows(out, self._layouts[min(self._layouts)])
         q_grid, k_grid = self._grids(qr, kr, grid)
-        found = self._programs.get(len(q_grid))
-        if found is None or isinstance(found, AttncError):
-            self.program(len(q_grid))  # raises
-            raise AssertionError
-        text, program = found
+        text, program = self._traced(len(q_grid))
         ordered = self._tables(program, tables, qr, kr, vr)
         out, lse = self._run(qr, kr, vr, ordered, scale, q_grid, k_grid, text, backend)
-        shaped = layouts.from_rows(out, self._layout(len(q_grid)))
+        shaped = layouts.from_rows(out, self._layouts[len(q_grid)])
         if not return_lse:
             return shaped
         assert isinstance(program.attend, ir.Attend)
         if program.attend.normalizer.kind != "softmax":
-            raise ShapeError(
-                f"{name}: return_lse=True, but weights by {program.attend.normalizer.kind} have no log-sum-exp"
-            )
+            raise ShapeError(f"{name}: return_lse=True, but weights by {program.attend.normalizer.kind} have no log-sum-exp")
         return shaped, lse
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
@@ -265,12 +248,6 @@ class Operator:
                 self._warned = True
             return attend(q, k, v, tables, scale, q_grid, k_grid, text, "torch")  # type: ignore[no-any-return]
 
-    def _layout(self, rank: int) -> Layout:
-        return self.layout or layouts.default(self.axes or ir.AXES[rank])
-
-    def _graph_axes(self, q: Tensor) -> tuple[str, ...]:
-        return self.axes or ir.AXES[1 if q.dim() == 4 else q.dim() - 3]
-
     def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         name = self.source.name
         if self.layout is None:
@@ -292,10 +269,8 @@ class Operator:
             q, k, v = layouts.to_rows(q, self.layout, self.heads, "qkv")
             return q, k, v
         if k is None or v is None:
-            raise ShapeError(
-                f"{name}: the layout {self.layout.text!r} has no `three`: q, k and v are three tensors"
-            )
-        out = []
+            raise ShapeError(f"{name}: the layout {self.layout.text!r} has no `three`: q, k and v are three tensors")
+        out: list[Tensor] = []
         for what, t in (("q", q), ("k", k), ("v", v)):
             heads = self.heads
             if heads and what != "q" and self.layout.joint:
@@ -314,9 +289,7 @@ class Operator:
         if not (q.shape[0] == k.shape[0] == v.shape[0]):
             raise ShapeError(f"{name}: batch sizes differ: {shapes}")
         if k.shape[1] != v.shape[1] or (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-            raise ShapeError(
-                f"{name}: {q.shape[1]} query heads over {k.shape[1]} key and {v.shape[1]} value heads: {shapes}"
-            )
+            raise ShapeError(f"{name}: {q.shape[1]} query heads over {k.shape[1]} key and {v.shape[1]} value heads: {shapes}")
         if self.heads is not None and q.shape[1] != self.heads:
             raise ShapeError(f"{name}: compiled for heads={self.heads}, called with {q.shape[1]}: {shapes}")
         if q.shape[-1] != k.shape[-1]:
@@ -327,9 +300,7 @@ class Operator:
             if not 1 <= d <= 256:
                 raise ShapeError(f"{name}: {what} = {d}; head dimensions go from 1 to 256")
         if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-            raise ShapeError(
-                f"{name}: dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v share one floating-point dtype"
-            )
+            raise ShapeError(f"{name}: dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v share one floating-point dtype")
         if not (q.device == k.device == v.device):
             raise ShapeError(f"{name}: devices {q.device}, {k.device}, {v.device} differ")
 
@@ -358,9 +329,7 @@ class Operator:
                     )
                 given = (q.shape[2] - self.prefix,)
             else:
-                raise ShapeError(
-                    f"{name}: the lengths of ({', '.join(self.axes)}) are open: pass grid= with the call"
-                )
+                raise ShapeError(f"{name}: the lengths of ({', '.join(self.axes)}) are open: pass grid= with the call")
         elif fixed is not None and any(a is not None and a != b for a, b in zip(fixed, given, strict=False)):
             raise ShapeError(f"{name}: compiled for grid={fixed}, called on {given}")
         kv = given
@@ -379,14 +348,10 @@ class Operator:
                 expected *= n
             if tokens != expected + p:
                 beside = f" and {p} prefix tokens" if p else ""
-                raise ShapeError(
-                    f"{name}: {what} has {tokens} tokens, the grid {g}{beside} make {expected + p}"
-                )
+                raise ShapeError(f"{name}: {what} has {tokens} tokens, the grid {g}{beside} make {expected + p}")
         return given, kv
 
-    def _tables(
-        self, program: ir.Program, given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor
-    ) -> list[Tensor]:
+    def _tables(self, program: ir.Program, given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         name, attend = self.source.name, program.attend
         assert isinstance(attend, ir.Attend)
         names = operator.table_names(program)
@@ -401,25 +366,17 @@ class Operator:
                 if t is None:
                     t = rows.new_zeros(1, rows.shape[-1])
                 if t.dim() != 2 or t.shape[0] not in (1, k.shape[1]) or t.shape[1] != rows.shape[-1]:
-                    raise ShapeError(
-                        f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {rows.shape[-1]}]"
-                    )
+                    raise ShapeError(f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {rows.shape[-1]}]")
             elif t is None:
-                raise ShapeError(
-                    f"{name}: the table {n!r} is missing: pass {n}=tensor with {attend.table_rank(n)} dimensions"
-                )
+                raise ShapeError(f"{name}: the table {n!r} is missing: pass {n}=tensor with {attend.table_rank(n)} dimensions")
             elif t.dim() != attend.table_rank(n):
                 raise ShapeError(
                     f"{name}: the table {n!r} has shape {tuple(t.shape)}, the pattern indexes {attend.table_rank(n)} dimensions"
                 )
             if n in attend.int_tables and (t.is_floating_point() or t.is_complex()):
-                raise ShapeError(
-                    f"{name}: the table {n!r} is read by the relation and holds integers, not {t.dtype}"
-                )
+                raise ShapeError(f"{name}: the table {n!r} is read by the relation and holds integers, not {t.dtype}")
             if n not in attend.int_tables and not t.is_floating_point():
-                raise ShapeError(
-                    f"{name}: the table {n!r} enters the score and holds floating-point numbers, not {t.dtype}"
-                )
+                raise ShapeError(f"{name}: the table {n!r} enters the score and holds floating-point numbers, not {t.dtype}")
             if t.device != q.device:
                 raise ShapeError(f"{name}: the table {n!r} is on {t.device}, q on {q.device}")
             out.append(t)
@@ -446,22 +403,20 @@ def compile(
     pad: PadLike = None,
     heads: int | None = None,
     layout: str | None = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
     tune: bool = False,
     fallback: Literal["torch"] | None = None,
 ) -> Operator:
     """An operator `op(q, k, v, *, scale=None, return_lse=False, grid=None, **tables) -> out` from a pattern or mechanism.
 
-    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] unless `layout` says otherwise; the grid is row-major, `prefix` tokens come
-    first. Raises DeclarationError for a wrong statement, UnsupportedError for what cannot be lowered.
+    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] unless `layout` says otherwise; the grid is row-major, `prefix`
+    tokens come first. Raises DeclarationError for a wrong statement, UnsupportedError for what cannot be lowered.
     """
     if not isinstance(p, Pattern | Mechanism):
         hint = " (call it with its hyper-parameters first)" if callable(p) else ""
         raise DeclarationError(f"attnc.compile takes a pattern or a mechanism, not {type(p).__name__}{hint}")
     if tune:
-        raise UnsupportedError(
-            f"pattern {p.name}: tune=True: no tuner is built for this backend yet; leave it out"
-        )
+        raise UnsupportedError(f"pattern {p.name}: tune=True: no tuner is built for this backend yet; leave it out")
     options: dict[str, Any] = {
         "grid": grid,
         "kv_grid": kv_grid,
@@ -489,9 +444,7 @@ def mask(p: Pattern, *, grid: GridLike, kv_grid: GridLike = None, heads: int = 1
     attend = op.program(len(q_grid)).attend
     assert isinstance(attend, ir.Attend)
     if attend.int_tables:
-        raise UnsupportedError(
-            f"{p.name}: the relation reads the runtime tables {attend.int_tables}; it has no mask without them"
-        )
+        raise UnsupportedError(f"{p.name}: the relation reads the runtime tables {attend.int_tables}; it has no mask without them")
     leaves: dict[ir.Expr, Any] = {ir.HEAD: torch.arange(heads)[:, None, None]}
     points = {"q": (q_grid, (slice(None), None)), "k": (k_grid, (None, slice(None)))}
     for role, (sizes, view) in points.items():

@@ -1,8 +1,9 @@
 """The typed, immutable, printable IR. Its equality is the cache key; its JSON form is what operators and caches carry.
 
-Two layers. `Expr` is a small integer/real/boolean expression over coordinates, sizes, the head and batch index, the raw score and
-runtime tables. `Attend` and `Channel` are the statements made of them: which key a query may see, how a score becomes a weight.
-`Tokens` says where rows live (prefix tokens, then a grid, perhaps extended by virtual padded keys), and `Program` ties them together.
+Two layers. `Expr` is a small integer/real/boolean expression over coordinates, sizes, the head and batch index, the raw score
+and runtime tables. `Attend` and `Channel` are the statements made of them: which key a query may see, how a score becomes a
+weight. `Tokens` says where rows live (prefix tokens, then a grid, perhaps extended by virtual padded keys), and `Program` ties
+them together.
 
 `//` and `%` are floor division and its remainder, as in Python, whatever the signs.
 """
@@ -135,7 +136,7 @@ def make(op: str, *args: Expr) -> Expr:
         absorb, keep = (FALSE, TRUE) if op == "and" else (TRUE, FALSE)
         if absorb in (a, b):
             return absorb
-        if a == keep or a == b:
+        if a in (keep, b):
             return b
         return a if b == keep else Expr(op, args, "bool")
     if op == "not":
@@ -228,9 +229,7 @@ def flatten_index(e: Expr, rank: int, same_grid: bool) -> Expr:
 def show(e: Expr, axes: tuple[str, ...] | None = None) -> str:
     """The expression as a user would write it."""
     names = axes or ("t", "y", "x")
-    rank_names = axes or AXES.get(
-        1 + max((n.args[1] for n in walk(e) if n.op in ("coord", "size")), default=1), names
-    )
+    rank_names = axes or AXES.get(1 + max((n.args[1] for n in walk(e) if n.op in ("coord", "size")), default=1), names)
 
     def sub(c: Expr, level: int, right: bool = False) -> str:
         text, mine = go(c), PRECEDENCE.get(c.op, 9)
@@ -280,6 +279,9 @@ class Normalizer:
     power: int = 1
 
 
+SOFTMAX = Normalizer()
+
+
 @dataclass(frozen=True, slots=True)
 class RowMap:
     """A map applied to each row of q or k before the product: "l2norm" (y = x / max(|x|, eps))."""
@@ -296,7 +298,7 @@ class Attend:
     rank: int
     relation: Expr = TRUE
     score: Expr = SCORE
-    normalizer: Normalizer = Normalizer()
+    normalizer: Normalizer = SOFTMAX
     post: Expr | None = None
     q_map: RowMap | None = None
     k_map: RowMap | None = None
@@ -360,30 +362,21 @@ class Program:
     same_grid: bool = True
 
 
-# ------------------------------------------------------------------------------------------------------------------ JSON, as data
+# ------------------------------------------------------------------------------------------------------------------ JSON, as
+# data
 def _expr_out(e: Expr) -> Any:
     return [e.op, e.kind, *[_expr_out(a) if isinstance(a, Expr) else a for a in e.args]]
 
 
 def _expr_in(data: Any) -> Expr:
-    if not (
-        isinstance(data, list)
-        and len(data) >= 2
-        and isinstance(data[0], str)
-        and data[1] in ("int", "bool", "real")
-    ):
+    if not (isinstance(data, list) and len(data) >= 2 and isinstance(data[0], str) and data[1] in ("int", "bool", "real")):
         raise CacheError(f"not an attnc expression: {str(data)[:80]}")
     op, kind, *rest = data
     args = tuple(_expr_in(a) if isinstance(a, list) else a for a in rest)
     if op in ARITY:
         ok = len(args) == ARITY[op] and all(isinstance(a, Expr) for a in args)
     elif op == "load":
-        ok = (
-            bool(args)
-            and isinstance(args[0], str)
-            and args[0].isidentifier()
-            and all(isinstance(a, Expr) for a in args[1:])
-        )
+        ok = bool(args) and isinstance(args[0], str) and args[0].isidentifier() and all(isinstance(a, Expr) for a in args[1:])
     elif op == "const":
         ok = len(args) == 1 and isinstance(args[0], int | float)
     elif op in ("coord", "size"):
@@ -419,10 +412,7 @@ def to_json(p: Program) -> str:
         body["normalizer"] = [n.kind, n.over, n.sink, n.power]
         body["post"] = None if a.post is None else _expr_out(a.post)
         body["maps"] = [None if m is None else [m.kind, m.eps] for m in (a.q_map, a.k_map)]
-    tokens = [
-        {"grid": t.grid, "prefix": t.prefix, "pad": t.pad, "pad_multiple": t.pad_multiple}
-        for t in (p.queries, p.keys)
-    ]
+    tokens = [{"grid": t.grid, "prefix": t.prefix, "pad": t.pad, "pad_multiple": t.pad_multiple} for t in (p.queries, p.keys)]
     return json.dumps({"attend": body, "tokens": tokens, "same_grid": p.same_grid}, separators=(",", ":"))
 
 

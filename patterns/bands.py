@@ -17,13 +17,14 @@ def full() -> Pattern:
 
 def causal() -> Pattern:
     """k <= q on every axis. (Causal in row-major order is `q.index >= k.index`.)"""
-    return Pattern(
-        "causal()", lambda q, k: Statement(every([b <= a for a, b in zip(q, k, strict=True)]).expr)
-    )
+    return Pattern("causal()", lambda q, k: Statement(every([b <= a for a, b in zip(q, k, strict=True)]).expr))
 
 
 def band(left: Size, right: Size, *, bias: Bias = None) -> Pattern:
-    """Keys from q - left to q + right on every axis, cut at the borders. A relative bias has left + right + 1 entries per axis side."""
+    """Keys from q - left to q + right on every axis, cut at the borders.
+
+    A relative bias is indexed q - k + max(left, right), so it has 2 max(left, right) + 1 entries per axis.
+    """
 
     def body(q: Point, k: Point) -> tuple[Sym, Places]:
         lefts, rights = ((x,) * len(q.axes) if isinstance(x, int) else tuple(x) for x in (left, right))

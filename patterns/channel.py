@@ -11,7 +11,8 @@ def _channel(q: Rows, k: Rows, v: Rows) -> Rows:
 
 
 def channel() -> Mechanism:
-    """Heads are groups of channels: S[i, j] = scale * sum_n q[n, i] k[n, j]; A = softmax over j; out[n, i] = sum_j A[i, j] v[n, j].
+    """Heads are groups of channels: S[i, j] = scale * sum_n q[n, i] k[n, j]; A = softmax over j; out[n, i] = sum_j A[i, j]
+    v[n, j].
 
     DaViT calls `op(k, v, q)`.
     """

@@ -20,9 +20,7 @@ def dilated_blocks(size: Size, interval: Size, *, bias: Bias = None) -> Pattern:
 
     def body(q: Point, k: Point) -> tuple[Sym, Places]:
         terms, places = [], []
-        for a, b, s, d in zip(
-            q, k, per_axis(size, q.axes, "size"), per_axis(interval, q.axes, "interval"), strict=True
-        ):
+        for a, b, s, d in zip(q, k, per_axis(size, q.axes, "size"), per_axis(interval, q.axes, "interval"), strict=True):
             terms += [a % d == b % d, a // d // s == b // d // s]
             places.append((a // d % s, b // d % s, s))
         return every(terms), places

@@ -22,9 +22,9 @@ def neighborhood(
     """A window of `size` keys around each query, kept inside the axis (so every query has size keys where the axis has them).
 
     On the residue class of the query modulo `dilation`, with j its index there and g the class's length, the keys are
-    start .. start + size - 1, start = max(min(c - size // 2, g - size), 0). The centre c is j, or the middle of j's group of `stride`
-    queries, which all share one window. A causal axis ends its window at the query: keys j' with last - size < j' <= j, where last is
-    the last query of the group. `size` is cut to the class.
+    start .. start + size - 1, start = max(min(c - size // 2, g - size), 0). The centre c is j, or the middle of j's group of
+    `stride` queries, which all share one window. A causal axis ends its window at the query: keys j' with last - size < j' <=
+    j, where last is the last query of the group. `size` is cut to the class.
     """
 
     def body(q: Point, k: Point) -> tuple[Sym, Places]:
@@ -50,9 +50,7 @@ def neighborhood(
         return every(terms), places
 
     if bias == "absolute":
-        raise DeclarationError(
-            "neighborhood: bias='absolute' has no meaning here, windows slide; use 'relative'"
-        )
+        raise DeclarationError("neighborhood: bias='absolute' has no meaning here, windows slide; use 'relative'")
     extra = "".join(
         f", {n}={x!r}"
         for n, x, plain in (("dilation", dilation, 1), ("stride", stride, 1), ("causal", causal, False))

@@ -33,9 +33,7 @@ def per_head(patterns: Sequence[Pattern], heads: int | None = None) -> Pattern:
                 first.q_map,
                 first.k_map,
             ):
-                raise DeclarationError(
-                    "per_head: all patterns share one normalizer, post factor and row maps"
-                )
+                raise DeclarationError("per_head: all patterns share one normalizer, post factor and row maps")
             mine = ir.make("eq", ir.make("floordiv", ir.HEAD, ir.const(run)), ir.const(n))
             relation = ir.make("or", ir.make("and", mine, s.relation), relation)
             score = s.score if s.score == score else ir.make("where", mine, s.score, score)

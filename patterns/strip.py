@@ -14,12 +14,8 @@ def strip(axis: str, width: int) -> Pattern:
 
     def tracer(q: Point, k: Point) -> Statement:
         if axis not in q.axes or width < 1:
-            raise DeclarationError(
-                f"strip({axis!r}, {width!r}): an axis of ({', '.join(q.axes)}) and a positive width"
-            )
-        others: list[Sym] = [
-            a // width == b // width for name, a, b in zip(q.axes, q, k, strict=True) if name != axis
-        ]
+            raise DeclarationError(f"strip({axis!r}, {width!r}): an axis of ({', '.join(q.axes)}) and a positive width")
+        others: list[Sym] = [a // width == b // width for name, a, b in zip(q.axes, q, k, strict=True) if name != axis]
         return Statement(every(others or [q.index == q.index]).expr)
 
     return Pattern(f"strip({axis!r}, {width})", tracer)

@@ -11,8 +11,8 @@ from attnc.patterns.relation import Bias, Places, Size, biased, every
 def window(size: Size, shift: Size | int = 0, *, bias: Bias = None) -> Pattern:
     """Tokens attend within windows of `size` (int, or one per axis) whose borders lie at `shift` mod size.
 
-    Same window: (q - shift) // size == (k - shift) // size on every axis. With shift this is what Swin's roll by -shift with its mask
-    computes; an axis no longer than the window is one window, unshifted.
+    Same window: (q - shift) // size == (k - shift) // size on every axis. With shift this is what Swin's roll by -shift with
+    its mask computes; an axis no longer than the window is one window, unshifted.
     """
 
     def body(q: Point, k: Point) -> tuple[Sym, Places]:

@@ -1,7 +1,7 @@
 """The bridge between IR integers and sympy.
 
-sympy's own floor and Mod rewrite `(q + 3) // 7` into rational arithmetic, so the two integer operations get functions of our own that
-only do what is always true over the integers: fold numbers and pull multiples of the divisor out.
+sympy's own floor and Mod rewrite `(q + 3) // 7` into rational arithmetic, so the two integer operations get functions of our
+own that only do what is always true over the integers: fold numbers and pull multiples of the divisor out.
 """
 
 from __future__ import annotations
@@ -86,11 +86,7 @@ def symbol(e: ir.Expr) -> sp.Symbol:
     """The sympy symbol of a leaf."""
     positive = e.op == "size"
     name = "_".join([e.op, *map(str, e.args)])
-    s = (
-        sp.Symbol(name, integer=True, positive=True)
-        if positive
-        else sp.Symbol(name, integer=True, nonnegative=True)
-    )
+    s = sp.Symbol(name, integer=True, positive=True) if positive else sp.Symbol(name, integer=True, nonnegative=True)
     _LEAVES[s] = e
     return s
 
@@ -200,9 +196,7 @@ class Choice(sp.Function):  # type: ignore[misc]
         return True
 
 
-def _invert(
-    f: sp.Expr, x: sp.Symbol, bound: sp.Expr, never: sp.Expr, always: sp.Expr, *, at_most: bool
-) -> sp.Expr:
+def _invert(f: sp.Expr, x: sp.Symbol, bound: sp.Expr, never: sp.Expr, always: sp.Expr, *, at_most: bool) -> sp.Expr:
     if f == x:
         return bound
     if not f.has(x):
@@ -214,9 +208,7 @@ def _invert(
     if f.is_Mul:
         c, rest = f.as_independent(x)
         if c.is_positive:
-            return _invert(
-                rest, x, FloorDiv(bound if at_most else bound + c - 1, c), never, always, at_most=at_most
-            )
+            return _invert(rest, x, FloorDiv(bound if at_most else bound + c - 1, c), never, always, at_most=at_most)
     if isinstance(f, FloorDiv) and not f.args[1].has(x):
         u, s = f.args
         return _invert(u, x, sp.expand(s * bound + (s - 1 if at_most else 0)), never, always, at_most=at_most)

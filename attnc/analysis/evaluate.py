@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,9 +77,6 @@ def _apply(op: str, a: list[Any], xp: Any) -> Any:
             return xp.where(a[0] < a[1] if op == "min" else a[0] > a[1], a[0], a[1])
         case "where":
             return (a[1] if a[0] else a[2]) if _plain(a[0]) else xp.where(a[0], a[1], a[2])
-    f = {"sigmoid": lambda x: 1 / (1 + xp.exp(-x))}.get(op) or getattr(xp, op)
-    if _plain(a[0]):
-        import numpy as np  # the functions of torch refuse Python numbers
-
-        return float({"sigmoid": lambda x: 1 / (1 + np.exp(-x))}.get(op, getattr(np, op, None))(a[0]))
-    return f(a[0])
+    if _plain(a[0]):  # the functions of torch refuse Python numbers
+        return 1 / (1 + math.exp(-a[0])) if op == "sigmoid" else getattr(math, op)(a[0])
+    return 1 / (1 + xp.exp(-a[0])) if op == "sigmoid" else getattr(xp, op)(a[0])

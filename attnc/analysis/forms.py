@@ -1,11 +1,13 @@
 """Normal forms: which keys one axis allows, as a residue split and two monotone interval ends, found from the expression.
 
-For a query coordinate q = split * j + r, the keys are split * i + r with lo(j, r) <= i <= hi(j, r). Both ends never fall as j grows,
-so the transposed map (for a key, its queries) is the pair of generalised inverses, and a tile of queries sees one interval of keys.
+For a query coordinate q = split * j + r, the keys are split * i + r with lo(j, r) <= i <= hi(j, r). Both ends never fall as j
+grows, so the transposed map (for a key, its queries) is the pair of generalised inverses, and a tile of queries sees one
+interval of keys.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import sympy as sp
@@ -24,16 +26,16 @@ from attnc.analysis.algebra import (
     to_sympy,
 )
 
-J, R, I = ir.var("j"), ir.var("r"), ir.var("i")
-_J, _R, _I = symbol(J), symbol(R), symbol(I)
+J, R, I_ = ir.var("j"), ir.var("r"), ir.var("i")
+_J, _R, _I = symbol(J), symbol(R), symbol(I_)
 
 
 @dataclass(frozen=True)
 class AxisForm:
     """What was proved about one axis. Ends are IR integers over j, r and sizes (inverses: over i, r and sizes).
 
-    kind: full, block, shifted block, residue, band, clamped band, point, causal or interval, for people; `residue` parts are named
-    in front, e.g. "residue 4 of clamped band". block: tokens per block where both ends are piecewise constant, with its shift.
+    kind (for people): full, block, shifted block, residue, band, clamped band, point, causal, interval; `residue` parts are
+    named in front, e.g. "residue 4 of clamped band". block: tokens per block where both ends are piecewise constant, and shift.
     """
 
     kind: str
@@ -85,9 +87,7 @@ def _congruence(c: ir.Expr, q: sp.Symbol, k: sp.Symbol) -> sp.Expr | None:
     mods = sorted(e.atoms(FloorMod), key=str)
     if len(mods) == 1 and e in (mods[0], -mods[0]):
         u, m = mods[0].args
-    elif (
-        len(mods) == 2 and mods[0].args[1] == mods[1].args[1] and e in (mods[0] - mods[1], mods[1] - mods[0])
-    ):
+    elif len(mods) == 2 and mods[0].args[1] == mods[1].args[1] and e in (mods[0] - mods[1], mods[1] - mods[0]):
         u, m = sp.expand(mods[0].args[0] - mods[1].args[0]), mods[0].args[1]
         if mods[0].args[0].has(q) == mods[0].args[0].has(k):
             return None
@@ -118,11 +118,7 @@ def _bounds(x: sp.Expr, i: sp.Symbol, bound: sp.Expr, *, upper: bool) -> list[tu
         u = sp.expand(x.args[0])
         return _bounds(u, i, bound, upper=True) + _bounds(u, i, sp.expand(-bound), upper=False)
     if isinstance(x, sp.Max if upper else sp.Min):  # max(a, b) <= bound: each of them
-        return [
-            end
-            for a in x.args
-            for end in (_bounds(a, i, bound, upper=upper) if a.has(i) else _free(a, bound, upper))
-        ]
+        return [end for a in x.args for end in (_bounds(a, i, bound, upper=upper) if a.has(i) else _free(a, bound, upper))]
     raise _Unrecognised
 
 
@@ -134,9 +130,7 @@ def _free(a: sp.Expr, bound: sp.Expr, upper: bool) -> list[tuple[str, sp.Expr]]:
     raise _Unrecognised
 
 
-def _ends(
-    c: ir.Expr, replace: dict[sp.Symbol, sp.Expr], tidy: dict[sp.Expr, sp.Expr]
-) -> list[tuple[str, sp.Expr]]:
+def _ends(c: ir.Expr, replace: dict[sp.Symbol, sp.Expr], tidy: dict[sp.Expr, sp.Expr]) -> list[tuple[str, sp.Expr]]:
     """Ends of i that one conjunct asks for, after q and k were split into residue and index."""
     what, e = _difference(c)
     e = sp.expand(e.subs(replace, simultaneous=True).xreplace(tidy))
@@ -162,10 +156,8 @@ def recognise(
     split, rest = sp.Integer(1), []
     for c in conjuncts:
         m = None
-        try:
+        with contextlib.suppress(NotAlgebraic, _Unrecognised):
             m = _congruence(c, q, k)
-        except (NotAlgebraic, _Unrecognised):
-            pass
         if m is None:
             rest.append(c)
         elif split == 1 or split == m:
@@ -263,11 +255,6 @@ def _name(lo: sp.Expr, hi: sp.Expr, nk: sp.Expr, block: sp.Expr | None, shift: s
     shifted = [e for e in (*lows, *highs) if e not in (0, nk - 1)]
     if all(sp.expand(e - _J).is_Integer or not (e - _J).has(_J) for e in shifted):
         return "band"
-    if any(
-        isinstance(a, sp.Max | sp.Min) and a.has(_J)
-        for e in (lo, hi)
-        for a in sp.preorder_traversal(e)
-        if a not in (lo, hi)
-    ):
+    if any(isinstance(a, sp.Max | sp.Min) and a.has(_J) for e in (lo, hi) for a in sp.preorder_traversal(e) if a not in (lo, hi)):
         return "clamped band"
     return "interval"

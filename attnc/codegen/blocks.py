@@ -1,7 +1,8 @@
-"""Attention of blocks in plain PyTorch, forward and backward: the arithmetic that the eager meaning and the portable backend share.
+"""Attention of blocks in plain PyTorch, forward and backward: the arithmetic that the eager meaning and the portable backend
+share.
 
-A block is a set of tiles [T], each with n queries and m keys. `Tile` says which tokens they are; the drivers gather rows, evaluate the
-statement on coordinates and put rows back. The two backends differ only in the tiles they hand over.
+A block is a set of tiles [T], each with n queries and m keys. `Tile` says which tokens they are; the drivers gather rows,
+evaluate the statement on coordinates and put rows back. The two backends differ only in the tiles they hand over.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from attnc.runtime.call import Call, empty_like_order, lse_like
 class Tile:
     """Tokens of T tiles. Token numbers count the prefix; -1 is no query (n side), -1 a virtual key and -2 no key (m side).
 
-    Coordinates are extended ones, one [T, n] or [T, m] tensor per axis of the statement; prefix tokens have coordinate -1 on all.
+    Coordinates are extended ones, one [T, n] or [T, m] tensor per axis of the statement; prefix tokens have coordinate -1 on
+    all.
     """
 
     queries: Tensor  # [T, n]
@@ -70,9 +72,7 @@ def attend_block(
     def load(name: str, indices: tuple[Tensor | int, ...]) -> Tensor:
         t = tables[name]
         at = []
-        for d, i in enumerate(
-            indices
-        ):  # pairs outside the relation may index anything: their value is not used
+        for d, i in enumerate(indices):  # pairs outside the relation may index anything: their value is not used
             index = torch.as_tensor(i, device=t.device)
             at.append(index.clamp(0, t.shape[d] - 1))
         return t[tuple(at)]
@@ -85,9 +85,7 @@ def attend_block(
     same = call.program.same_grid
 
     def value(e: ir.Expr) -> Tensor:
-        return torch.as_tensor(
-            evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load), device=q.device
-        )
+        return torch.as_tensor(evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load), device=q.device)
 
     allowed = value(a.relation)
     score = raw if a.score == ir.SCORE else value(a.score).to(raw.dtype)
@@ -102,11 +100,7 @@ def attend_block(
         case "softmax":
             masked = torch.where(allowed, score, float("-inf"))
             if a.normalizer.sink is not None:
-                sink = (
-                    tables[a.normalizer.sink]
-                    .view(-1, 1, 1, 1)
-                    .expand(q.shape[0], q.shape[1], *raw.shape[2:4], 1)
-                )
+                sink = tables[a.normalizer.sink].view(-1, 1, 1, 1).expand(q.shape[0], q.shape[1], *raw.shape[2:4], 1)
                 masked = torch.cat([masked, sink], -1)
             some = (masked > float("-inf")).any(-1, keepdim=True)
             finite = torch.where(some, masked, 0.0)  # rows without keys: keep every derivative finite
@@ -147,11 +141,9 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[
     tables = _float_tables(call, dtype)
     rows = torch.empty((*flat_q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     for tile in tiles(call, q.device, q.shape[0] * q.shape[1]):
-        gathered = (
-            _gather(t, i).to(dtype)
-            for t, i in ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))
-        )
-        o, s = attend_block(call, tile, *gathered, tables, group)
+        rows_of = ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))
+        qb, kb, vb = (_gather(t, i).to(dtype) for t, i in rows_of)
+        o, s = attend_block(call, tile, qb, kb, vb, tables, group)
         real = tile.queries >= 0
         rows[:, :, tile.queries[real]] = o[:, :, real].to(q.dtype)
         lse[:, :, tile.queries[real]] = s[:, :, real].to(lse.dtype)
@@ -170,24 +162,17 @@ def backward(
     sums = [torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (flat_q, flat_k, flat_v)]
     table_sums = {n: torch.zeros_like(t) for n, t in learned.items()}
     for tile in tiles(call, q.device, q.shape[0] * q.shape[1]):
-        rows = [
-            _gather(t, i).to(dtype)
-            for t, i in ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))
-        ]
+        rows = [_gather(t, i).to(dtype) for t, i in ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))]
         real, present = tile.queries >= 0, tile.keys >= 0
 
-        def block(
-            qb: Tensor, kb: Tensor, vb: Tensor, t: dict[str, Tensor], tile: Tile = tile
-        ) -> tuple[Tensor, Tensor]:
+        def block(qb: Tensor, kb: Tensor, vb: Tensor, t: dict[str, Tensor], tile: Tile = tile) -> tuple[Tensor, Tensor]:
             return attend_block(call, tile, qb, kb, vb, {**tables, **t}, group)
 
-        (_, s), vjp = torch.func.vjp(block, *rows, learned)
+        (_, s), vjp, *_ = torch.func.vjp(block, *rows, learned)
         g = torch.where(real[..., None], _gather(flat_g, tile.queries).to(dtype), 0.0)
         gl = torch.zeros_like(s)
         if grad_lse is not None:
-            gl = torch.where(
-                real & torch.isfinite(s), grad_lse[:, :, tile.queries.clamp_min(0)].to(dtype), 0.0
-            )
+            gl = torch.where(real & torch.isfinite(s), grad_lse[:, :, tile.queries.clamp_min(0)].to(dtype), 0.0)
         *parts, table_parts = vjp((g, gl))
         for total, part, tokens, keep in zip(
             sums, parts, (tile.queries, tile.keys, tile.keys), (real, present, present), strict=True

@@ -1,4 +1,5 @@
-"""The meaning: every query against every key, the relation evaluated as the user wrote it. Streamed over query chunks, float64-capable.
+"""The meaning: every query against every key, the relation evaluated as the user wrote it. Streamed over query chunks,
+float64-capable.
 
 Every other backend is held to this one. It reads the statement and the sizes, and no proof.
 """
@@ -23,9 +24,7 @@ def _grid_tokens(
     shape: tuple[int, ...], before: tuple[int, ...], real: tuple[int, ...], prefix: int, device: torch.device
 ) -> Tensor:
     """[1 + rank, N] over the extended grid in row-major order: token number (-1: virtual), then coordinates."""
-    coords = torch.stack(
-        torch.meshgrid(*[torch.arange(n, device=device) for n in shape], indexing="ij")
-    ).flatten(1)
+    coords = torch.stack(torch.meshgrid(*[torch.arange(n, device=device) for n in shape], indexing="ij")).flatten(1)
     token, inside = torch.zeros_like(coords[0]), torch.ones_like(coords[0], dtype=torch.bool)
     for c, b, n in zip(coords, before, real, strict=True):
         token = token * n + (c - b)
@@ -94,10 +93,8 @@ def channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return channel(q, k, v, scale)
 
 
-def channel_backward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def channel_backward(q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of channel attention."""
-    _, vjp = torch.func.vjp(lambda a, b, c: channel(a, b, c, scale), q, k, v)
+    _, vjp, *_ = torch.func.vjp(lambda a, b, c: channel(a, b, c, scale), q, k, v)
     dq, dk, dv = vjp(grad_out)
     return dq, dk, dv

@@ -1,4 +1,5 @@
-"""The portable backend: the compiler's schedule as composed PyTorch calls over tiles, never N x N. For machines without a compiler.
+"""The portable backend: the compiler's schedule as composed PyTorch calls over tiles, never N x N. For machines without a
+compiler.
 
 Query tiles see the box of keys their interval ends give; tiles of one size run together, a bounded number at a time.
 """
@@ -6,7 +7,7 @@ Query tiles see the box of keys their interval ends give; tiles of one size run 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -34,10 +35,10 @@ def spans(axis: Axis, size: int) -> list[Span]:
             starts = [b for b in range(axis.shift - axis.block, n, axis.block) if b > 0]
             edges |= set(starts)
         borders = sorted(edges)
-        for a, b in zip(borders, borders[1:], strict=False):
+        for a, b in pairwise(borders):
             parts = -(-(b - a) // max(size, 1))
             cuts = [a + (b - a) * i // parts for i in range(parts + 1)]
-            for c, d in zip(cuts, cuts[1:], strict=False):
+            for c, d in pairwise(cuts):
                 out.append((r, c, d, int(axis.lo[r, c:d].min()), int(axis.hi[r, c:d].max()) + 1))
     return out
 
@@ -51,9 +52,7 @@ def _cross(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.stack([g.ravel() for g in np.meshgrid(*parts, indexing="ij")])
 
 
-def _tokens(
-    coords: NDArray[np.int64], axes: tuple[Axis, ...], prefix: int, *, queries: bool
-) -> NDArray[np.int64]:
+def _tokens(coords: NDArray[np.int64], axes: tuple[Axis, ...], prefix: int, *, queries: bool) -> NDArray[np.int64]:
     token, inside = np.zeros(coords.shape[1], np.int64), np.ones(coords.shape[1], bool)
     for c, a in zip(coords, axes, strict=True):
         before, real = (a.before_queries, a.real_queries) if queries else (a.before_keys, a.real_keys)
@@ -69,9 +68,7 @@ def _unflatten(c: NDArray[np.int64], grid: tuple[int, ...], flat: bool) -> NDArr
 def _raw_tiles(g: Geometry) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """([1 + rank, n], [1 + rank, m]) per tile: token numbers and coordinates, without prefix tokens."""
     side = max(1, round(TILE ** (1 / len(g.axes))))
-    point = [
-        int((a.hi - a.lo).max()) <= 0 for a in g.axes
-    ]  # a tile one token wide on axes where a query sees its own line only
+    point = [int((a.hi - a.lo).max()) <= 0 for a in g.axes]  # a tile one token wide on axes where a query sees its own line only
     free = max(1, len(g.axes) - sum(point))
     wide = max(1, round(TILE ** (1 / free)))
     sizes = [1 if p else (wide if any(point) else side) for p in point]
@@ -89,9 +86,7 @@ def _raw_tiles(g: Geometry) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int6
         )
 
 
-def _pack(
-    group: list[tuple[NDArray[np.int64], NDArray[np.int64]]], k_prefix: int, device: torch.device
-) -> Tile:
+def _pack(group: list[tuple[NDArray[np.int64], NDArray[np.int64]]], k_prefix: int, device: torch.device) -> Tile:
     n, m = (max(t[i].shape[1] for t in group) for i in (0, 1))
     rank = group[0][0].shape[0]
     q, k = np.zeros((rank, len(group), n), np.int64), np.zeros((rank, len(group), k_prefix + m), np.int64)

@@ -19,7 +19,7 @@ class Statement:
 
     relation: ir.Expr
     score: ir.Expr = ir.SCORE
-    normalizer: ir.Normalizer = ir.Normalizer()
+    normalizer: ir.Normalizer = ir.SOFTMAX
     post: ir.Expr | None = None
     q_map: ir.RowMap | None = None
     k_map: ir.RowMap | None = None
@@ -126,10 +126,8 @@ def where(
     """
     test = as_expr(condition)
     if test.kind != "bool":
-        raise DeclarationError(
-            f"attnc.where: `{ir.show(test)}` is not a condition but {test.kind}; compare it with something"
-        )
+        raise DeclarationError(f"attnc.where: `{ir.show(test)}` is not a condition but {test.kind}; compare it with something")
     if other is not None:
         return Sym(ir.make("where", test, as_expr(value), as_expr(other)))
     weight = None if post is None else as_expr(post)
-    return Statement(test, as_expr(value), normalizer or ir.Normalizer(), weight, q_map, k_map)
+    return Statement(test, as_expr(value), normalizer or ir.SOFTMAX, weight, q_map, k_map)

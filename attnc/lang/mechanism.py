@@ -37,9 +37,7 @@ def channel_attend(q: Rows, k: Rows, v: Rows) -> Rows:
     """S[i, j] = scale * sum_n q[n, i] k[n, j]; out[n, i] = sum_j softmax_j(S)[i, j] v[n, j]: tokens are contracted (DaViT)."""
     for r in (q, k, v):
         if not isinstance(r, Rows):
-            raise DeclarationError(
-                f"attnc.channel_attend takes token sets of a mechanism, not {type(r).__name__}"
-            )
+            raise DeclarationError(f"attnc.channel_attend takes token sets of a mechanism, not {type(r).__name__}")
     return q.graph.add(ir.Channel(), q, k, v)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from attnc import ir
 from attnc.errors import DeclarationError
@@ -12,10 +12,11 @@ from attnc.lang.functions import Statement
 from attnc.lang.symbols import Point, Sym, Table, as_expr
 
 Tracer = Callable[[Point, Point], Statement]
+T = TypeVar("T")
 
 
 class Pattern:
-    """A relation and a score, no tensors yet. Patterns combine: `a & b`, `a | b`, `~a`, `.shift()`, `.dilate()`, `.heads()`, `.on()`."""
+    """A relation and a score, no tensors yet. Patterns combine: `a & b`, `a | b`, `~a`, shift, dilate, heads, on."""
 
     def __init__(self, name: str, tracer: Tracer) -> None:
         self.name = name
@@ -37,34 +38,20 @@ class Pattern:
             raise DeclarationError(f"pattern {self.name} on the grid ({', '.join(axes)}): {e}") from e
 
     def _checked(self, s: Statement, axes: tuple[str, ...]) -> ir.Attend:
-        relation = ir.rewrite(
-            s.relation, lambda n: ir.load(n.args[0], n.children, "int") if n.op == "load" else None
-        )
+        relation = ir.rewrite(s.relation, lambda n: ir.load(n.args[0], n.children, "int") if n.op == "load" else None)
         if relation.kind != "bool":
-            raise DeclarationError(
-                f"the relation `{ir.show(relation, axes)}` is not boolean but {relation.kind}"
-            )
+            raise DeclarationError(f"the relation `{ir.show(relation, axes)}` is not boolean but {relation.kind}")
         for n in ir.walk(relation):
             if n.kind == "real":
-                what = (
-                    "SCORE decides nothing about who attends to whom"
-                    if n.op == "score"
-                    else "a float used as a coordinate"
-                )
+                what = "SCORE decides nothing about who attends to whom" if n.op == "score" else "a float used as a coordinate"
                 text = f"`{ir.show(relation, axes)}` contains `{ir.show(n, axes)}`"
-                raise DeclarationError(
-                    f"{text}: {what}; a relation compares integers (coordinates, sizes, HEAD, integer tables)"
-                )
+                raise DeclarationError(f"{text}: {what}; a relation compares integers (coordinates, sizes, HEAD, integer tables)")
         if s.score.kind == "bool":
-            raise DeclarationError(
-                f"the score `{ir.show(s.score, axes)}` is a condition; a score is a number"
-            )
+            raise DeclarationError(f"the score `{ir.show(s.score, axes)}` is a condition; a score is a number")
         for e in (s.score, s.post):
             for n in ir.walk(e) if e is not None else ():
                 if n.op == "load" and n.args[0] in {m.args[0] for m in ir.walk(relation) if m.op == "load"}:
-                    raise DeclarationError(
-                        f"the table `{n.args[0]}` is read by the relation (integers) and by the score (reals)"
-                    )
+                    raise DeclarationError(f"the table `{n.args[0]}` is read by the relation (integers) and by the score (reals)")
         if s.post is not None and any(n.op == "score" for n in ir.walk(s.post)):
             raise DeclarationError("post multiplies the normalised weight and cannot read SCORE")
         ranks: dict[str, int] = {}
@@ -119,12 +106,8 @@ class Pattern:
 
                 def one(c: ir.Expr, n: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
                     d = ir.const(next(it))
-                    left = ir.make(
-                        "sub", n, ir.make("mod", c, d)
-                    )  # length of c's residue class: ceil((n - c % d) / d)
-                    return ir.make("floordiv", c, d), ir.make(
-                        "floordiv", ir.make("add", left, ir.const(d.args[0] - 1)), d
-                    )
+                    left = ir.make("sub", n, ir.make("mod", c, d))  # length of c's residue class: ceil((n - c % d) / d)
+                    return ir.make("floordiv", c, d), ir.make("floordiv", ir.make("add", left, ir.const(d.args[0] - 1)), d)
 
                 return p.map(one)
 
@@ -145,9 +128,7 @@ class Pattern:
             member = ir.FALSE
             for h in chosen:
                 member = ir.make("or", member, ir.make("eq", ir.HEAD, ir.const(h)))
-            return Statement(
-                ir.make("and", member, s.relation), s.score, s.normalizer, s.post, s.q_map, s.k_map
-            )
+            return Statement(ir.make("and", member, s.relation), s.score, s.normalizer, s.post, s.q_map, s.k_map)
 
         return Pattern(f"{self.name}.heads({list(chosen)})", tracer)
 
@@ -173,11 +154,16 @@ def _per_axis(values: tuple[int, ...], axes: tuple[str, ...], what: str) -> tupl
 def per_axis(value: int | Sequence[int], axes: tuple[str, ...], what: str) -> tuple[int, ...]:
     """One positive int per axis from an int or a sequence; DeclarationError names `what` otherwise."""
     values = (value,) * len(axes) if isinstance(value, int) else tuple(value)
-    if len(values) != len(axes) or any(
-        not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values
-    ):
+    if len(values) != len(axes) or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
         raise DeclarationError(f"{what}={value!r}: a positive int, or one per axis ({', '.join(axes)})")
     return values
+
+
+def _agree(a: Pattern, b: Pattern, x: T, y: T, plain: T) -> T:
+    """The choice of two patterns, of which one may be plain."""
+    if x != y and plain not in (x, y):
+        raise DeclarationError(f"`{a.name}` and `{b.name}` do not agree: {x} and {y}; give both the same")
+    return y if x == plain else x
 
 
 def _combine(op: str, a: Pattern, b: Pattern) -> Pattern:
@@ -186,29 +172,16 @@ def _combine(op: str, a: Pattern, b: Pattern) -> Pattern:
     def tracer(q: Point, k: Point) -> Statement:
         s, t = a._tracer(q, k), b._tracer(q, k)
         relation = ir.make(op, s.relation, t.relation)
-        rest = []
-        for x, y, plain in (
-            (s.normalizer, t.normalizer, ir.Normalizer()),
-            (s.post, t.post, None),
-            (s.q_map, t.q_map, None),
-            (s.k_map, t.k_map, None),
-        ):
-            if x != y and plain not in (x, y):
-                raise DeclarationError(
-                    f"`{a.name}` and `{b.name}` do not agree: {x} and {y}; give both the same"
-                )
-            rest.append(y if x == plain else x)
+        normalizer = _agree(a, b, s.normalizer, t.normalizer, ir.SOFTMAX)
+        post = _agree(a, b, s.post, t.post, None)
+        q_map, k_map = _agree(a, b, s.q_map, t.q_map, None), _agree(a, b, s.k_map, t.k_map, None)
         score = t.score if s.score == ir.SCORE else s.score
         if s.score != t.score:
             if op == "or":
-                score = ir.make(
-                    "where", s.relation, s.score, t.score
-                )  # pairs in both keep the first part's score
+                score = ir.make("where", s.relation, s.score, t.score)  # pairs in both keep the first part's score
             elif ir.SCORE not in (s.score, t.score):
-                raise DeclarationError(
-                    f"`{a.name} & {b.name}`: both parts change the score; say it in one pattern"
-                )
-        return Statement(relation, score, *rest)
+                raise DeclarationError(f"`{a.name} & {b.name}`: both parts change the score; say it in one pattern")
+        return Statement(relation, score, normalizer, post, q_map, k_map)
 
     sign = "&" if op == "and" else "|"
     return Pattern(f"({a.name} {sign} {b.name})", tracer)
@@ -219,9 +192,7 @@ def statement_of(result: object) -> Statement:
     if isinstance(result, Statement):
         return result
     if isinstance(result, Pattern):
-        raise DeclarationError(
-            f"the function returned the pattern {result.name}; return its relation, or call it without @pattern"
-        )
+        raise DeclarationError(f"the function returned the pattern {result.name}; return its relation, or call it without @pattern")
     if not isinstance(result, Sym | bool | int | float):
         raise DeclarationError(
             f"the function returned {type(result).__name__}: return a relation (a boolean of coordinates), a score, "
@@ -231,23 +202,19 @@ def statement_of(result: object) -> Statement:
     if e.kind == "bool":
         return Statement(e)
     if e.kind == "int":
-        raise DeclarationError(
-            f"the relation `{ir.show(e)}` is not boolean but an integer: compare it with something"
-        )
+        raise DeclarationError(f"the relation `{ir.show(e)}` is not boolean but an integer: compare it with something")
     return Statement(ir.TRUE, e)
 
 
 def pattern(fn: Callable[..., Any]) -> Callable[..., Pattern]:
-    """Declare a pattern: `fn(q, k, *, hyper..., table: attnc.Table)`. Calling the result with the hyper-parameters gives a Pattern."""
+    """Declare a pattern: `fn(q, k, *, hyper..., table: attnc.Table)`; the result called with its hyper-parameters is a Pattern."""
     signature = inspect.signature(fn)
     parameters = list(signature.parameters.values())
     if len(parameters) < 2 or any(p.kind is not p.KEYWORD_ONLY for p in parameters[2:]):
         raise DeclarationError(
             f"pattern {fn.__name__}: write `def {fn.__name__}(q, k, *, ...)`: hyper-parameters and tables by keyword"
         )
-    tables = {
-        p.name: Table(p.name) for p in parameters[2:] if p.annotation is Table or _names_table(p.annotation)
-    }
+    tables = {p.name: Table(p.name) for p in parameters[2:] if p.annotation is Table or _names_table(p.annotation)}
     hypers = [p for p in parameters[2:] if p.name not in tables]
 
     def factory(**hyper: Any) -> Pattern:
@@ -255,15 +222,11 @@ def pattern(fn: Callable[..., Any]) -> Callable[..., Pattern]:
         for name in hyper:
             if name not in known:
                 takes = ", ".join(sorted(known)) or "none"
-                raise DeclarationError(
-                    f"pattern {fn.__name__}: unknown hyper-parameter {name!r} (it takes: {takes})"
-                )
+                raise DeclarationError(f"pattern {fn.__name__}: unknown hyper-parameter {name!r} (it takes: {takes})")
         missing = [p.name for p in hypers if p.default is p.empty and p.name not in hyper]
         if missing:
             hint = "; annotate runtime tensors as `name: attnc.Table`"
-            raise DeclarationError(
-                f"pattern {fn.__name__}: hyper-parameter {missing[0]!r} has no value{hint}"
-            )
+            raise DeclarationError(f"pattern {fn.__name__}: hyper-parameter {missing[0]!r} has no value{hint}")
 
         def tracer(q: Point, k: Point) -> Statement:
             return statement_of(fn(q, k, **hyper, **tables))

@@ -47,9 +47,7 @@ class Sym:
         )
 
     def __index__(self) -> NoReturn:
-        raise DeclarationError(
-            f"`{self!r}` is a symbol, not a Python integer: it cannot drive range(), a list index or a slice"
-        )
+        raise DeclarationError(f"`{self!r}` is a symbol, not a Python integer: it cannot drive range(), a list index or a slice")
 
     __int__ = __index__
     __float__ = __index__
@@ -63,15 +61,11 @@ class Sym:
             a, b = b, a
         for side in (a, b):
             if side.kind == "bool" and op not in ("eq", "ne", "mul"):
-                raise DeclarationError(
-                    f"`{ir.show(side)}` is a condition; `{ir.INFIX.get(op, op)}` needs numbers: use attnc.where"
-                )
+                raise DeclarationError(f"`{ir.show(side)}` is a condition; `{ir.INFIX.get(op, op)}` needs numbers: use attnc.where")
         if op in ("floordiv", "mod"):
             if "real" in (a.kind, b.kind):
                 text = f"{ir.show(a)} {ir.INFIX[op]} {ir.show(b)}"
-                raise DeclarationError(
-                    f"`{text}`: coordinates are integers, a float cannot be used as one; use integer operands"
-                )
+                raise DeclarationError(f"`{text}`: coordinates are integers, a float cannot be used as one; use integer operands")
             if b == ir.ZERO:
                 raise DeclarationError(f"`{ir.show(a)} {ir.INFIX[op]} 0` divides by zero")
         return Sym(ir.make(op, a, b))
@@ -114,9 +108,7 @@ class Sym:
 
     def __pow__(self, n: object) -> Sym:
         if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= 8:
-            raise DeclarationError(
-                f"`{self!r} ** {n!r}`: only integer powers from 0 to 8; use attnc.exp and attnc.log"
-            )
+            raise DeclarationError(f"`{self!r} ** {n!r}`: only integer powers from 0 to 8; use attnc.exp and attnc.log")
         out = Sym(ir.ONE)
         for _ in range(n):
             out = out * self
@@ -153,9 +145,7 @@ class Sym:
         a, b = self.expr, as_expr(other)
         for side in (a, b):
             if side.kind != "bool":
-                raise DeclarationError(
-                    f"`{ir.show(side)}` is not a condition: `{ir.INFIX[op]}` joins relations (comparisons)"
-                )
+                raise DeclarationError(f"`{ir.show(side)}` is not a condition: `{ir.INFIX[op]}` joins relations (comparisons)")
         return Sym(ir.make(op, a, b))
 
     def __and__(self, o: object) -> Sym:
@@ -187,9 +177,7 @@ class Table:
         indices = tuple(as_expr(i) for i in (item if isinstance(item, tuple) else (item,)))
         for e in indices:
             if e.kind != "int":
-                raise DeclarationError(
-                    f"`{self.name}[... {ir.show(e)} ...]`: a table index is an integer, this is {e.kind}"
-                )
+                raise DeclarationError(f"`{self.name}[... {ir.show(e)} ...]`: a table index is an integer, this is {e.kind}")
         return Sym(ir.load(self.name, indices))
 
 
@@ -282,9 +270,7 @@ class Point:
             raise AttributeError(name)
         if name in self._axes:
             return Sym(self._coords[self._axes.index(name)])
-        raise DeclarationError(
-            f"unknown axis `{name}`: this grid has the axes {', '.join(self._axes)} (and .index, .size)"
-        )
+        raise DeclarationError(f"unknown axis `{name}`: this grid has the axes {', '.join(self._axes)} (and .index, .size)")
 
     def __bool__(self) -> Any:
         raise DeclarationError("a point has no truth value: compare its coordinates, e.g. q.y == k.y")

@@ -22,8 +22,8 @@ class Call:
     A backend module has
         forward(call, q, k, v) -> (out, lse)
         backward(call, q, k, v, out, lse, grad_out, grad_lse) -> (dq, dk, dv, {table: gradient})
-    where lse is float32 [B, Hq, N] (float64 for float64 inputs): natural log of the sum of exp of the scores, -inf for a row without
-    keys (its output row and gradients are zero). grad_lse may be None. Gradients of tables have the tables' shapes.
+    where lse is float32 [B, Hq, N] (float64 for float64 inputs): natural log of the sum of exp of the scores, -inf for a row
+    without keys (its output row and gradients are zero). grad_lse may be None. Gradients of tables have the tables' shapes.
     """
 
     program: ir.Program
@@ -65,10 +65,12 @@ def strides(t: Tensor, grid: tuple[int, ...], prefix: int) -> Strides:
 def empty_like_order(t: Tensor, channels: int) -> Tensor:
     """A dense tensor with t's shape but for the last dimension, its dimensions laid out in memory in the order of t's strides.
 
-    So an output follows its query's layout ([B, N, H, D] seen as [B, H, N, D] gives the same), and nothing is copied afterwards.
+    So an output follows its query's layout ([B, N, H, D] seen as [B, H, N, D] gives the same), and nothing is copied
+    afterwards.
     """
     shape = (*t.shape[:-1], channels)
-    order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
+    strides = t.stride()
+    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
     inverse = [order.index(d) for d in range(t.dim())]
     return torch.empty([shape[d] for d in order], dtype=t.dtype, device=t.device).permute(inverse)
 

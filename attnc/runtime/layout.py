@@ -1,7 +1,7 @@
 """Layout strings: how a tensor's dimensions name batch, heads, grid axes and channels, as views in both directions.
 
-"b h (y x) d" is the default, the layout of scaled_dot_product_attention. "b (y x) (three h d)" is one packed qkv tensor. Nothing here
-copies: a tensor whose strides do not allow the view is refused by torch itself.
+"b h (y x) d" is the default, the layout of scaled_dot_product_attention. "b (y x) (three h d)" is one packed qkv tensor.
+Nothing here copies: a tensor whose strides do not allow the view is refused by torch itself.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def parse(text: str) -> Layout:
     """Parse a layout string. Raises DeclarationError that shows the string and what is wrong in it."""
     tokens = re.findall(r"\([^()]*\)|\w+", text)
     if " ".join(tokens) != " ".join(text.split()):
-        raise DeclarationError(
-            f"layout {text!r}: names separated by spaces, grouped by one level of brackets"
-        )
+        raise DeclarationError(f"layout {text!r}: names separated by spaces, grouped by one level of brackets")
     groups = tuple(tuple(t.strip("()").split()) for t in tokens)
     names = [n for g in groups for n in g]
     if len(set(names)) != len(names):
@@ -65,9 +63,7 @@ def parse(text: str) -> Layout:
     holders = [g for g in groups if set(g) & set(axes)]
     merged = any(len(g) > 1 for g in holders)
     if merged and not (len(holders) == 1 and holders[0] == axes):
-        raise DeclarationError(
-            f"layout {text!r}: the axes are either one group (y x), or each a dimension of its own"
-        )
+        raise DeclarationError(f"layout {text!r}: the axes are either one group (y x), or each a dimension of its own")
     return Layout(text, groups, axes)
 
 
@@ -76,9 +72,7 @@ def default(axes: tuple[str, ...]) -> Layout:
     return parse(f"b h ({' '.join(axes)}) d")
 
 
-def _split_sizes(
-    layout: Layout, group: tuple[str, ...], length: int, heads: int | None, what: str
-) -> list[int]:
+def _split_sizes(layout: Layout, group: tuple[str, ...], length: int, heads: int | None, what: str) -> list[int]:
     known = {"three": 3, "h": heads}
     unknown = [n for n in group if known.get(n) is None]
     product = 1
@@ -98,9 +92,7 @@ def _split_sizes(
 def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> tuple[Tensor, ...]:
     """Views [B, H, N, D] (axes in one group) or [B, H, *grid, D]: one, or three of a packed tensor."""
     if t.dim() != len(layout.groups):
-        raise ShapeError(
-            f"{what} has shape {tuple(t.shape)}, but the layout {layout.text!r} has {len(layout.groups)} dimensions"
-        )
+        raise ShapeError(f"{what} has shape {tuple(t.shape)}, but the layout {layout.text!r} has {len(layout.groups)} dimensions")
     names: list[str] = []
     for group in reversed(layout.groups):
         d = t.dim() - 1 - len(names)
@@ -109,7 +101,7 @@ def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> tuple[Te
         elif len(group) == 1:
             names.insert(0, group[0])
         else:
-            t = t.unflatten(d, _split_sizes(layout, group, t.shape[d], heads, what))
+            t = t.unflatten(d, _split_sizes(layout, group, t.shape[d], heads, what))  # type: ignore[no-untyped-call]
             names[:0] = group
     order = ["b", "h", *(["tokens"] if "tokens" in names else layout.axes), "d"]
     if not layout.packed:

@@ -1,6 +1,7 @@
 """The torch.library operators. A program travels as JSON text, so a traced or exported graph is complete in itself.
 
-attnc::attend and attnc::channel have fake kernels and autograd; their backwards are operators too, so torch.compile sees all of it.
+attnc::attend and attnc::channel have fake kernels and autograd; their backwards are operators too, so torch.compile sees all
+of it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BACKENDS = {
     "eager": "attnc.codegen.eager",
 }
 
-_library = torch.library.Library("attnc", "DEF")
+_library: Any = torch.library.Library("attnc", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] tables, float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend)"
     " -> (Tensor, Tensor)"
@@ -66,11 +67,7 @@ def _call(tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program:
 def _like(t: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the memory order that the fake kernel promised."""
     wanted = empty_like_order(t, t.shape[-1])
-    return (
-        gradient
-        if gradient.stride() == wanted.stride() and gradient.dtype == t.dtype
-        else wanted.copy_(gradient)
-    )
+    return gradient if gradient.stride() == wanted.stride() and gradient.dtype == t.dtype else wanted.copy_(gradient)
 
 
 def _attend(
@@ -129,9 +126,7 @@ def _attend_backward(
 def _attend_backward_fake(
     q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    parts = [
-        t.new_empty(t.shape) if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for t in tables
-    ]
+    parts = [t.new_empty(t.shape) if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for t in tables]
     dq, dk, dv = (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
     return dq, dk, dv, parts
 
@@ -147,9 +142,7 @@ def _attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None)
     q, k, v, out, lse, *tables = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv, parts = torch.ops.attnc.attend_backward(
-        q, k, v, tables, out, lse, grad_out, grad_lse, *ctx.rest
-    )
+    dq, dk, dv, parts = torch.ops.attnc.attend_backward(q, k, v, tables, out, lse, grad_out, grad_lse, *ctx.rest)
     learned = [g if t.is_floating_point() else None for g, t in zip(parts, tables, strict=True)]
     return dq, dk, dv, learned, None, None, None, None, None
 
@@ -197,6 +190,4 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnc::{_name}", _fake, lib=_library)
 torch.library.register_autograd("attnc::attend", _attend_gradient, setup_context=_attend_setup, lib=_library)
-torch.library.register_autograd(
-    "attnc::channel", _channel_gradient, setup_context=_channel_setup, lib=_library
-)
+torch.library.register_autograd("attnc::channel", _channel_gradient, setup_context=_channel_setup, lib=_library)

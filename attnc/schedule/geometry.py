@@ -1,8 +1,10 @@
-"""The geometry of a statement at concrete sizes: per axis, the two interval ends as small integer tables, and what follows from them.
+"""The geometry of a statement at concrete sizes: per axis, the two interval ends as small integer tables, and what follows
+from them.
 
-Coordinates are those of the *extended* grid: where `pad` adds virtual rows, a real token at position p has coordinate p + before.
-On an axis, coordinate c = split * j + r; `lo[r, j] .. hi[r, j]` are the key indices i (coordinate split * i + r) that query j sees, and
-`inverse_lo[r, i] .. inverse_hi[r, i]` the queries that see key i. Everything here is O(axis length), never O(N^2).
+Coordinates are those of the *extended* grid: where `pad` adds virtual rows, a real token at position p has coordinate p +
+before. On an axis, coordinate c = split * j + r; `lo[r, j] .. hi[r, j]` are the key indices i (coordinate split * i + r) that
+query j sees, and `inverse_lo[r, i] .. inverse_hi[r, i]` the queries that see key i. Everything here is O(axis length), never
+O(N^2).
 """
 
 from __future__ import annotations
@@ -76,9 +78,7 @@ class Axis:
             j = np.arange(self.count(self.queries, r))
             position = j * self.split + r - self.before_queries
             real = (position >= 0) & (position < self.real_queries)
-            total += int(
-                np.maximum(self.hi[r, : len(j)] - self.lo[r, : len(j)] + 1, 0)[real].sum(dtype=np.int64)
-            )
+            total += int(np.maximum(self.hi[r, : len(j)] - self.lo[r, : len(j)] + 1, 0)[real].sum(dtype=np.int64))
         return total
 
 
@@ -139,11 +139,7 @@ class Geometry:
     def query_rows(self) -> Any:
         """(query coordinates [rank, n], key coordinates [rank, m]) row by row of the slowest axis; for counting and drawing."""
         first, rest = self.axes[0], self.axes[1:]
-        others_q = (
-            np.meshgrid(*[np.arange(a.real_queries) + a.before_queries for a in rest], indexing="ij")
-            if rest
-            else []
-        )
+        others_q = np.meshgrid(*[np.arange(a.real_queries) + a.before_queries for a in rest], indexing="ij") if rest else []
         others_k = np.meshgrid(*[np.arange(a.keys) for a in rest], indexing="ij") if rest else []
         step = 1 if rest else 64
         for p in range(0, first.real_queries, step):
@@ -167,11 +163,7 @@ class Geometry:
         for a, cq, ck in zip(self.axes, q, k, strict=True):
             lo, hi = a.lo[cq % a.split, cq // a.split], a.hi[cq % a.split, cq // a.split]
             i = ck // a.split
-            out &= (
-                (cq[:, None] % a.split == ck[None] % a.split)
-                & (lo[:, None] <= i[None])
-                & (i[None] <= hi[:, None])
-            )
+            out &= (cq[:, None] % a.split == ck[None] % a.split) & (lo[:, None] <= i[None]) & (i[None] <= hi[:, None])
         residual = self.structure.residual
         if residual == ir.TRUE:
             return np.broadcast_to(out, (heads, *out.shape))
@@ -195,17 +187,13 @@ def _extended(tokens: ir.Tokens, grid: tuple[int, ...]) -> tuple[tuple[int, int]
     return tuple((0, 0) for _ in grid)
 
 
-def _ends(
-    form: AxisForm, axis: int, n_q: int, n_k: int, roles: tuple[ir.Role, ir.Role]
-) -> tuple[int, Ints, Ints]:
+def _ends(form: AxisForm, axis: int, n_q: int, n_k: int, roles: tuple[ir.Role, ir.Role]) -> tuple[int, Ints, Ints]:
     leaves: dict[ir.Expr, Any] = {ir.size(roles[1], axis): n_k, ir.size(roles[0], axis): n_q}
     split = int(evaluate(form.split, leaves, np))
     per = -(-n_q // split)
     leaves[ir.var("j")] = np.arange(per)[None, :]
     leaves[ir.var("r")] = np.arange(split)[:, None]
-    lo, hi = (
-        np.broadcast_to(evaluate(e, leaves, np), (split, per)).astype(np.int32) for e in (form.lo, form.hi)
-    )
+    lo, hi = (np.broadcast_to(evaluate(e, leaves, np), (split, per)).astype(np.int32) for e in (form.lo, form.hi))
     return split, lo, hi
 
 
@@ -243,9 +231,7 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
     a = program.attend
     assert isinstance(a, ir.Attend)
     if len(q_grid) != a.rank or len(k_grid) != a.rank:
-        raise ShapeError(
-            f"pattern {a.name}: grid {q_grid} has {len(q_grid)} axes, the pattern was traced on {a.rank}"
-        )
+        raise ShapeError(f"pattern {a.name}: grid {q_grid} has {len(q_grid)} axes, the pattern was traced on {a.rank}")
     same = program.same_grid
     roles: tuple[ir.Role, ir.Role] = ("q", "q") if same else ("q", "k")
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
