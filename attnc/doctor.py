@@ -74,9 +74,7 @@ def _cache() -> Finding:
     try:
         kinds = cache.info().values()
         size = sum(kind.bytes for kind in kinds) / 1e6
-        return Finding(
-            "cache", True, f"{cache.root()}: {sum(kind.entries for kind in kinds)} entries, {size:.1f} MB"
-        )
+        return Finding("cache", True, f"{cache.root()}: {sum(kind.entries for kind in kinds)} entries, {size:.1f} MB")
     except AttncError as error:
         return Finding("cache", False, "unusable", first_line(error))
 

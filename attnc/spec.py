@@ -144,9 +144,7 @@ def _filled(name: str, found: Any, hyper: dict[str, Value]) -> Any:
         raise DeclarationError(f"{name!r}: {error}; it takes {takes}") from error
     made = found(**hyper)
     if not _is_statement(made):
-        raise DeclarationError(
-            f"{name!r} gave a {type(made).__name__}, not a pattern; decorate it with @attnc.pattern"
-        )
+        raise DeclarationError(f"{name!r} gave a {type(made).__name__}, not a pattern; decorate it with @attnc.pattern")
     return made
 
 
@@ -158,11 +156,7 @@ def _line(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f" at line {error.lineno}"
     resolved = path.resolve()
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve() == resolved
-    ]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == resolved]
     return f" at line {lines[-1]}" if lines else ""
 
 
