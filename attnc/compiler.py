@@ -18,6 +18,7 @@ from attnc.runtime import layout as layouts
 from attnc.runtime import operator
 from attnc.runtime.layout import Layout
 
+Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 GridLike = int | Sequence[int | None] | Mapping[str, int | None] | None
 PadLike = Literal["multiple"] | Sequence[tuple[int, int]] | None
 RESERVED = ("scale", "return_lse", "grid", "sizes", "dropout_p", "seed")
@@ -104,7 +105,7 @@ class Operator:
         pad: PadLike = None,
         heads: int | None = None,
         layout: str | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         fallback: Literal["torch"] | None = None,
     ) -> None:
         if backend not in ("auto", *operator.BACKENDS):
@@ -394,7 +395,7 @@ _COMPILER = has_compiler()
 
 
 def compile(
-    p: Pattern | Mechanism,
+    p: Pattern | Mechanism | object,
     *,
     grid: GridLike = None,
     kv_grid: GridLike = None,
@@ -403,7 +404,7 @@ def compile(
     pad: PadLike = None,
     heads: int | None = None,
     layout: str | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     tune: bool = False,
     fallback: Literal["torch"] | None = None,
 ) -> Operator:

@@ -1,7 +1,8 @@
 """What library patterns share: conjunction over axes, and the bias tables every one of them takes.
 
 `bias="relative"` reads a runtime table `bias` [H or 1, 2 s_y - 1, 2 s_x - 1] at query - key + s - 1 per axis, in units of the
-dilation; `bias="absolute"` reads [H or 1, s_q^2, s_k^2] at the row-major places of query and key in their group (Swin, CrossFormer).
+dilation; `bias="absolute"` reads [H or 1, s_q^2, s_k^2] at the row-major places of query and key in their group
+(Swin, CrossFormer).
 """
 
 from __future__ import annotations

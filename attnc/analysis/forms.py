@@ -26,8 +26,8 @@ from attnc.analysis.algebra import (
     to_sympy,
 )
 
-J, R, I_ = ir.var("j"), ir.var("r"), ir.var("i")
-_J, _R, _I = symbol(J), symbol(R), symbol(I_)
+J, R, I = ir.var("j"), ir.var("r"), ir.var("i")  # noqa: E741
+_J, _R, _I = symbol(J), symbol(R), symbol(I)
 
 
 @dataclass(frozen=True)
