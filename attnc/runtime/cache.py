@@ -83,9 +83,7 @@ def root() -> Path:
             raise CacheError(f"the build cache {path} belongs to user {found.st_uid}, not to you; {hint}")
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             mode = stat.S_IMODE(found.st_mode)
-            raise CacheError(
-                f"the build cache {path} can be written by others (mode {mode:o}); chmod go-w it, or {hint}"
-            )
+            raise CacheError(f"the build cache {path} can be written by others (mode {mode:o}); chmod go-w it, or {hint}")
     try:
         # Empty or already marked, else somebody else's: a typing error must not turn a home into a cache.
         if not (path / MARKER).exists() and any(child.name != MARKER for child in path.iterdir()):
@@ -250,9 +248,7 @@ def read_json(kind: str, key: str) -> Any:
     path = _folder(kind) / f"{_digest(key)}.json"
     table = _table(path, key)
     if table is None and os.path.lexists(path):
-        with _lock(
-            kind, path.stem
-        ):  # a writer may have replaced it since: look again before setting it aside
+        with _lock(kind, path.stem):  # a writer may have replaced it since: look again before setting it aside
             table = _table(path, key)
             if table is None and os.path.lexists(path):
                 _quarantine(path, "the table cannot be read, or is for another key")
