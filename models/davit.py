@@ -29,9 +29,7 @@ from attnc.models.timm_names import timm_names
 
 def window_operator(size: tuple[int, int], heads: int, backend: str) -> Callable[..., Tensor]:
     """Attention inside windows, on packed ``[B, H, W, 3C]``; the last windows reach over the map's border."""
-    return attnc.compile(
-        attnc.patterns.window(size), pad="multiple", layout="b y x (three h d)", heads=heads, backend=backend
-    )
+    return attnc.compile(attnc.patterns.window(size), pad="multiple", layout="b y x (three h d)", heads=heads, backend=backend)
 
 
 def channel_operator(backend: str) -> Callable[..., Tensor]:
@@ -99,9 +97,7 @@ class ChannelAttention(QkvAttention):
     that of the head width although the sum runs over the N tokens, as in the official code.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, backend: str = "auto"
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, backend: str = "auto") -> None:
         super().__init__(dim, num_heads, qkv_bias)
         self.attend = SharedOperator(channel_operator, backend)
 
@@ -123,9 +119,7 @@ class Block(nn.Module):
         ffn: whether there is an MLP at all.
     """
 
-    def __init__(
-        self, dim: int, attn: nn.Module, *, mlp_ratio: float = 4.0, drop_path: float = 0.0, ffn: bool = True
-    ) -> None:
+    def __init__(self, dim: int, attn: nn.Module, *, mlp_ratio: float = 4.0, drop_path: float = 0.0, ffn: bool = True) -> None:
         super().__init__()
         self.cpe = nn.ModuleList([ConvPositionalEncoding(dim), ConvPositionalEncoding(dim)])
         self.norm1 = nn.LayerNorm(dim)
@@ -150,9 +144,7 @@ class PatchEmbed(nn.Module):
     The map is zero-padded on the bottom and right to a multiple of the stride.
     """
 
-    def __init__(
-        self, in_chans: int, dim: int, *, kernel: int, stride: int, padding: int, norm_first: bool
-    ) -> None:
+    def __init__(self, in_chans: int, dim: int, *, kernel: int, stride: int, padding: int, norm_first: bool) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
         self.norm = nn.LayerNorm(in_chans if norm_first else dim)
@@ -257,8 +249,7 @@ class DaViT(nn.Module):
         self.grad_checkpointing = grad_checkpointing
         # what timm's users of backbones read
         self.feature_info = [
-            {"num_chs": embed_dims[i], "reduction": patch_size << i, "module": f"main_blocks.{i}"}
-            for i in self.out_indices
+            {"num_chs": embed_dims[i], "reduction": patch_size << i, "module": f"main_blocks.{i}"} for i in self.out_indices
         ]
 
         kernel, padding = (3, 1) if overlapped_patch else (2, 0)
@@ -266,9 +257,7 @@ class DaViT(nn.Module):
             [PatchEmbed(in_chans, embed_dims[0], kernel=7, stride=patch_size, padding=3, norm_first=False)]
         )
         for before, after in pairwise(embed_dims):
-            self.patch_embeds.append(
-                PatchEmbed(before, after, kernel=kernel, stride=2, padding=padding, norm_first=True)
-            )
+            self.patch_embeds.append(PatchEmbed(before, after, kernel=kernel, stride=2, padding=padding, norm_first=True))
 
         rates = iter(linear_rates(drop_path_rate, sum(depths) * len(attention_types)))
 
@@ -281,9 +270,7 @@ class DaViT(nn.Module):
             return Block(dim, attn, mlp_ratio=mlp_ratio, drop_path=next(rates), ffn=ffn)
 
         self.main_blocks = nn.ModuleList(
-            nn.ModuleList(
-                nn.Sequential(*(block(kind, dim, heads) for kind in attention_types)) for _ in range(depth)
-            )
+            nn.ModuleList(nn.Sequential(*(block(kind, dim, heads) for kind in attention_types)) for _ in range(depth))
             for dim, heads, depth in zip(embed_dims, num_heads, depths, strict=True)
         )
         if not features_only:
@@ -371,9 +358,7 @@ def _window_attention(
 ) -> nn.Module:
     """Tokens of whole windows, ``[B * windows, w * w, C]``: each window is a map of its own."""
     rows, columns = (window_size, window_size) if isinstance(window_size, int) else window_size
-    return on_tokens(
-        WindowAttention(dim, (rows, columns), num_heads, qkv_bias, backend=backend), (rows, columns)
-    )
+    return on_tokens(WindowAttention(dim, (rows, columns), num_heads, qkv_bias, backend=backend), (rows, columns))
 
 
 official("davit", "ChannelAttention")(ChannelAttention)

@@ -61,9 +61,7 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 class _AfterTimm(MetaPathFinder):
     """Finds timm where everybody else does, and has `register` run once its import is done."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != "timm":
             return None
         sys.meta_path.remove(self)  # one shot; also lets the next line find the real one

@@ -31,9 +31,7 @@ def from_timm(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     family = next((f for f in _rules if f"{name}_".startswith(f"{f}_")), None)
     if family is None:
         discover()
-        raise UnsupportedError(
-            f"no timm names are known for {name!r}; they are for {', '.join(sorted(_rules))}"
-        )
+        raise UnsupportedError(f"no timm names are known for {name!r}; they are for {', '.join(sorted(_rules))}")
     renamed = {}
     for key, value in state_dict.items():
         for pattern, replacement in _rules[family]:

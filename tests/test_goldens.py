@@ -1,0 +1,42 @@
+"""Every official module in tests/goldens: outputs and all gradients, in float32 and float64."""
+
+from __future__ import annotations
+
+import golden_files
+import pytest
+import torch
+
+BACKENDS = ("eager", "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", golden_files.names())
+def test_golden(name: str, dtype: torch.dtype, backend: str) -> None:
+    golden = golden_files.load(name, dtype)
+    module = golden.build(backend)
+    inputs = {key: t.requires_grad_(f"in.{key}" in golden.gradients) for key, t in golden.inputs.items()}
+    result = module(**inputs)
+    outputs = result if isinstance(result, dict) else dict.fromkeys(golden.outputs, result)
+
+    for key, expected in golden.outputs.items():
+        allowed = max(1e-5, 2 * golden.rounding / float(expected.abs().max()))
+        assert outputs[key].shape == expected.shape
+        assert golden_files.relative_error(outputs[key], expected) <= allowed, f"out.{key}"
+
+    if not golden.gradients:
+        return
+    torch.stack([(outputs[key] * t).sum() for key, t in golden.cotangents.items()]).sum().backward()
+    leaves = {f"in.{key}": t for key, t in inputs.items()}
+    leaves |= {f"param.{key}": t for key, t in module.named_parameters()}
+    for key, expected in golden.gradients.items():
+        found = leaves[key].grad
+        assert found is not None, f"grad.{key} is missing"
+        assert golden_files.relative_error(found, expected) <= 1e-4, f"grad.{key}"
+
+
+@pytest.mark.parametrize("name", golden_files.names())
+def test_official_parameter_names(name: str) -> None:
+    golden = golden_files.load(name, torch.float32)
+    own = {key for key, _ in golden.build().named_parameters()}
+    assert own <= set(golden.params)
