@@ -26,7 +26,7 @@ from attnc.analysis.algebra import (
     to_sympy,
 )
 
-J, R, I = ir.var("j"), ir.var("r"), ir.var("i")  # noqa: E741
+J, R, I = ir.var("j"), ir.var("r"), ir.var("i")
 _J, _R, _I = symbol(J), symbol(R), symbol(I)
 
 

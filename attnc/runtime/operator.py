@@ -17,6 +17,7 @@ from torch import Tensor
 from attnc import ir
 from attnc.runtime.call import Call, empty_like_order, lse_like
 from attnc.schedule.geometry import geometry
+from attnc.schedule.union import parts
 
 BACKENDS = {
     "triton": "attnc.runtime.triton",
@@ -58,10 +59,12 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-def _call(tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> Call:
-    p = program_of(program)
-    g = geometry(p, tuple(int(n) for n in q_grid), tuple(int(n) for n in k_grid))
-    return Call(p, g, scale, dict(zip(table_names(p), tables, strict=True)))
+def _calls(tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> list[Call]:
+    """One call, or one for each part of a union."""
+    whole = program_of(program)
+    grids = tuple(int(n) for n in q_grid), tuple(int(n) for n in k_grid)
+    named = dict(zip(table_names(whole), tables, strict=True))
+    return [Call(p, geometry(p, *grids), scale, named) for p in parts(whole, *grids)]
 
 
 def _like(t: Tensor, gradient: Tensor) -> Tensor:
@@ -81,8 +84,22 @@ def _attend(
     program: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = backend_module(backend).forward(_call(tables, scale, q_grid, k_grid, program), q, k, v)
-    return out, lse
+    module = backend_module(backend)
+    calls = _calls(tables, scale, q_grid, k_grid, program)
+    partial: list[tuple[Tensor, Tensor]] = [module.forward(call, q, k, v) for call in calls]
+    return partial[0] if len(partial) == 1 else _merge(partial)
+
+
+def _merge(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The attention over a union of disjoint key sets from the attention over each."""
+    lse = torch.stack([s for _, s in partial]).logsumexp(0)
+    total = torch.empty_like(partial[0][0])  # keeps the memory order
+    total.zero_()
+    wide = torch.zeros(total.shape, dtype=lse.dtype, device=lse.device)
+    for o, s in partial:
+        weight = torch.where(s > float("-inf"), torch.exp(s - lse), 0.0)
+        wide += o * weight.view(*o.shape[:-1], 1)
+    return total.copy_(wide), lse
 
 
 def _attend_fake(
@@ -114,11 +131,16 @@ def _attend_backward(
     program: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    call = _call(tables, scale, q_grid, k_grid, program)
-    dq, dk, dv, found = backend_module(backend).backward(call, q, k, v, out, lse, grad_out, grad_lse)
+    module = backend_module(backend)
+    calls = _calls(tables, scale, q_grid, k_grid, program)
+    partial = [module.backward(call, q, k, v, out, lse, grad_out, grad_lse) for call in calls]
+    dq, dk, dv, found = partial[0]
+    for eq, ek, ev, more in partial[1:]:
+        dq, dk, dv = dq + eq, dk + ek, dv + ev
+        found = {n: g + more[n] for n, g in found.items()}
     gradients = [
         found[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32)
-        for n, t in zip(table_names(call.program), tables, strict=True)
+        for n, t in zip(table_names(program_of(program)), tables, strict=True)
     ]
     return _like(q, dq), _like(k, dk), _like(v, dv), gradients
 
