@@ -7,7 +7,6 @@ are entered at once where timm is loaded already, otherwise right after somebody
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -59,17 +58,18 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
 
 class _AfterTimm(MetaPathFinder):
-    """Finds timm where everybody else does, and has `register` run once its import is done."""
+    """Finds timm where everybody else does, and has `register` run once its import is done.
+
+    It stays until timm is really imported: many packages only look whether there is a spec.
+    """
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != "timm":
             return None
-        sys.meta_path.remove(self)  # one shot; also lets the next line find the real one
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _AfterTimm))
+        spec = next((s for finder in others if (s := finder.find_spec(fullname, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
-        else:
-            sys.meta_path.insert(0, self)  # not installed (yet)
         return spec
 
 
@@ -87,4 +87,5 @@ class _ThenRegister(Loader):
             module.__spec__.loader = self.wrapped  # resources and reloads go to the real loader
         module.__loader__ = self.wrapped
         self.wrapped.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterTimm)]
         register()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
-from attnc.models import create_model, from_timm, list_models, load_official
+from attnc.models import create_model, from_timm, list_models, load_official, timm_bridge
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.davit import Block, ChannelAttention, WindowAttention
 
@@ -89,7 +89,7 @@ def test_initialisation() -> None:
     assert 0.015 < small(weight_init="conv").get_parameter(stem).std() < 0.025
 
 
-# timm cannot overlap its patches, hence no huge or giant; 97 x 70 leaves windows and strides incomplete
+# 97 x 70 leaves windows and strides incomplete
 @pytest.mark.parametrize("size", [(224, 224), (97, 70)])
 def test_equals_timm(size: tuple[int, int]) -> None:
     timm = pytest.importorskip("timm")
@@ -105,20 +105,37 @@ def test_equals_timm(size: tuple[int, int]) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("order", ["import timm, attnc.models", "import attnc.models, timm"])
-def test_registered_with_timm(order: str) -> None:
+def test_overlapped_patches_equal_timm() -> None:
     pytest.importorskip("timm")
-    code = f"""
-import sys, importlib
-import attnc
-assert "timm" not in sys.modules
-{order}
+    from timm.models.davit import DaVit
+
+    shared = {key: SMALL[key] for key in ("embed_dims", "num_heads", "depths", "window_size", "mlp_ratio", "num_classes")}
+    theirs = DaVit(**shared, down_kernel_size=3).eval()
+    ours = small(overlapped_patch=True).eval()
+    ours.load_state_dict(from_timm("davit", theirs.state_dict()))
+    torch.testing.assert_close(ours(image(37, 51)), theirs(image(37, 51)), atol=1e-5, rtol=1e-4)
+
+
+def test_registered_with_timm() -> None:
+    """In a fresh interpreter: importing attnc.models neither loads timm nor misses its import, whenever that comes."""
+    pytest.importorskip("timm")
+    code = """
+import importlib.util, sys
+import attnc.models
+assert importlib.util.find_spec("timm") and "timm" not in sys.modules
+import timm
+assert timm.__spec__.loader is timm.__loader__
 assert "attnc_davit_tiny" in timm.list_models("attnc_*")
 model = timm.create_model("attnc_davit_tiny", num_classes=3, depths=(1, 1, 1, 1))
 assert model.num_classes == 3 and type(model).__name__ == "DaViT"
-assert timm.__spec__.loader is timm.__loader__
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_registered_with_timm_imported_before() -> None:
+    timm = pytest.importorskip("timm")
+    timm_bridge.register()  # what importing attnc.models does where timm is loaded already; again is harmless
+    assert {f"attnc_{name}" for name in list_models()} <= set(timm.list_models())
 
 
 def test_timm_has_no_weights_of_ours() -> None:
