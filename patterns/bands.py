@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from attnc import ir
-from attnc.errors import DeclarationError
 from attnc.lang.functions import Statement
-from attnc.lang.pattern import Pattern
+from attnc.lang.pattern import Pattern, per_axis
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Places, Size, biased, every
 
@@ -27,9 +26,7 @@ def band(left: Size, right: Size, *, bias: Bias = None) -> Pattern:
     """
 
     def body(q: Point, k: Point) -> tuple[Sym, Places]:
-        lefts, rights = ((x,) * len(q.axes) if isinstance(x, int) else tuple(x) for x in (left, right))
-        if len(lefts) != len(q.axes) or len(rights) != len(q.axes) or min(*lefts, *rights) < 0:
-            raise DeclarationError(f"band({left!r}, {right!r}): non-negative ints, one or one per axis")
+        lefts, rights = per_axis(left, q.axes, "left", least=0), per_axis(right, q.axes, "right", least=0)
         terms, places = [], []
         for a, b, low, high in zip(q, k, lefts, rights, strict=True):
             terms += [b >= a - low, b <= a + high]

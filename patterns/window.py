@@ -17,7 +17,7 @@ def window(size: Size, shift: Size | int = 0, *, bias: Bias = None) -> Pattern:
 
     def body(q: Point, k: Point) -> tuple[Sym, Places]:
         sizes = per_axis(size, q.axes, "size")
-        shifts = (shift,) * len(q.axes) if isinstance(shift, int) else tuple(shift)
+        shifts = per_axis(shift, q.axes, "shift", least=None)
         terms, places = [], []
         for a, b, n, s, t in zip(q, k, q.size, sizes, shifts, strict=True):
             if t % s:

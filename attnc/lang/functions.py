@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, overload
 
 from attnc import ir
 from attnc.errors import DeclarationError
-from attnc.lang.symbols import Number, Sym, as_expr
+from attnc.lang.symbols import Number, Sym, as_expr, number
 
 SCORE, HEAD, BATCH = Sym(ir.SCORE), Sym(ir.HEAD), Sym(ir.BATCH)
 Value = Sym | Number
@@ -28,10 +29,20 @@ class Statement:
 def _fold(op: str, values: tuple[Value, ...]) -> Sym:
     if len(values) < 2:
         raise DeclarationError(f"attnc.{op} takes two values or more")
-    out = as_expr(values[0])
+    out = number(values[0], f"attnc.{op}")
     for v in values[1:]:
-        out = ir.make(op, out, as_expr(v))
+        out = ir.make(op, out, number(v, f"attnc.{op}"))
     return Sym(out)
+
+
+def _real(op: str, x: Value) -> Sym:
+    e = number(x, f"attnc.{op}")
+    if e.op != "const":
+        return Sym(ir.make(op, e))
+    try:
+        return Sym(ir.const(float(getattr(math, op)(e.args[0]))))
+    except (ValueError, OverflowError) as error:
+        raise DeclarationError(f"attnc.{op}({ir.show(e)}): {error}; give it a number in its domain") from error
 
 
 def minimum(*values: Value) -> Sym:
@@ -51,22 +62,22 @@ def clamp(value: Value, low: Value, high: Value) -> Sym:
 
 def exp(x: Value) -> Sym:
     """e ** x."""
-    return Sym(ir.make("exp", as_expr(x)))
+    return _real("exp", x)
 
 
 def log(x: Value) -> Sym:
     """Natural logarithm."""
-    return Sym(ir.make("log", as_expr(x)))
+    return _real("log", x)
 
 
 def tanh(x: Value) -> Sym:
     """Hyperbolic tangent (soft cap: c * tanh(SCORE / c))."""
-    return Sym(ir.make("tanh", as_expr(x)))
+    return _real("tanh", x)
 
 
 def sqrt(x: Value) -> Sym:
     """Square root."""
-    return Sym(ir.make("sqrt", as_expr(x)))
+    return _real("sqrt", x)
 
 
 def l2norm(eps: float = 1e-12) -> ir.RowMap:
@@ -91,9 +102,9 @@ def sigmoid() -> ir.Normalizer:
 
 def relu(power: int = 1) -> ir.Normalizer:
     """max(s, 0) ** power for each allowed key, no sum."""
-    if power < 1:
+    if not isinstance(power, int) or isinstance(power, bool) or power < 1:
         raise DeclarationError(f"relu(power={power!r}): a positive integer")
-    return ir.Normalizer("relu", power=int(power))
+    return ir.Normalizer("relu", power=power)
 
 
 @overload
@@ -128,6 +139,18 @@ def where(
     if test.kind != "bool":
         raise DeclarationError(f"attnc.where: `{ir.show(test)}` is not a condition but {test.kind}; compare it with something")
     if other is not None:
-        return Sym(ir.make("where", test, as_expr(value), as_expr(other)))
-    weight = None if post is None else as_expr(post)
+        yes, no = as_expr(value), as_expr(other)
+        if (yes.kind == "bool") != (no.kind == "bool"):
+            raise DeclarationError(f"attnc.where: `{ir.show(yes)}` and `{ir.show(no)}` are a condition and a number; give it two alike")
+        return Sym(ir.make("where", test, yes, no))
+    weight = None if post is None else number(post, "post=")
+    q_map, k_map = (m() if callable(m) else m for m in (q_map, k_map))  # attnc.l2norm means attnc.l2norm()
+    normalizer = normalizer() if callable(normalizer) else normalizer
+    if not isinstance(normalizer, ir.Normalizer | None):
+        raise DeclarationError(
+            f"attnc.where(normalizer={normalizer!r}): attnc.softmax(), attnc.softmax(over='queries'), attnc.sigmoid() or attnc.relu()"
+        )
+    for name, m in (("q_map", q_map), ("k_map", k_map)):
+        if not isinstance(m, ir.RowMap | None):
+            raise DeclarationError(f"attnc.where({name}={m!r}): attnc.l2norm()")
     return Statement(test, as_expr(value), normalizer or ir.SOFTMAX, weight, q_map, k_map)

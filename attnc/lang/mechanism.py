@@ -68,7 +68,18 @@ def mechanism(fn: Callable[..., Any]) -> Callable[..., Mechanism]:
     if len(parameters) < 3 or any(p.kind is not p.KEYWORD_ONLY for p in parameters[3:]):
         raise DeclarationError(f"mechanism {fn.__name__}: write `def {fn.__name__}(q, k, v, *, ...)`")
 
-    def factory(**hyper: Any) -> Mechanism:
+    hypers = {p.name: p for p in parameters[3:]}
+
+    def factory(*positional: object, **hyper: Any) -> Mechanism:
+        if positional:
+            raise DeclarationError(f"mechanism {fn.__name__}: hyper-parameters are given by keyword, not {positional[0]!r}")
+        for name in hyper:
+            if name not in hypers:
+                takes = ", ".join(sorted(hypers)) or "none"
+                raise DeclarationError(f"mechanism {fn.__name__}: unknown hyper-parameter {name!r} (it takes: {takes})")
+        for name, p in hypers.items():
+            if p.default is p.empty and name not in hyper:
+                raise DeclarationError(f"mechanism {fn.__name__}: hyper-parameter {name!r} has no value")
         shown = ", ".join(f"{k}={v!r}" for k, v in hyper.items())
         return Mechanism(f"{fn.__name__}({shown})", lambda q, k, v: fn(q, k, v, **hyper))
 

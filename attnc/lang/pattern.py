@@ -146,17 +146,26 @@ class Pattern:
 
 def _per_axis(values: tuple[int, ...], axes: tuple[str, ...], what: str) -> tuple[int, ...]:
     out = values * len(axes) if len(values) == 1 else values
-    if len(out) != len(axes):
+    if len(out) != len(axes) or any(not isinstance(v, int) or isinstance(v, bool) for v in out):
         raise DeclarationError(f"{what}{values}: one int, or one per axis ({', '.join(axes)})")
     return out
 
 
-def per_axis(value: int | Sequence[int], axes: tuple[str, ...], what: str) -> tuple[int, ...]:
-    """One positive int per axis from an int or a sequence; DeclarationError names `what` otherwise."""
-    values = (value,) * len(axes) if isinstance(value, int) else tuple(value)
-    if len(values) != len(axes) or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-        raise DeclarationError(f"{what}={value!r}: a positive int, or one per axis ({', '.join(axes)})")
+def per_axis(value: int | Sequence[int], axes: tuple[str, ...], what: str, *, least: int | None = 1) -> tuple[int, ...]:
+    """One int (of at least `least`) per axis from an int or a sequence; DeclarationError names `what` otherwise."""
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * len(axes)
+    if len(values) != len(axes) or any(
+        not isinstance(v, int) or isinstance(v, bool) or (least is not None and v < least) for v in values
+    ):
+        kind = {None: "an int", 0: "a non-negative int", 1: "a positive int"}.get(least, f"an int of at least {least}")
+        raise DeclarationError(f"{what}={value!r}: {kind}, or one per axis ({', '.join(axes)})")
     return values
+
+
+def brief(value: object) -> str:
+    """A hyper-parameter in one short line: a pattern's name goes into messages and the heads of generated files."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _agree(a: Pattern, b: Pattern, x: T, y: T, plain: T) -> T:
@@ -217,9 +226,18 @@ def pattern(fn: Callable[..., Any]) -> Callable[..., Pattern]:
     tables = {p.name: Table(p.name) for p in parameters[2:] if p.annotation is Table or _names_table(p.annotation)}
     hypers = [p for p in parameters[2:] if p.name not in tables]
 
-    def factory(**hyper: Any) -> Pattern:
+    def factory(*positional: object, **hyper: Any) -> Pattern:
+        if positional:
+            example = hypers[0].name if hypers else "name"
+            raise DeclarationError(
+                f"pattern {fn.__name__}: hyper-parameters are given by keyword, e.g. {fn.__name__}({example}={positional[0]!r})"
+            )
         known = {p.name for p in hypers}
         for name in hyper:
+            if name in tables:
+                raise DeclarationError(
+                    f"pattern {fn.__name__}: {name!r} is a runtime table; it is given when the operator runs: op(q, k, v, {name}=tensor)"
+                )
             if name not in known:
                 takes = ", ".join(sorted(known)) or "none"
                 raise DeclarationError(f"pattern {fn.__name__}: unknown hyper-parameter {name!r} (it takes: {takes})")
@@ -231,7 +249,7 @@ def pattern(fn: Callable[..., Any]) -> Callable[..., Pattern]:
         def tracer(q: Point, k: Point) -> Statement:
             return statement_of(fn(q, k, **hyper, **tables))
 
-        shown = ", ".join(f"{k}={v!r}" for k, v in hyper.items())
+        shown = ", ".join(f"{k}={brief(v)}" for k, v in hyper.items())
         return Pattern(f"{fn.__name__}({shown})", tracer)
 
     factory.__name__, factory.__doc__, factory.__module__ = fn.__name__, fn.__doc__, fn.__module__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from attnc import ir
 from attnc.errors import DeclarationError
@@ -15,14 +17,27 @@ def as_expr(value: object) -> ir.Expr:
     """The IR of a symbol or a Python number."""
     if isinstance(value, Sym):
         return value.expr
+    if isinstance(value, float) and math.isnan(value):
+        raise DeclarationError("nan stands in the declaration: a score is a number")
     if isinstance(value, bool | int | float):
         return ir.const(value)
     if hasattr(value, "__index__"):
-        return ir.const(value.__index__())
+        with contextlib.suppress(TypeError):  # a tensor has the method, and refuses where it holds more than one integer
+            return ir.const(value.__index__())
     raise DeclarationError(
         f"{value!r} ({type(value).__name__}) cannot stand in a declaration: use coordinates (q.y, k.x), attnc.SCORE, "
         "attnc.HEAD, a table's element, or Python numbers; runtime tensors are declared as `name: attnc.Table`"
     )
+
+
+def number(value: object, what: str) -> ir.Expr:
+    """The IR of an operand that must be a number; `what` names the operation for the message."""
+    e = as_expr(value)
+    if e.kind == "bool":
+        raise DeclarationError(
+            f"`{ir.show(e)}` is a condition; {what} needs numbers: attnc.where(condition, a, b) makes one of it"
+        )
+    return e
 
 
 class Sym:
@@ -59,9 +74,10 @@ class Sym:
         a, b = self.expr, as_expr(other)
         if swap:
             a, b = b, a
-        for side in (a, b):
-            if side.kind == "bool" and op not in ("eq", "ne", "mul"):
-                raise DeclarationError(f"`{ir.show(side)}` is a condition; `{ir.INFIX.get(op, op)}` needs numbers: use attnc.where")
+        if op == "mul":  # a condition times a number: 1 or 0 times it
+            a, b = (ir.make("where", e, ir.ONE, ir.ZERO) if e.kind == "bool" else e for e in (a, b))
+        elif op not in ("eq", "ne"):
+            a, b = (number(Sym(e), f"`{ir.INFIX[op]}`") for e in (a, b))
         if op in ("floordiv", "mod"):
             if "real" in (a.kind, b.kind):
                 text = f"{ir.show(a)} {ir.INFIX[op]} {ir.show(b)}"
@@ -115,13 +131,25 @@ class Sym:
         return out
 
     def __neg__(self) -> Sym:
-        return Sym(ir.make("neg", self.expr))
+        return Sym(ir.make("neg", number(self, "`-`")))
 
     def __pos__(self) -> Sym:
         return self
 
     def __abs__(self) -> Sym:
-        return Sym(ir.make("abs", self.expr))
+        return Sym(ir.make("abs", number(self, "abs()")))
+
+    def __divmod__(self, o: object) -> tuple[Sym, Sym]:
+        return self // o, self % o
+
+    def _no(self, *_: object) -> NoReturn:
+        raise DeclarationError(
+            f"`{self!r}`: round, floor, shifts, ^, powers of a symbol, len() and [] are no operations of a declaration; "
+            "it has + - * / // % **n abs & | ~, comparisons, attnc.min, max, where, exp, log, tanh, sqrt"
+        )
+
+    __round__ = __floor__ = __ceil__ = __trunc__ = __len__ = __getitem__ = __call__ = _no
+    __rpow__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __xor__ = __rxor__ = __matmul__ = __rmatmul__ = _no
 
     def __eq__(self, o: object) -> Sym:  # type: ignore[override]
         return self._binary("eq", o)
@@ -173,6 +201,14 @@ class Table:
     def __repr__(self) -> str:
         return f"Table({self.name!r})"
 
+    def __eq__(self, o: object) -> bool:
+        if self is not o:
+            raise DeclarationError(f"the table `{self.name}` is compared as a whole: index it, e.g. {self.name}[attnc.HEAD]")
+        return True
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def __getitem__(self, item: object) -> Sym:
         indices = tuple(as_expr(i) for i in (item if isinstance(item, tuple) else (item,)))
         for e in indices:
@@ -200,6 +236,12 @@ class Sizes:
 
     def __len__(self) -> int:
         return len(self._exprs)
+
+    def _whole(self, _: object) -> NoReturn:
+        raise DeclarationError("the sizes of a grid are compared axis by axis, e.g. q.size.y == k.size.y")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _whole  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Point:
@@ -272,5 +314,8 @@ class Point:
             return Sym(self._coords[self._axes.index(name)])
         raise DeclarationError(f"unknown axis `{name}`: this grid has the axes {', '.join(self._axes)} (and .index, .size)")
 
-    def __bool__(self) -> Any:
-        raise DeclarationError("a point has no truth value: compare its coordinates, e.g. q.y == k.y")
+    def _whole(self, *_: object) -> NoReturn:
+        raise DeclarationError("a point is not compared as a whole: compare its coordinates, e.g. q.y == k.y, or q.index == k.index")
+
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = __mul__ = _whole  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
