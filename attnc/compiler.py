@@ -446,7 +446,7 @@ def mask(p: Pattern, *, grid: GridLike, kv_grid: GridLike = None, heads: int = 1
     assert isinstance(attend, ir.Attend)
     if attend.int_tables:
         raise UnsupportedError(f"{p.name}: the relation reads the runtime tables {attend.int_tables}; it has no mask without them")
-    leaves: dict[ir.Expr, Any] = {ir.HEAD: torch.arange(heads)[:, None, None]}
+    leaves: dict[ir.Expr, Any] = {ir.HEAD: torch.arange(heads)[:, None, None], ir.HEADS: heads}
     points = {"q": (q_grid, (slice(None), None)), "k": (k_grid, (None, slice(None)))}
     for role, (sizes, view) in points.items():
         coords = torch.meshgrid(*[torch.arange(n) for n in sizes], indexing="ij")

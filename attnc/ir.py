@@ -21,7 +21,7 @@ Kind = Literal["int", "bool", "real"]
 Role = Literal["q", "k"]
 
 # op -> (number of expression arguments, how it prints). Leaves have none; "load" takes a table name and any number of indices.
-LEAVES = ("const", "coord", "index", "size", "head", "batch", "score", "var")
+LEAVES = ("const", "coord", "index", "size", "head", "heads", "batch", "score", "var")
 ARITY: dict[str, int] = {
     **dict.fromkeys(("add", "sub", "mul", "floordiv", "mod", "truediv", "min", "max"), 2),
     **dict.fromkeys(("eq", "ne", "lt", "le", "and", "or"), 2),
@@ -80,6 +80,7 @@ def const(value: float | int | bool) -> Expr:
 TRUE, FALSE, ZERO, ONE = const(True), const(False), const(0), const(1)
 SCORE = Expr("score", (), "real")
 HEAD = Expr("head")
+HEADS = Expr("heads")  # number of query heads
 BATCH = Expr("batch")
 
 
@@ -247,7 +248,7 @@ def show(e: Expr, axes: tuple[str, ...] | None = None) -> str:
                 return f"{n.args[0]}.index"
             case "var":
                 return str(n.args[0])
-            case "head" | "batch" | "score":
+            case "head" | "heads" | "batch" | "score":
                 return n.op.upper()
             case "load":
                 return f"{n.args[0]}[{', '.join(go(i) for i in n.children)}]"
@@ -384,7 +385,7 @@ def _expr_in(data: Any) -> Expr:
     elif op == "index":
         ok = len(args) == 1 and args[0] in ("q", "k")
     else:
-        ok = op in ("head", "batch", "score") and not args
+        ok = op in ("head", "heads", "batch", "score") and not args
     if not ok:
         raise CacheError(f"not an attnc expression: {str(data)[:80]}")
     return Expr(op, args, kind)

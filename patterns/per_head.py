@@ -11,20 +11,16 @@ from attnc.lang.pattern import Pattern
 from attnc.lang.symbols import Point
 
 
-def per_head(patterns: Sequence[Pattern], heads: int | None = None) -> Pattern:
-    """Equal contiguous runs of heads, one pattern each: head h follows patterns[h * len(patterns) // heads].
-
-    `heads` is the number of heads; without it there is one head per pattern.
-    """
+def per_head(patterns: Sequence[Pattern]) -> Pattern:
+    """Equal contiguous runs of heads, one pattern each: head h of H follows patterns[h * len(patterns) // H]."""
     parts = tuple(patterns)
-    total = len(parts) if heads is None else heads
-    if not parts or total % len(parts):
-        raise DeclarationError(f"per_head: {len(parts)} patterns do not share {total} heads equally")
-    run = total // len(parts)
+    if not parts:
+        raise DeclarationError("per_head([]): at least one pattern")
 
     def tracer(q: Point, k: Point) -> Statement:
         statements = [p._tracer(q, k) for p in parts]
         first = statements[0]
+        run = ir.make("floordiv", ir.make("mul", ir.HEAD, ir.const(len(parts))), ir.HEADS)
         relation, score = ir.FALSE, statements[-1].score
         for n, s in reversed(list(enumerate(statements))):
             if (s.normalizer, s.post, s.q_map, s.k_map) != (
@@ -34,7 +30,7 @@ def per_head(patterns: Sequence[Pattern], heads: int | None = None) -> Pattern:
                 first.k_map,
             ):
                 raise DeclarationError("per_head: all patterns share one normalizer, post factor and row maps")
-            mine = ir.make("eq", ir.make("floordiv", ir.HEAD, ir.const(run)), ir.const(n))
+            mine = ir.make("eq", run, ir.const(n))
             relation = ir.make("or", ir.make("and", mine, s.relation), relation)
             score = s.score if s.score == score else ir.make("where", mine, s.score, score)
         return Statement(relation, score, first.normalizer, first.post, first.q_map, first.k_map)

@@ -84,7 +84,7 @@ _LEAVES: dict[sp.Symbol, ir.Expr] = {}
 
 def symbol(e: ir.Expr) -> sp.Symbol:
     """The sympy symbol of a leaf."""
-    positive = e.op == "size"
+    positive = e.op in ("size", "heads")
     name = "_".join([e.op, *map(str, e.args)])
     s = sp.Symbol(name, integer=True, positive=True) if positive else sp.Symbol(name, integer=True, nonnegative=True)
     _LEAVES[s] = e
@@ -95,7 +95,7 @@ def to_sympy(e: ir.Expr) -> sp.Expr:
     """An integer expression as sympy. Raises NotAlgebraic on tables, conditions and reals."""
     if e.op == "const" and e.kind == "int":
         return sp.Integer(e.args[0])
-    if e.op in ("coord", "size", "head", "batch", "var", "index"):
+    if e.op in ("coord", "size", "head", "heads", "batch", "var", "index"):
         return symbol(e)
     if e.kind != "int" or e.op in ("load", "where"):
         raise NotAlgebraic(ir.show(e))

@@ -64,7 +64,7 @@ def analyse(a: ir.Attend, same_grid: bool, padded: bool = False) -> Structure:
     residual: list[ir.Expr] = []
     for c in ir.conjuncts(relation):
         axes = _axes_of(c)
-        if len(axes) == 1 and not _mentions(c, ("load", "head", "batch")):
+        if len(axes) == 1 and not _mentions(c, ("load", "head", "heads", "batch")):
             per_axis[axes.pop()].append(c)
         else:
             residual.append(c)

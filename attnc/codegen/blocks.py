@@ -81,6 +81,7 @@ def attend_block(
     for i, (cq, ck) in enumerate(zip(tile.q_coords, tile.k_coords, strict=True)):
         leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = cq[:, :, None], ck[:, None, :]
     leaves[ir.HEAD] = torch.arange(q.shape[1], device=q.device).view(-1, 1, 1, 1)
+    leaves[ir.HEADS] = q.shape[1]
     leaves[ir.BATCH] = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
     same = call.program.same_grid
 

@@ -7,6 +7,7 @@ of it.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from attnc import ir
 from attnc.runtime.call import Call, empty_like_order, lse_like
 from attnc.schedule.geometry import geometry
-from attnc.schedule.union import parts
+from attnc.schedule.split import split
 
 BACKENDS = {
     "triton": "attnc.runtime.triton",
@@ -59,12 +60,33 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-def _calls(tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> list[Call]:
-    """One call, or one for each part of a union."""
+@dataclass(frozen=True)
+class _Run:
+    """A run of heads: the calls whose merged result it is, on slices of q, k and v along the head dimension."""
+
+    heads: slice
+    key_heads: slice
+    calls: list[Call]
+
+
+def _runs(q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> list[_Run]:
     whole = program_of(program)
     grids = tuple(int(n) for n in q_grid), tuple(int(n) for n in k_grid)
-    named = dict(zip(table_names(whole), tables, strict=True))
-    return [Call(p, geometry(p, *grids), scale, named) for p in parts(whole, *grids)]
+    out = []
+    for run in split(whole, *grids, q.shape[1], k.shape[1]):
+        keys = slice(run.kv_first, run.kv_last)
+        named = dict(zip(table_names(whole), tables, strict=True))
+        for pad in {"pad_k", "pad_v"} & set(named):
+            if named[pad].shape[0] > 1:
+                named[pad] = named[pad][keys]
+        calls = [Call(p, geometry(p, *grids), scale, _only(p, named)) for p in run.parts]
+        out.append(_Run(slice(run.first, run.last), keys, calls))
+    return out
+
+
+def _only(p: ir.Program, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tables a part of a program still reads."""
+    return {n: tables[n] for n in table_names(p)}
 
 
 def _like(t: Tensor, gradient: Tensor) -> Tensor:
@@ -85,9 +107,23 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     module = backend_module(backend)
-    calls = _calls(tables, scale, q_grid, k_grid, program)
-    partial: list[tuple[Tensor, Tensor]] = [module.forward(call, q, k, v) for call in calls]
-    return partial[0] if len(partial) == 1 else _merge(partial)
+    runs = _runs(q, k, tables, scale, q_grid, k_grid, program)
+    results: list[tuple[Tensor, Tensor]] = []
+    for r in runs:
+        rows = (q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads]) if len(runs) > 1 else (q, k, v)
+        partial = [module.forward(call, *rows) for call in r.calls]
+        results.append(partial[0] if len(partial) == 1 else _merge(partial) if partial else _nothing(rows[0], v))
+    if len(results) == 1:
+        return results[0]
+    out = empty_like_order(q, v.shape[-1])
+    for r, (o, _) in zip(runs, results, strict=True):
+        out[:, r.heads] = o
+    return out, torch.cat([s for _, s in results], 1)
+
+
+def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries without keys: zeros, and -inf."""
+    return empty_like_order(q, v.shape[-1]).zero_(), lse_like(q).fill_(float("-inf"))
 
 
 def _merge(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -132,17 +168,37 @@ def _attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     module = backend_module(backend)
-    calls = _calls(tables, scale, q_grid, k_grid, program)
-    partial = [module.backward(call, q, k, v, out, lse, grad_out, grad_lse) for call in calls]
-    dq, dk, dv, found = partial[0]
-    for eq, ek, ev, more in partial[1:]:
-        dq, dk, dv = dq + eq, dk + ek, dv + ev
-        found = {n: g + more[n] for n, g in found.items()}
+    runs = _runs(q, k, tables, scale, q_grid, k_grid, program)
+    names = table_names(program_of(program))
+    if len(runs) == 1 and len(runs[0].calls) == 1:
+        dq, dk, dv, sums = module.backward(runs[0].calls[0], q, k, v, out, lse, grad_out, grad_lse)
+    else:
+        rows = (q, k, v, out, lse, grad_out, grad_lse)
+        dq, dk, dv, sums = _sum_of_runs(module, runs, rows, dict(zip(names, tables, strict=True)))
     gradients = [
-        found[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32)
-        for n, t in zip(table_names(program_of(program)), tables, strict=True)
+        sums[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32)
+        for n, t in zip(names, tables, strict=True)
     ]
     return _like(q, dq), _like(k, dk), _like(v, dv), gradients
+
+
+def _sum_of_runs(
+    module: ModuleType, runs: list[_Run], rows: tuple[Any, ...], tables: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Gradients summed over parts and runs, in float32 or wider."""
+    q, k, v, out, lse, grad_out, grad_lse = rows
+    dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
+    sums = {n: torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for n, t in tables.items() if t.is_floating_point()}
+    for r in runs:
+        mine = [t if t is None else t[:, r.heads] for t in (out, lse, grad_out, grad_lse)]
+        for call in r.calls:
+            parts = module.backward(call, q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads], *mine)
+            for total, part, heads in zip((dq, dk, dv), parts, (r.heads, r.key_heads, r.key_heads), strict=False):
+                total[:, heads] += part
+            for n, g in parts[3].items():
+                whole = sums[n].shape == g.shape
+                (sums[n] if whole else sums[n][r.key_heads]).add_(g)
+    return dq, dk, dv, sums
 
 
 def _attend_backward_fake(

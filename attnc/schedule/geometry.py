@@ -170,7 +170,7 @@ class Geometry:
         leaves: dict[ir.Expr, Any] = dict(self.sizes)
         leaves |= {ir.coord("q", i): c[:, None] for i, c in enumerate(q)}
         leaves |= {ir.coord("k", i): c[None, :] for i, c in enumerate(k)}
-        leaves[ir.HEAD] = np.arange(heads)[:, None, None]
+        leaves[ir.HEAD], leaves[ir.HEADS] = np.arange(heads)[:, None, None], heads
         if any(n.op in ("load", "batch") for n in ir.walk(residual)):
             raise ShapeError(
                 f"pattern {self.attend.name}: its relation reads runtime tables, so its keys are known only when it runs"

@@ -1,0 +1,122 @@
+"""Statements that run as several: heads with patterns of their own, and unions of structured relations.
+
+Heads that follow different parts of a relation run apart, each part with its own structure. A union `a | b | ...` whose parts have
+intervals of their own, but whose union has none, runs as partial programs: part i gets the residual "not in an earlier part", so
+each key counts once, and the parts are merged exactly through their log-sum-exp. The backward of each part takes the merged output
+and LSE, which is what makes the sum of the parts' gradients the gradient of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+
+import numpy as np
+
+from attnc import ir
+from attnc.analysis.evaluate import evaluate
+from attnc.schedule.geometry import geometry
+
+GAIN = 0.7  # a union is split where its parts' boxes hold less than this share of the whole's
+
+
+@dataclass(frozen=True)
+class HeadRun:
+    """Query heads first .. last - 1, which read key heads kv_first .. kv_last - 1, and the disjoint programs they run (or none)."""
+
+    first: int
+    last: int
+    kv_first: int
+    kv_last: int
+    parts: tuple[ir.Program, ...]
+
+
+def disjuncts(e: ir.Expr) -> tuple[ir.Expr, ...]:
+    """The terms of a disjunction, left to right."""
+    return disjuncts(e.args[0]) + disjuncts(e.args[1]) if e.op == "or" else (e,)
+
+
+def any_of(terms: tuple[ir.Expr, ...]) -> ir.Expr:
+    """Disjunction of any number of terms."""
+    out = ir.FALSE
+    for t in terms:
+        out = ir.make("or", out, t)
+    return out
+
+
+def _about_heads(e: ir.Expr) -> bool:
+    leaves = {n.op for n in ir.walk(e) if not n.children and n.op != "const"}
+    return "head" in leaves and leaves <= {"head", "heads"}
+
+
+def _on_heads(relation: ir.Expr, heads: int) -> list[ir.Expr]:
+    """For each head, the relation with every condition that reads the head alone decided."""
+
+    def of(h: int) -> ir.Expr:
+        def rule(n: ir.Expr) -> ir.Expr | None:
+            if n.kind == "bool" and n.op in ("eq", "ne", "lt", "le") and _about_heads(n):
+                return ir.const(bool(evaluate(n, {ir.HEAD: h, ir.HEADS: heads}, np)))
+            return None
+
+        return ir.rewrite(relation, rule)
+
+    return [of(h) for h in range(heads)]
+
+
+def _boxes(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]) -> int:
+    """Score elements inside the per-axis intervals, whatever the residual predicate leaves of them."""
+    total = 1
+    for a in geometry(program, q_grid, k_grid).axes:
+        total *= a.pairs()
+    return total
+
+
+def _union(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]) -> tuple[ir.Program, ...]:
+    """Disjoint partial programs of a union; the program alone where splitting gains nothing or parts cannot be merged."""
+    a = program.attend
+    if not isinstance(a, ir.Attend) or a.normalizer != ir.SOFTMAX or program.queries.prefix or program.keys.prefix:
+        return (program,)
+    # a conjunct beside the union, (a | b) & c, belongs to every part
+    common = tuple(c for c in ir.conjuncts(a.relation) if c.op != "or")
+    unions = [c for c in ir.conjuncts(a.relation) if c.op == "or"]
+    if len(unions) != 1:
+        return (program,)
+    out, earlier = [], ir.TRUE
+    for term in disjuncts(unions[0]):
+        relation = ir.make("and", ir.make("and", ir.all_of(common), term), earlier)
+        out.append(replace(program, attend=replace(a, relation=relation)))
+        earlier = ir.make("and", earlier, ir.make("not", term))
+    split = sum(_boxes(p, q_grid, k_grid) for p in out)
+    return tuple(out) if split < GAIN * _boxes(program, q_grid, k_grid) else (program,)
+
+
+def _key_heads(first: int, last: int, group: int) -> tuple[int, int] | None:
+    """The key heads that a run of query heads reads, where it divides evenly over them."""
+    a, b = first // group, -(-last // group)
+    aligned = first % group == 0 and last % group == 0
+    return (a, b) if aligned or b - a == 1 else None
+
+
+@lru_cache(maxsize=512)
+def split(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...], heads: int, kv_heads: int) -> tuple[HeadRun, ...]:
+    """The runs of heads of a program on concrete grids; most programs are one run of one part."""
+    whole = (HeadRun(0, heads, 0, kv_heads, _union(program, q_grid, k_grid)),)
+    a = program.attend
+    if not isinstance(a, ir.Attend) or not any(_about_heads(n) for n in ir.walk(a.relation) if n.kind == "bool"):
+        return whole
+    runs = []
+    for relation, members in groupby(enumerate(_on_heads(a.relation, heads)), key=lambda pair: pair[1]):
+        at = [h for h, _ in members]
+        first, last = at[0], at[-1] + 1
+        keys = _key_heads(first, last, heads // kv_heads)
+        if keys is None:
+            return whole
+        shifted = {ir.HEAD: ir.make("add", ir.HEAD, ir.const(first)), ir.HEADS: ir.const(heads)}
+        post = None if a.post is None else ir.substitute(a.post, shifted)
+        own = replace(a, relation=ir.substitute(relation, shifted), score=ir.substitute(a.score, shifted), post=post)
+        parts = () if relation == ir.FALSE else _union(replace(program, attend=own), q_grid, k_grid)
+        runs.append(HeadRun(first, last, *keys, parts))
+    if a.normalizer.sink is not None or program.queries.prefix or program.keys.prefix:
+        return whole  # a sink, and prefix keys, belong to heads without a pattern too
+    return tuple(runs)
