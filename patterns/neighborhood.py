@@ -31,11 +31,13 @@ def neighborhood(
         sizes = per_axis(size, q.axes, "size")
         dilations, strides = per_axis(dilation, q.axes, "dilation"), per_axis(stride, q.axes, "stride")
         causals = (causal,) * len(q.axes) if isinstance(causal, bool) else tuple(causal)
+        if len(causals) != len(q.axes):
+            raise DeclarationError(f"causal={causal!r}: a bool, or one per axis ({', '.join(q.axes)})")
         terms, places = [], []
         for a, b, n, s, d, st, one_way in zip(q, k, q.size, sizes, dilations, strides, causals, strict=True):
             if st > s:
                 raise DeclarationError(f"stride={st} is greater than size={s}: some keys would never be seen")
-            length = (n - a % d + d - 1) // d
+            length = (n - a % d + d - 1) // d if d > 1 else n
             j, i = a // d, b // d
             if d > 1:
                 terms.append(a % d == b % d)

@@ -1,0 +1,1 @@
+"""What the compiler has to say for itself: explain, draw, emit, inspect."""

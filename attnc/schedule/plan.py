@@ -1,0 +1,121 @@
+"""The plan: the kernels of one call, forward and backward, as a networkx graph with the tensors on its edges.
+
+Nodes are kernels, and the two ends `inputs` and `results`. An edge (a, b) says that b reads what a writes; its attribute
+`tensors` names them. A node's attribute `does` says in a few words what it computes. Backends may join neighbours (one loop
+for dq and the table partials, say); what must be computed before what is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from attnc import ir
+
+INPUTS, RESULTS = "inputs", "results"
+
+
+def plan(program: ir.Program) -> nx.DiGraph:
+    """The graph of a program. Names are those of the report: forward, backward_dq, backward_dkv, helpers after them."""
+    return _channel() if isinstance(program.attend, ir.Channel) else _attend(program, program.attend)
+
+
+def _link(g: nx.DiGraph, source: str, target: str, *tensors: str) -> None:
+    """Add tensors to the edge; none add none."""
+    if tensors:
+        seen = g.edges[source, target]["tensors"] if g.has_edge(source, target) else ()
+        g.add_edge(source, target, tensors=(*seen, *(t for t in tensors if t not in seen)))
+
+
+def _attend(program: ir.Program, a: ir.Attend) -> nx.DiGraph:
+    g: nx.DiGraph = nx.DiGraph(name=a.name)
+    padded = program.keys.pad is not None or program.keys.pad_multiple is not None
+    rows = (*a.tables, *(("pad_k", "pad_v") if padded else ()))
+    learned = tuple(t for t in rows if t not in a.int_tables)
+    in_score = tuple(t for t in learned if t not in ("pad_k", "pad_v"))
+    softmax = a.normalizer.kind == "softmax"
+    saved = ("out", "lse") if softmax else ("out",)
+
+    g.add_node(INPUTS, does="what the caller passes")
+    g.add_node("forward", does="grid queries over the keys they see")
+    _link(g, INPUTS, "forward", "q", "k", "v", *rows)
+    forwards = ["forward"]
+    if program.queries.prefix:
+        g.add_node("forward_prefix", does="prefix queries over all keys")
+        _link(g, INPUTS, "forward_prefix", "q", "k", "v")
+        forwards.append("forward_prefix")
+    g.add_node(RESULTS, does="what the caller gets")
+    for f in forwards:
+        _link(g, f, RESULTS, *saved)
+
+    if softmax:
+        g.add_node("backward_delta", does="one number per query: the row sum of out * grad_out, less grad_lse")
+        _link(g, INPUTS, "backward_delta", "grad_out", "grad_lse")
+        for f in forwards:
+            _link(g, f, "backward_delta", "out")
+    kernels = [
+        ("backward_dq", f"weights again per query tile: dq{', partial sums of table gradients' if in_score else ''}", ("dq",)),
+        ("backward_dkv", "weights again per key tile, over the queries that see it: dk and dv", ("dk", "dv")),
+    ]
+    if program.queries.prefix:
+        kernels += [
+            ("backward_dq_prefix", "the same for prefix queries", ("dq",)),
+            ("backward_dkv_prefix", "what prefix queries add to every key", ("dk", "dv")),
+        ]
+    for name, does, writes in kernels:
+        prefix = name.endswith("_prefix")
+        g.add_node(name, does=does)
+        _link(g, INPUTS, name, "q", "k", "v", *(() if prefix else rows), "grad_out")
+        if softmax:
+            _link(g, "forward_prefix" if prefix else "forward", name, "lse")
+            _link(g, "backward_delta", name, "delta")
+        if name != "backward_dkv" or not program.queries.prefix:
+            _link(g, name, RESULTS, *writes)
+    if program.queries.prefix:  # the second kernel adds to what the first one wrote
+        _link(g, "backward_dkv", "backward_dkv_prefix", "dk", "dv")
+    if in_score:
+        g.add_node("backward_table", does="second stage: adds the programs' partial sums in a fixed order")
+        _link(g, "backward_dq", "backward_table", *(f"partial d{t}" for t in in_score))
+        _link(g, "backward_table", RESULTS, *(f"d{t}" for t in in_score))
+    if padded:
+        _link(g, "backward_dkv", RESULTS, "dpad_k", "dpad_v")
+    return g
+
+
+def _channel() -> nx.DiGraph:
+    g: nx.DiGraph = nx.DiGraph(name="channel")
+    for node, does in (
+        (INPUTS, "what the caller passes"),
+        ("forward_scores", "q^T k summed over the tokens, then softmax over channels"),
+        ("forward", "each token's channels mixed by the weights"),
+        (RESULTS, "what the caller gets"),
+        ("backward_scores", "grad_out^T v summed over the tokens, through the softmax"),
+        ("backward", "dq, dk and dv per token"),
+    ):
+        g.add_node(node, does=does)
+    _link(g, INPUTS, "forward_scores", "q", "k")
+    _link(g, INPUTS, "forward", "v")
+    _link(g, "forward_scores", "forward", "weights")
+    _link(g, "forward", RESULTS, "out")
+    _link(g, INPUTS, "backward_scores", "v", "grad_out")
+    _link(g, "forward_scores", "backward_scores", "weights")
+    _link(g, INPUTS, "backward", "q", "k", "grad_out")
+    _link(g, "forward_scores", "backward", "weights")
+    _link(g, "backward_scores", "backward", "dscores")
+    _link(g, "backward", RESULTS, "dq", "dk", "dv")
+    return g
+
+
+def ordered(g: nx.DiGraph) -> list[str]:
+    """Kernels in an order that respects the edges, ties by the order they were added; without the two ends."""
+    place = {n: i for i, n in enumerate(g)}
+    return [n for n in nx.lexicographical_topological_sort(g, key=place.__getitem__) if n not in (INPUTS, RESULTS)]
+
+
+def reads(g: nx.DiGraph, node: str) -> tuple[str, ...]:
+    """Tensors on the edges into a node, each once."""
+    return tuple(dict.fromkeys(t for _, _, d in g.in_edges(node, data=True) for t in d["tensors"]))
+
+
+def writes(g: nx.DiGraph, node: str) -> tuple[str, ...]:
+    """Tensors on the edges out of a node, each once."""
+    return tuple(dict.fromkeys(t for _, _, d in g.out_edges(node, data=True) for t in d["tensors"]))
