@@ -42,9 +42,10 @@ def _where(test: Expr, yes: Expr, no: Expr) -> Expr:
 
 @lru_cache(maxsize=1024)
 def derivative(score: Expr, wrt: Expr) -> Expr:
-    """d score / d wrt over the reals, where wrt is ir.SCORE or one load node of the score (each place it occurs counts).
+    """d score / d wrt over the reals, where wrt is ir.SCORE or one load node of the score.
 
-    At a kink (abs, min, max, where) it is the slope of the branch that the expression takes; abs has slope 0 at 0.
+    Each place where wrt occurs counts. At a kink (abs, min, max, where) it is the slope of the branch that the
+    expression takes; abs has slope 0 at 0.
     """
     if score == wrt:
         return UNIT

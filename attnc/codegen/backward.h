@@ -1,0 +1,299 @@
+// ---- backward: weights from the saved lse; an item owns the keys of one segment, so nothing is shared and every sum has one order ---
+// P = exp(score - lse), dP = dO V^T, dS = P (dP - delta) with delta = rowsum(dO O) - d lse; dQ = dS K, dK = dS^T Q, dV = P^T dO.
+struct Segment {
+    Box box;                       // its keys
+    int64_t rows;                  // of its sums: prefix tokens first where it holds all keys
+    int64_t piece[RANK], end[RANK];
+};
+struct Backward {
+    const Problem& P;
+    Tile tile;
+    Keys keys;
+    Loads loads;
+    Expansion expansions[LOADS + 1];
+    Numbers numbers;
+    Panels k_panels, v_panels;
+    real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *delta, *spare;
+    real *table_sums[TABLES + 1];
+    int64_t *q_offset, *out_offset, *grad_offset, *lse_offset, *grad_lse_offset, *dq_offset, *sum_row;
+    int64_t stride;                // of rows of `weights` and `slopes`
+
+    static constexpr int64_t WIDEST = CHUNK + 2 * L;
+    Backward(const Problem& P, Arena& arena) : P(P) {
+        arena.reserve(Tile::bytes() + Keys::bytes() + LOADS * Expansion::bytes(true) + 64 * 32 + 8 * (6 * TILE + CHUNK)
+                      + sizeof(real) * (TILE * (2 * DP + VP + 2 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + (LOADS + 1) * (ROWS + 1))));
+        tile.allocate(arena); keys.allocate(arena);
+        for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, true);
+        loads.expansion = expansions;
+        loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
+        spare = arena.take<real>((LOADS + 1) * CHUNK);
+        q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
+        row_lse = arena.take<real>(TILE); delta = arena.take<real>(TILE);
+        weights = arena.take<real>(TILE * WIDEST); slopes = arena.take<real>(TILE * WIDEST);
+        for (int64_t** p : {&q_offset, &out_offset, &grad_offset, &lse_offset, &grad_lse_offset, &dq_offset}) *p = arena.take<int64_t>(TILE);
+        sum_row = arena.take<int64_t>(CHUNK);
+        k = arena.take<real>(CHUNK * DP); k_panels.data = arena.take<real>(CHUNK * DP); dk = arena.take<real>(CHUNK * DP);
+        v = arena.take<real>(CHUNK * VP); v_panels.data = arena.take<real>(CHUNK * VP); dv = arena.take<real>(CHUNK * VP);
+    }
+
+    // Weights and score gradients of one query over the keys [from, to), in place of q . k and dP.
+    template <bool PLAIN> INLINE void row(int i, int r, int from, int to) {
+        real *w = weights + i * stride, *d = slopes + i * stride;
+        const real* elements[LOADS + 1];
+        if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
+        const V shift = splat(row_lse[i]), mean = splat(delta[i]);
+        each_score<PLAIN>(P, numbers, tile, keys, elements, w, i, from, to, [&](int j, V s, V x) __attribute__((always_inline)) {
+            const V e = exp2_vector(x - shift);
+            V dp = load(d + j), weight = e, post_dp = dp;
+            if constexpr (!PLAIN && POST) {
+                const V factor = post(P, numbers, tile.terms[i], keys.terms, elements, j);
+                weight *= factor; post_dp *= factor;
+            }
+            V ds = e * (post_dp - mean);
+            if constexpr (!PLAIN && LOADS > 0) {
+                V slope[LOADS + 1], post_slope[LOADS + 1];
+                load_slopes(P, numbers, tile.terms[i], keys.terms, elements, j, s, slope);
+                if constexpr (POST) post_slopes(P, numbers, tile.terms[i], keys.terms, elements, j, post_slope);
+                for (int l = 0; l < LOADS; l++) {
+                    V change = ds * slope[l];
+                    if constexpr (POST) change += e * dp * post_slope[l];
+                    change = select(e > V{}, change, V{});      // a pair that is not there may have an infinite slope
+                    if (loads.expanded[l]) {
+                        real* sums = expansions[l].sums + (int64_t)i * expansions[l].stride + j;
+                        store(sums, load(sums) + change);
+                    } else store(spare + l * CHUNK + j, change);
+                }
+            }
+            if constexpr (!PLAIN && SCORE_SLOPE) ds = select(e > V{}, ds * score_slope(P, numbers, tile.terms[i], keys.terms, elements, j, s), V{});
+            store(w + j, weight);
+            store(d + j, ds);
+        });
+        if constexpr (!PLAIN) for (int l = 0; l < LOADS; l++) if (!loads.expanded[l]) {
+            real* sums = table_sums[LOAD_TABLE[l]];
+            for (int j = from; j < min(to, keys.count); j++) if (spare[l * CHUNK + j] != 0) sums[loads.offset(P, numbers, tile, keys, l, i, j)] += spare[l * CHUNK + j];
+        }
+    }
+    // m queries from i on against the packed chunk
+    void rows(int i, int m) {
+        const Run run = run_of_rows(tile, keys, i, m);
+        const int width = up(keys.count, L), first = run.begin / L, last = (run.end + L - 1) / L;
+        const int from = min(first * L, width), to = run.begin < run.end ? last * L : from;
+        for (int r = i; r < i + m; r++) for (real* x : {weights + r * stride, slopes + r * stride}) {
+            memset(x, 0, sizeof(real) * from);
+            memset(x + to, 0, sizeof(real) * (width - to));
+        }
+        if (from == to) return;
+        const bool plain = tile.prefix || keys.prefix;
+        if (USES_SCORE || plain) multiply_panels<D>(m, q + i * DP, k_panels, first, last, weights + i * stride, stride);
+        else for (int r = i; r < i + m; r++) memset(weights + r * stride, 0, sizeof(real) * width);
+        multiply_panels<DV>(m, g + i * VP, v_panels, first, last, slopes + i * stride, stride);
+        for (int r = 0; r < m; r++) if (PLAIN_SCORE || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
+        if (USES_SCORE || plain) multiply<D>(m, {slopes + i * stride + run.begin, stride, 1}, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
+    }
+    // One tile: writes dq, adds to the segment's sums of dk and dv (`alone`: the sums are this tile's only).
+    void run(const Segment& segment, int64_t prefix_from, real* dk_sums, real* dv_sums, bool alone) {
+        numbers = {real(P.scale), real(P.scale * 1.4426950408889634), tile.batch, tile.head};
+        tile.place(P, P.q_layout, prefix_from, q_offset);
+        tile.place(P, P.dq_layout, prefix_from, dq_offset);
+        tile.place(P, P.out_layout, prefix_from, out_offset);
+        tile.place(P, P.grad_out_layout, prefix_from, grad_offset);
+        tile.place(P, P.lse_layout, prefix_from, lse_offset);
+        if (P.grad_lse) tile.place(P, P.grad_lse_layout, prefix_from, grad_lse_offset);
+        memset(dq, 0, sizeof(real) * tile.queries * DP);
+        for (int i = 0; i < tile.queries; i++) {
+            load_row<D>(P.q + q_offset[i], P.q_layout.channel, q + i * DP);
+            load_row<DV>(P.grad_out + grad_offset[i], P.grad_out_layout.channel, g + i * VP);
+            alignas(64) real out[VP];
+            load_row<DV>(P.out + out_offset[i], P.out_layout.channel, out);
+            V dot{};
+            for (int d = 0; d < VP; d += L) dot += load(out + d) * load(g + i * VP + d);
+            const real lse = P.lse[lse_offset[i]];
+            delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? P.grad_lse[grad_lse_offset[i]] : 0);
+            row_lse[i] = lse == -INF ? INF : real(lse * 1.4426950408889634);
+        }
+        const int64_t kv = tile.kv_head;
+        for (int64_t n = 0; n < tile.chunks(P); n++) {
+            keys.aim(P, tile, n);
+            keys.gather<D>(P.k + tile.batch * P.k_layout.batch + kv * P.k_layout.head, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
+            keys.gather<DV>(P.v + tile.batch * P.v_layout.batch + kv * P.v_layout.head, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
+            pack_panels<D>(k_panels, k, keys.count);
+            pack_panels<DV>(v_panels, v, keys.count);
+            loads.aim(P, tile, keys, table_sums);
+            stride = up(keys.count, L) + L;
+            if (stride / L % 2 == 0) stride += L;      // rows that lie a power of two apart would share cache sets
+            for (int i = 0, m; i < tile.queries; i += m) { m = share(tile.queries - i, ROWS); rows(i, m); }
+            const bool product = USES_SCORE || tile.prefix || keys.prefix;
+            real *dk_here = alone ? dk_sums : dk, *dv_here = alone ? dv_sums : dv;
+            if (product) multiply<D>(keys.count, {slopes, 1, stride}, tile.queries, q, dk_here, false);
+            multiply<DV>(keys.count, {weights, 1, stride}, tile.queries, g, dv_here, false);
+            if (alone) {
+                if (!product) memset(dk_here, 0, sizeof(real) * keys.count * DP);
+                continue;
+            }
+            rows_of(segment);
+            for (int j = 0; j < keys.count; j++) {
+                real *x = dk_sums + sum_row[j] * DP, *y = dv_sums + sum_row[j] * VP;
+                if (product) for (int d = 0; d < DP; d += L) store(x + d, load(x + d) + load(dk + j * DP + d));
+                for (int d = 0; d < VP; d += L) store(y + d, load(y + d) + load(dv + j * VP + d));
+            }
+        }
+        for (int i = 0; i < tile.queries; i++) store_row<D>(P.dq + dq_offset[i], P.dq_layout.channel, dq + i * DP, numbers.scale);
+    }
+    // rows of the chunk's keys among the segment's sums
+    void rows_of(const Segment& segment) {
+        if (keys.prefix) { for (int j = 0; j < keys.count; j++) sum_row[j] = keys.begin + j; return; }
+        int64_t inner[RANK];
+        inner[RANK - 1] = 1;
+        for (int a = RANK - 1; a > 0; a--) inner[a - 1] = inner[a] * segment.box.extent[a];
+        const Box& box = tile.k_box;
+        box.runs(keys.begin, keys.end, [&](int64_t n, const int64_t* index, int64_t length) {
+            int64_t base = segment.rows - segment.box.count;
+            for (int a = 0; a < RANK; a++) base += (box.first[a] + box.step[a] * index[a] - segment.box.first[a]) / segment.box.step[a] * inner[a];
+            const int64_t step = box.step[RANK - 1] / segment.box.step[RANK - 1];
+            for (int64_t i = 0; i < length; i++) sum_row[n + i] = base + i * step;
+        });
+    }
+    // Writes dk and dv of the sums' rows [from, to), given from row `from` on; virtual keys add to the gradients of their rows.
+    void finish(int64_t b, int64_t kv, const Segment& segment, int64_t from, int64_t to, const real* dk_rows, const real* dv_rows, real* pads) {
+        const int64_t prefix = segment.rows - segment.box.count;
+        int64_t before[RANK];
+        for (int a = 0; a < RANK; a++) before[a] = P.axes[a].keys_before;
+        for (int64_t n = from; n < to; n += CHUNK) {
+            const int64_t stop = min(to, n + CHUNK), middle = min(max(prefix, n), stop), length = stop - n;
+            prefix_offsets(P.dk_layout, n, middle, keys.k_offset);
+            prefix_offsets(P.dv_layout, n, middle, keys.v_offset);
+            offsets(P.dk_layout, segment.box, before, P.k_grid, middle - prefix, stop - prefix, keys.k_offset + (middle - n));
+            offsets(P.dv_layout, segment.box, before, P.k_grid, middle - prefix, stop - prefix, keys.v_offset + (middle - n));
+            for (int64_t i = 0; i < length; i++) keys.real_key[i] = true;
+            if (PADDED) for (int a = 0; a < RANK; a++) {
+                coordinates(segment.box, a, segment.box.first[a] - before[a], segment.box.step[a], n, stop, keys.c[a]);
+                for (int64_t i = 0; i < length; i++) keys.real_key[i] &= keys.c[a][i] >= 0 && keys.c[a][i] < P.axes[a].real_keys;
+            }
+            element *to_k = P.dk + b * P.dk_layout.batch + kv * P.dk_layout.head, *to_v = P.dv + b * P.dv_layout.batch + kv * P.dv_layout.head;
+            for (int64_t i = 0; i < length; i++) {
+                const real *x = dk_rows + (n - from + i) * DP, *y = dv_rows + (n - from + i) * VP;
+                if (keys.real_key[i]) {
+                    store_row<D>(to_k + keys.k_offset[i], P.dk_layout.channel, x, real(P.scale));
+                    store_row<DV>(to_v + keys.v_offset[i], P.dv_layout.channel, y, 1);
+                } else {
+                    real* sums = pads + kv * (DP + VP);
+                    for (int d = 0; d < DP; d++) sums[d] += x[d] * real(P.scale);
+                    for (int d = 0; d < VP; d++) sums[DP + d] += y[d];
+                }
+            }
+        }
+    }
+};
+// segments [from, to) of axis 0 (which overlap or follow each other) and segment `other[a]` of each other axis as one
+INLINE Segment segment_of(const Problem& P, int64_t from, int64_t to, const int64_t* other) {
+    Segment s;
+    for (int a = 0; a < RANK; a++) {
+        const int32_t *x = P.axes[a].segment + 5 * (a ? other[a] : from), *y = P.axes[a].segment + 5 * (a ? other[a] : to - 1);
+        s.piece[a] = x[0]; s.end[a] = y[1];
+        s.box.first[a] = x[2]; s.box.step[a] = x[3]; s.box.extent[a] = y[4] ? (y[2] - x[2]) / x[3] + y[4] : 0;
+    }
+    s.box.close();
+    s.rows = s.box.count + (P.whole ? P.k_prefix : 0);
+    return s;
+}
+extern "C" void attend_backward(const Problem* problem) {
+    const Problem& P = *problem;
+    int64_t segments = 1, others = 1, table_size = 0;
+    for (int a = 0; a < RANK; a++) segments *= P.axes[a].segments;
+    for (int a = 1; a < RANK; a++) others *= P.axes[a].segments;
+    for (int t = 0; t < TABLES; t++) table_size += up(P.tables[t].last + 1, L);
+    const int64_t items = P.batch * P.kv_heads * segments, group = P.heads / P.kv_heads;
+    const int64_t sums = P.sum_rows * (DP + VP), pad_size = PADDED ? P.kv_heads * (DP + VP) : 0;
+    // one thread's sums each of a segment (of every segment where they share keys), of the tables, of the virtual keys' rows
+    real* all_sums = (real*)aligned_alloc(64, sizeof(real) * max<int64_t>(sums, L) * (P.split ? items : P.threads));
+    real* shared = (real*)aligned_alloc(64, sizeof(real) * max<int64_t>(P.threads * (table_size + pad_size), L));
+    memset(shared, 0, sizeof(real) * P.threads * (table_size + pad_size));
+#pragma omp parallel num_threads(P.threads)
+    {
+        static thread_local Arena arena;
+        const int64_t thread = omp_get_thread_num();
+        Backward work(P, arena);
+        real *tables = shared + thread * (table_size + pad_size), *pads = tables + table_size;
+        for (int t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++) work.table_sums[t] = tables + at;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < items; item++) {
+            int64_t rest = item / segments, s = item % segments, other[RANK];
+            for (int a = RANK - 1; a >= 0; s /= P.axes[a].segments, a--) other[a] = s % P.axes[a].segments;
+            const int64_t b = HEADS_FIRST ? rest % P.batch : rest / P.kv_heads, kv = HEADS_FIRST ? rest / P.batch : rest % P.kv_heads;
+            const Segment segment = segment_of(P, other[0], other[0] + 1, other);
+            real *dk = all_sums + (P.split ? item : thread) * sums, *dv = dk + P.sum_rows * DP;
+            int64_t tiles = 1;
+            for (int a = 0; a < RANK; a++) tiles *= segment.end[a] - segment.piece[a];
+            const bool alone = !P.split && !P.whole && tiles * group == 1 && segment.rows <= CHUNK;
+            if (!alone) { memset(dk, 0, sizeof(real) * segment.rows * DP); memset(dv, 0, sizeof(real) * segment.rows * VP); }
+            for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+                for (int64_t t = 0; t < tiles; t++) {
+                    int64_t piece[RANK], left = t;
+                    for (int a = RANK - 1; a >= 0; a--) {
+                        const int64_t n = segment.end[a] - segment.piece[a];
+                        piece[a] = segment.piece[a] + left % n;
+                        left /= n;
+                    }
+                    work.tile.aim(P, b, h, piece);
+                    work.run(segment, 0, dk, dv, alone);
+                }
+                if (P.whole && other[0] == 0) for (int64_t from = 0; from < P.q_prefix; from += TILE) {
+                    work.tile.aim_prefix(P, b, h, from, min(P.q_prefix, from + TILE));
+                    work.run(segment, from, dk, dv, false);
+                }
+            }
+            if (!P.split) work.finish(b, kv, segment, 0, segment.rows, dk, dv, pads);
+        }
+        for (int l = 0; l < LOADS; l++) work.expansions[l].flush();
+        if (P.split) {      // add up what the segments of one owner have for each key, in their order
+            const int64_t owners = P.axes[0].owners, prefix = P.whole ? P.k_prefix : 0;
+            int64_t lines = 1;
+            for (int64_t o = 0; o < owners; o++) {
+                const int64_t zero[RANK] = {};
+                lines = max(lines, segment_of(P, P.axes[0].owner[2 * o], P.axes[0].owner[2 * o + 1], zero).box.extent[0]);
+            }
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < P.batch * P.kv_heads * owners * others * lines; item++) {
+                int64_t rest = item, other[RANK] = {};
+                const int64_t line = rest % lines; rest /= lines;
+                int64_t s = rest % others; rest /= others;
+                const int64_t o = rest % owners; rest /= owners;
+                const int64_t b = HEADS_FIRST ? rest % P.batch : rest / P.kv_heads, kv = HEADS_FIRST ? rest / P.batch : rest % P.kv_heads, other_number = s;
+                for (int a = RANK - 1; a > 0; s /= P.axes[a].segments, a--) other[a] = s % P.axes[a].segments;
+                const int64_t begin = P.axes[0].owner[2 * o], end = P.axes[0].owner[2 * o + 1];
+                const Segment whole = segment_of(P, begin, end, other);
+                const int64_t inner = whole.box.extent[0] ? whole.box.count / whole.box.extent[0] : 0;
+                auto add = [&](int64_t from, int64_t to, int64_t line, bool in_prefix) {       // rows [from, to) of `whole`
+                    for (int64_t n = from; n < to; n += CHUNK) {
+                        const int64_t stop = min(to, n + CHUNK);
+                        memset(work.dk, 0, sizeof(real) * (stop - n) * DP); memset(work.dv, 0, sizeof(real) * (stop - n) * VP);
+                        for (int64_t part = begin; part < end; part++) {
+                            const Segment x = segment_of(P, part, part + 1, other);
+                            const int64_t first = (x.box.first[0] - whole.box.first[0]) / whole.box.step[0];
+                            if (!in_prefix && (line < first || line >= first + x.box.extent[0])) continue;
+                            const int64_t number = ((HEADS_FIRST ? kv * P.batch + b : b * P.kv_heads + kv) * P.axes[0].segments + part) * others + other_number;
+                            const int64_t row = in_prefix ? n : n - first * inner;
+                            const real *dk = all_sums + number * sums + row * DP, *dv = all_sums + number * sums + P.sum_rows * DP + row * VP;
+                            for (int64_t i = 0; i < (stop - n) * DP; i += L) store(work.dk + i, load(work.dk + i) + load(dk + i));
+                            for (int64_t i = 0; i < (stop - n) * VP; i += L) store(work.dv + i, load(work.dv + i) + load(dv + i));
+                        }
+                        work.finish(b, kv, whole, n, stop, work.dk, work.dv, pads);
+                    }
+                };
+                if (line == 0) add(0, prefix, 0, true);
+                if (line < whole.box.extent[0]) add(prefix + line * inner, prefix + (line + 1) * inner, line, false);
+            }
+        }
+    }
+    for (int64_t thread = 0; thread < P.threads; thread++) {
+        const real *from = shared + thread * (table_size + pad_size), *pads = from + table_size;
+        for (int t = 0; t < TABLES; from += up(P.tables[t].last + 1, L), t++)
+            for (int64_t i = 0; i <= P.tables[t].last; i++) P.tables[t].gradient[i] = (thread ? P.tables[t].gradient[i] : 0) + from[i];
+        if (PADDED) for (int64_t kv = 0; kv < P.kv_heads; kv++) {
+            for (int d = 0; d < D; d++) P.pad_k_gradient[kv * D + d] = (thread ? P.pad_k_gradient[kv * D + d] : 0) + pads[kv * (DP + VP) + d];
+            for (int d = 0; d < DV; d++) P.pad_v_gradient[kv * DV + d] = (thread ? P.pad_v_gradient[kv * DV + d] : 0) + pads[kv * (DP + VP) + DP + d];
+        }
+    }
+    free(all_sums);
+    free(shared);
+}

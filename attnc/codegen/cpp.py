@@ -1,0 +1,296 @@
+"""Prints a statement as C++ for the CPU: the expressions of this file inside the loops of the headers beside it.
+
+One source per direction, with a plain C interface. What is fixed when it is printed: the statement, the head dimensions, the dtype,
+whether keys may be virtual. Sizes, strides, tile borders and interval ends are arguments, so one built kernel serves every grid.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from attnc import ir
+from attnc.analysis.derivative import derivative, loads
+from attnc.analysis.structure import Structure, analyse
+from attnc.codegen.cpp_expr import Printer, Terms, depends
+from attnc.errors import UnsupportedError
+from attnc.ir import Expr
+from attnc.schedule.boxes import Kernel
+
+ELEMENTS = {"float32": "FLOAT", "float64": "DOUBLE", "bfloat16": "BFLOAT16", "float16": "HALF"}
+LANES = 16  # what tile choices assume; the register length itself is the compiler's to say
+BUFFERS = {False: 320 * 1024, True: 256 * 1024}  # bytes of a chunk's packed rows, forward and backward: a part of the L2 cache
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one kernel is printed for."""
+
+    program: ir.Program
+    dim: int
+    value_dim: int
+    dtype: str  # "float32", ...
+
+    @property
+    def attend(self) -> ir.Attend:
+        """The statement."""
+        assert isinstance(self.program.attend, ir.Attend)
+        return self.program.attend
+
+    @property
+    def structure(self) -> Structure:
+        """Its normal form, as the geometry has it."""
+        return analyse(self.attend, self.same_grid, self.padded)
+
+    @property
+    def same_grid(self) -> bool:
+        """Queries and keys are the same token set."""
+        return self.program.queries == self.program.keys
+
+    @property
+    def padded(self) -> bool:
+        """Keys may be virtual."""
+        return self.program.keys.pad is not None or self.program.keys.pad_multiple is not None
+
+    @property
+    def rank(self) -> int:
+        """Axes of the geometry: 1 where it is flat."""
+        return len(self.structure.axes)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Real tables (with gradients), in order."""
+        a = self.attend
+        return tuple(t for t in a.tables if t not in a.int_tables)
+
+    @property
+    def int_tables(self) -> tuple[str, ...]:
+        """Tables that the relation reads."""
+        return self.attend.int_tables
+
+    @property
+    def table_rank(self) -> int:
+        """Most dimensions of any table."""
+        return max([1, *(self.attend.table_rank(t) for t in self.attend.tables)])
+
+    def kernel(self, backward: bool) -> Kernel:
+        """Tile limits: how many queries a tile and how many keys a chunk may have."""
+        size = 8 if self.dtype == "float64" else 4
+        d, v = (-(-n // LANES) * LANES for n in (self.dim, self.value_dim))
+        row = size * (3 * (d + v) if backward else 2 * d + v)
+        keys = min(max(BUFFERS[backward] // row // 32 * 32, 64), 256 if backward else 512)
+        queries = 128 if backward or d + v > 256 else 256
+        return Kernel(queries, keys, LANES, 6, self.dim + self.value_dim, backward)
+
+
+def refuse(spec: Spec) -> None:
+    """Raise UnsupportedError for what this printer does not lower."""
+    a = spec.attend
+    way = 'backend "cpp" does not lower it; backend="eager" does'
+    n = a.normalizer
+    if n.kind != "softmax" or n.over != "keys" or n.sink is not None:
+        what = f"softmax with sink {n.sink}" if n.sink else f"softmax over {n.over}" if n.kind == "softmax" else n.kind
+        raise UnsupportedError(f"pattern {a.name}: its normalizer is {what}; {way}")
+    for what, m in (("q_map", a.q_map), ("k_map", a.k_map)):
+        if m is not None:
+            raise UnsupportedError(f"pattern {a.name}: {what}={m.kind}; {way}")
+    if spec.padded and (spec.program.queries.prefix or spec.program.keys.prefix):
+        raise UnsupportedError(f"pattern {a.name}: prefix tokens together with virtual padded keys; {way}")
+    for name, dim in (("head dimension", spec.dim), ("value dimension", spec.value_dim)):
+        if not 1 <= dim <= 256:
+            raise UnsupportedError(f"pattern {a.name}: {name} {dim} is not between 1 and 256; {way}")
+    if spec.dtype not in ELEMENTS:
+        raise UnsupportedError(f"pattern {a.name}: dtype {spec.dtype}; backend \"cpp\" takes {', '.join(ELEMENTS)}")
+
+
+@lru_cache(maxsize=64)
+def header(name: str) -> str:
+    """Text of a header of this folder."""
+    return (Path(__file__).parent / name).read_text().rstrip() + "\n"
+
+
+def _placed(spec: Spec, e: Expr) -> Expr:
+    """An expression over coordinates of the geometry's axes."""
+    if spec.structure.flat:
+        return ir.rewrite(e, lambda n: ir.coord(n.args[0], 0) if n.op == "index" else None)
+    return ir.flatten_index(e, spec.attend.rank, spec.same_grid)
+
+
+def preamble(spec_dtype: str) -> str:
+    """Types and numbers that the headers build on."""
+    wide = spec_dtype == "float64"
+    names = " ".join(f"#define {n} {i}\n" for i, n in enumerate(ELEMENTS.values())).replace("\n ", "\n")
+    return (
+        "#include <omp.h>\n#include <stdint.h>\n#include <stdlib.h>\n#include <string.h>\n#include <initializer_list>\n"
+        f"{names}#define ELEMENT {ELEMENTS[spec_dtype]}\n#define REAL_BITS {64 if wide else 32}\n"
+        f"namespace attnc {{\ntypedef {'double' if wide else 'float'} real;       // what sums are kept in\n"
+        f"typedef {'int64_t' if wide else 'int32_t'} integer;  // of the same width: one per lane\n"
+    )
+
+
+def _wrapped(comment: list[str]) -> str:
+    return "".join(f"// {line}\n" if line else "//\n" for line in comment)
+
+
+def describe(spec: Spec, backward: bool) -> list[str]:
+    """The head of a source: what it computes and for which shapes."""
+    a, s = spec.attend, spec.structure
+    what = "gradients of the queries, keys, values and tables" if backward else "output and log-sum-exp"
+    axes = ", ".join(f"{f.kind}" for f in s.axes)
+    return [
+        f"Attention `{a.name}`: {what}.",
+        "",
+        f"  keys of a query   {ir.show(a.relation)}",
+        f"  score             {ir.show(a.score)}" + (f", weight times {ir.show(a.post)}" if a.post is not None else ""),
+        f"  per axis          {axes}; residual {ir.show(s.residual)}" + ("; axes flattened to one" if s.flat else ""),
+        f"  shapes            head dim {spec.dim}, value dim {spec.value_dim}, {spec.dtype}; any grid, batch, heads, strides",
+        "",
+        "Tiles of queries run over chunks of the box of keys that they see; sums in "
+        + ("float64." if spec.dtype == "float64" else "float32."),
+    ]
+
+
+def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], Terms]:
+    a, s = spec.attend, spec.structure
+    axes = ir.AXES.get(spec.rank, tuple(f"axis{i}" for i in range(spec.rank)))
+    terms = Terms(axes, spec.tables, spec.int_tables)
+    p = Printer(terms)
+    score = _placed(spec, a.score)
+    post = None if a.post is None else _placed(spec, a.post)
+    for e in (score, *(() if post is None else (post,))):
+        for node in loads(e):
+            terms.load_number(node)
+    pair = "const Problem& P, const Numbers& numbers, const QueryTerms& q, const KeyTerms& keys"
+    vector = f"{pair}, const real* const* elements, int k"
+    raw = "    const V raw = s * splat(numbers.scale);\n"
+    out: list[str] = []
+
+    def function(head: str, body: str, needs_raw: bool = False) -> None:
+        out.append(f"INLINE {head} {{\n{raw if needs_raw else ''}    return {body};\n}}\n")
+
+    # log2(e) * score
+    rest = _without_score(score)
+    if score == ir.SCORE:
+        text = "s * splat(numbers.scale_log2e)"
+    elif rest is not None:
+        text = f"s * splat(numbers.scale_log2e) + splat(LOG2E) * {p.real(rest)}"
+    else:
+        text = f"splat(LOG2E) * {p.real(score)}"
+    out.append("// log2(e) * score of one query and L keys, s = q . k\n")
+    function(f"V score({vector}, V s)", text, "raw" in text)
+    out.append("// the part of the relation that no interval expresses\n" if s.residual != ir.TRUE else "")
+    function(f"I allowed({pair}, int k)", p.wide(p.vector(s.residual), "bool"))
+    if post is not None:
+        out.append("// factor of the weight\n")
+    function(f"V post({vector})", p.real(post) if post is not None else "splat(1)")
+    if backward:
+        out.append("// d score / d SCORE\n")
+        text = p.real(derivative(score, ir.SCORE))
+        function(f"V score_slope({vector}, V s)", text, "raw" in text)
+        for name, e in (("load_slopes", score), ("post_slopes", post)):
+            lines = [p.real(derivative(e, node) if e is not None else ir.const(0.0)) for node in terms.loads]
+            body = "".join(f"    slope[{i}] = {x};\n" for i, x in enumerate(lines))
+            args = f"{vector}, V s, V* slope" if name == "load_slopes" else f"{vector}, V* slope"
+            out.append(f"// d {'score' if name == 'load_slopes' else 'factor'} / d each table element\n" if lines else "")
+            out.append(f"INLINE void {name}({args}) {{\n{raw if 'raw' in body else ''}{body}}}\n")
+    offsets = [p.load_offset(node) for node in terms.loads]
+    mixed = [f"        case {i}: return {o[2]};\n" for i, o in enumerate(offsets) if o[2] is not None]
+    out.append("// the part of a table offset that mixes query and key\n" if mixed else "")
+    cases = f"    switch (load) {{\n{''.join(mixed)}    }}\n" if mixed else ""
+    out.append(f"INLINE int64_t mixed_offset({pair}, int load, int k) {{\n{cases}    return 0;\n}}\n")
+    text = _term_structs(p, offsets) + "".join(out)
+    return text, [terms.tables.index(n.args[0]) for n in terms.loads], [o[2] is not None for o in offsets], terms
+
+
+def _term_structs(p: Printer, offsets: list[tuple[str, str, str | None]]) -> str:
+    """The terms per query and per key, and what computes them."""
+    query, key = p.terms.query, p.terms.key
+    kinds = {"int": "integer", "bool": "integer", "real": "real"}
+    args = "const Problem& P, const Numbers& numbers, const integer* c"
+    out = ["// what expressions need to know of one query\nstruct QueryTerms {\n"]
+    out += [f"    {'bool' if e.kind == 'bool' else kinds[e.kind]} {n};\n" for e, n in query.items()]
+    out.append("};\n// of each key of a chunk\nstruct KeyTerms {\n")
+    out += [f"    {kinds[e.kind]}* {n};\n" for e, n in key.items()]
+    take = "".join(f" {n} = arena.take<{kinds[e.kind]}>(CHUNK);" for e, n in key.items())
+    pad = "".join(f" {n}[i] = {n}[0];" for n in key.values())
+    out.append(f"    void allocate(Arena& arena) {{{take} }}\n")
+    out.append(f"    void pad(int count) {{ for (int i = count; i < up(count, L); i++) {{{pad} }} }}\n}};\n")
+    out.append(f"// terms of the query at coordinates c, and its part of each table offset\n"
+               f"INLINE void query_terms({args}, QueryTerms& q, int64_t* offset) {{\n")
+    out += [f"    q.{n} = {p.at_point(e)};\n" for e, n in query.items()]
+    out += [f"    offset[{i}] = {o[0]};\n" for i, o in enumerate(offsets)]
+    out.append(f"}}\nINLINE void key_terms({args}, KeyTerms& keys, int k, int64_t* offset) {{\n")
+    for e, n in key.items():
+        text = p.at_point(e)
+        out.append(f"    keys.{n}[k] = {f'-integer({text})' if e.kind == 'bool' else text};\n")
+    out += [f"    offset[{i}] = {o[1]};\n" for i, o in enumerate(offsets)]
+    out.append("}\n")
+    return "".join(out)
+
+
+def _without_score(score: Expr) -> Expr | None:
+    """rest, where score = SCORE + rest and rest does not mention it."""
+    if score.op in ("add", "sub"):
+        a, b = score.args
+        if a == ir.SCORE and "s" not in depends(b):
+            return b if score.op == "add" else ir.make("neg", b)
+        if score.op == "add" and b == ir.SCORE and "s" not in depends(a):
+            return _real(a)
+        inner = _without_score(a)
+        if inner is not None and "s" not in depends(b):
+            return ir.make(score.op, inner, b)
+    return None
+
+
+def _real(e: Expr) -> Expr:
+    return e
+
+
+def source(spec: Spec, backward: bool) -> str:
+    """The whole C++ source of one direction."""
+    refuse(spec)
+    a, s = spec.attend, spec.structure
+    hooks, tables, mixed, terms = _hooks(spec, backward)
+    k = spec.kernel(backward)
+    plain = a.score == ir.SCORE and s.residual == ir.TRUE and a.post is None
+    slope = derivative(_placed(spec, a.score), ir.SCORE)
+    uses = any(n.op == "score" for n in ir.walk(a.score))
+
+    def flag(b: bool) -> str:
+        return "true" if b else "false"
+
+    numbers = "".join(
+        [
+            f"constexpr int D = {spec.dim}, DV = {spec.value_dim};   // channels of q and k, of v\n",
+            f"constexpr int RANK = {spec.rank}, GRID = {spec.attend.rank};   // axes of the geometry, of the tensors' grid\n",
+            f"constexpr int TABLES = {len(spec.tables)}, INT_TABLES = {len(spec.int_tables)}, TABLE_RANK = {spec.table_rank};\n",
+            f"constexpr int TILE = {k.queries}, CHUNK = {k.keys};   // most queries of a tile, keys of a chunk\n",
+            f"constexpr int LOADS = {len(tables)};   // table elements that a score reads\n",
+            f"constexpr int LOAD_TABLE[] = {{{', '.join(map(str, [*tables, 0]))}}};\n",
+            f"constexpr bool LOAD_MIXED[] = {{{', '.join(map(flag, [*mixed, False]))}}};\n",
+            f"constexpr int EXPANSION = {65536 if tables else 16};   // most pairs of a tile whose table elements are kept expanded\n",
+            f"constexpr int QUERY_TERMS = {len(terms.query)}, KEY_TERMS = {len(terms.key)};\n",
+            f"constexpr bool PADDED = {flag(spec.padded)}, RESIDUAL = {flag(s.residual != ir.TRUE)}, POST = {flag(a.post is not None)};\n",
+            f"constexpr bool PLAIN_SCORE = {flag(plain)}, USES_SCORE = {flag(uses)}, "
+            f"SCORE_SLOPE = {flag(slope != ir.const(1.0))}, HEADS_FIRST = {flag(bool(tables))};\n",
+        ]
+    )
+    body = header("tile.h").replace("@SCORE@\n", hooks)
+    loop = header("backward.h" if backward else "forward.h")
+    text = _wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h") + "\n" + numbers + "\n" + body + "\n" + loop + "}\n"
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def channel_source(dtype: str, dim: int, key_dim: int, backward: bool) -> str:
+    """Channel attention: dim channels of q (rows), key_dim channels of k and v (columns)."""
+    what = "gradients of q, k and v" if backward else "output"
+    head = [
+        f"Channel attention: {what}.",
+        "",
+        "  S[i][j] = scale * sum over tokens n of q[n][i] k[n][j];  A = softmax of S over j;  out[n][i] = sum over j of A[i][j] v[n][j]",
+        f"  shapes    {dim} channels of q, {key_dim} of k and v, {dtype}; any number of tokens, batch, heads, strides",
+    ]
+    numbers = f"constexpr int D = {dim}, K = {key_dim};   // channels of q, of k and v\nconstexpr bool BACKWARD = {str(backward).lower()};\n"
+    return _wrapped(head) + preamble(dtype) + header("vec.h") + "\n" + numbers + "\n" + header("channel.h") + "}\n"

@@ -1,0 +1,362 @@
+// ---- what a call is told; strides are in elements -----------------------------------------------------------------------------------
+struct Layout { int64_t batch, head, channel, prefix, start, merged, axis[GRID]; };  // start: of the grid; prefix: step of prefix tokens
+struct Axis {
+    int64_t split, columns, queries_before, keys_before, real_keys, pieces, segments, owners;
+    const int32_t *lo, *hi;      // [split][columns]: first and last key (index in the residue class) that a query sees
+    const int32_t* piece;        // [pieces][3]: residue, first query, last query + 1 (indices in the class): the tiles' sides
+    const int32_t* segment;      // [segments][5]: first piece, last + 1; the keys they see: first coordinate, step, count (backward)
+    const int32_t* owner;        // [owners][2]: first segment, last + 1: segments whose keys overlap (backward)
+};
+struct Table { const real* data; int64_t stride[TABLE_RANK], last; real* gradient; };
+struct IntTable { const int32_t* data; int64_t stride[TABLE_RANK], last; };
+struct Problem {
+    int64_t batch, heads, kv_heads, q_prefix, k_prefix, threads;
+    double scale;
+    const element *q, *k, *v;
+    element* out;
+    real* lse;
+    const element* grad_out;
+    const real* grad_lse;
+    element *dq, *dk, *dv;
+    Layout q_layout, k_layout, v_layout, out_layout, lse_layout, grad_out_layout, grad_lse_layout, dq_layout, dk_layout, dv_layout;
+    Axis axes[RANK];
+    int64_t q_grid[GRID], k_grid[GRID];       // tokens
+    int64_t q_size[GRID], k_size[GRID];       // lengths that expressions may mention
+    const real *pad_k, *pad_v;                // rows of virtual keys
+    int64_t pad_k_head, pad_v_head;
+    int64_t sum_rows, whole, split;           // backward: rows of a segment's sums; one segment holds all keys; segments share keys
+    real *pad_k_gradient, *pad_v_gradient;    // [kv_heads][D], [kv_heads][DV]
+    Table tables[TABLES + 1];
+    IntTable int_tables[INT_TABLES + 1];
+};
+constexpr int64_t DP = up(D, L), VP = up(DV, L);    // rows of tile buffers are whole vectors
+
+// A box of tokens: on axis a the coordinates first + step * 0 .. extent - 1; tokens are counted row by row.
+struct Box {
+    int64_t first[RANK], step[RANK], extent[RANK], count;
+    INLINE void close() { count = 1; for (int a = 0; a < RANK; a++) count *= extent[a]; }
+    // f(n, index, length): runs along the last axis that make up the tokens [from, to)
+    template <class F> INLINE void runs(int64_t from, int64_t to, F f) const {
+        int64_t index[RANK];
+        for (int64_t a = RANK - 1, rest = from; a >= 0; rest /= extent[a], a--) index[a] = rest % extent[a];
+        for (int64_t n = from; n < to;) {
+            const int64_t length = min(extent[RANK - 1] - index[RANK - 1], to - n);
+            f(n - from, index, length);
+            n += length;
+            index[RANK - 1] += length;
+            for (int a = RANK - 1; a > 0 && index[a] == extent[a]; a--) { index[a] = 0; index[a - 1]++; }
+        }
+    }
+};
+// element offsets of the tokens [from, to) of a box
+inline void offsets(const Layout& t, const Box& box, const int64_t* before, const int64_t* grid, int64_t from, int64_t to, int64_t* out) {
+    box.runs(from, to, [&](int64_t n, const int64_t* index, int64_t length) {
+        int64_t at[RANK];
+        for (int a = 0; a < RANK; a++) at[a] = box.first[a] + box.step[a] * index[a] - before[a];
+        if (RANK == GRID || t.merged) {
+            int64_t base = t.start;
+            for (int a = 0; a < RANK; a++) base += at[a] * t.axis[GRID - RANK + a];
+            const int64_t step = box.step[RANK - 1] * t.axis[GRID - 1];
+            for (int64_t i = 0; i < length; i++) out[n + i] = base + i * step;
+        } else for (int64_t i = 0; i < length; i++) {      // a flat index on a grid whose rows do not follow each other
+            int64_t rest = at[0] + i * box.step[0], place = t.start;
+            for (int a = GRID - 1; a >= 0; rest /= grid[a], a--) place += rest % grid[a] * t.axis[a];
+            out[n + i] = place;
+        }
+    });
+}
+inline void prefix_offsets(const Layout& t, int64_t from, int64_t to, int64_t* out) { for (int64_t i = from; i < to; i++) out[i - from] = i * t.prefix; }
+// coordinates of the tokens on axis a: first + step * index
+inline void coordinates(const Box& box, int a, int64_t first, int64_t step, int64_t from, int64_t to, integer* out) {
+    box.runs(from, to, [&](int64_t n, const int64_t* index, int64_t length) {
+        const int64_t base = first + step * index[a], more = a == RANK - 1 ? step : 0;
+        for (int64_t i = 0; i < length; i++) out[n + i] = base + i * more;
+    });
+}
+
+// An element of an integer table; an offset outside of it (of a pair that is not there) is moved inside.
+INLINE integer at(const IntTable& t, int64_t offset) { return t.data[min(max<int64_t>(offset, 0), t.last)]; }
+inline I at(const IntTable& t, I offset) { I x; for (int i = 0; i < L; i++) x[i] = at(t, offset[i]); return x; }
+
+struct Numbers { real scale, scale_log2e; int64_t batch, head; };
+
+@SCORE@
+
+// ---- one tile: a box of queries and the box of keys that they see ------------------------------------------------------------------
+struct Tile {
+    int64_t batch, head, kv_head;
+    int queries;
+    bool prefix;                 // the queries are prefix tokens
+    Box q_box, k_box;
+    bool uniform;                // every query sees the whole box
+    bool checked[RANK];          // axes whose intervals are compared key by key
+    int64_t key_index[RANK];     // index in the residue class of the box's first key
+    int64_t *begin, *end;        // [queries] the run of keys (in box order) outside of which a query sees none
+    integer *low[RANK], *high[RANK];
+    QueryTerms* terms;
+    int64_t* load_offset[LOADS + 1];
+
+    static size_t bytes() { return TILE * ((2 + LOADS) * 8 + sizeof(QueryTerms) + RANK * 2 * sizeof(integer)) + 64 * (5 + LOADS + 2 * RANK); }
+    void allocate(Arena& arena) {
+        begin = arena.take<int64_t>(TILE); end = arena.take<int64_t>(TILE);
+        for (int a = 0; a < RANK; a++) { low[a] = arena.take<integer>(TILE); high[a] = arena.take<integer>(TILE); }
+        terms = arena.take<QueryTerms>(TILE);
+        for (int l = 0; l < LOADS; l++) load_offset[l] = arena.take<int64_t>(TILE);
+    }
+    // tile `t` of the product of pieces
+    void aim(const Problem& P, int64_t b, int64_t h, const int64_t* piece) {
+        batch = b; head = h; kv_head = h / (P.heads / P.kv_heads); prefix = false; uniform = true;
+        int different = 0, lead = -1;
+        const int32_t *lo[RANK], *hi[RANK];
+        for (int a = 0; a < RANK; a++) {
+            const Axis& x = P.axes[a];
+            const int32_t* p = x.piece + 3 * piece[a];
+            const int64_t r = p[0], from = p[1], to = p[2];
+            lo[a] = x.lo + r * x.columns + from; hi[a] = x.hi + r * x.columns + from;
+            const int64_t first = lo[a][0], last = hi[a][to - from - 1];
+            q_box.first[a] = r + x.split * from; q_box.step[a] = x.split; q_box.extent[a] = to - from;
+            k_box.first[a] = r + x.split * first; k_box.step[a] = x.split; k_box.extent[a] = max<int64_t>(last - first + 1, 0);
+            key_index[a] = first;
+            const bool same = lo[a][to - from - 1] == first && hi[a][0] == last;
+            if (lead < 0 && k_box.extent[a] > 1) lead = a;
+            checked[a] = !same;
+            different += !same;
+        }
+        q_box.close(); k_box.close();
+        queries = q_box.count;
+        uniform = different == 0;
+        if (lead < 0) lead = RANK - 1;
+        int64_t inner = 1;
+        for (int a = lead + 1; a < RANK; a++) inner *= k_box.extent[a];
+        checked[lead] = false;      // its intervals are runs of keys
+        q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
+            for (int64_t i = 0; i < length; i++) {
+                const int64_t at = index[lead] + (lead == RANK - 1 ? i : 0);
+                begin[n + i] = (lo[lead][at] - key_index[lead]) * inner;
+                end[n + i] = (hi[lead][at] + 1 - key_index[lead]) * inner;
+            }
+        });
+        for (int a = 0; a < RANK; a++) if (checked[a]) q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
+            for (int64_t i = 0; i < length; i++) { const int64_t at = index[a] + (a == RANK - 1 ? i : 0); low[a][n + i] = lo[a][at]; high[a][n + i] = hi[a][at]; }
+        });
+        if (QUERY_TERMS || LOADS) {
+            const Numbers numbers{0, 0, b, h};
+            q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
+                integer c[RANK];
+                for (int a = 0; a < RANK; a++) c[a] = q_box.first[a] + q_box.step[a] * index[a];
+                for (int64_t i = 0; i < length; i++, c[RANK - 1] += q_box.step[RANK - 1]) {
+                    int64_t at[LOADS + 1];
+                    query_terms(P, numbers, c, terms[n + i], at);
+                    for (int l = 0; l < LOADS; l++) load_offset[l][n + i] = at[l];
+                }
+            });
+        }
+    }
+    // prefix tokens [from, to) as queries: they see every key
+    void aim_prefix(const Problem& P, int64_t b, int64_t h, int64_t from, int64_t to) {
+        batch = b; head = h; kv_head = h / (P.heads / P.kv_heads); prefix = uniform = true; queries = to - from;
+        for (int a = 0; a < RANK; a++) { k_box.first[a] = 0; k_box.step[a] = 1; k_box.extent[a] = P.axes[a].real_keys; checked[a] = false; key_index[a] = 0; }
+        k_box.close();
+        for (int i = 0; i < queries; i++) { begin[i] = 0; end[i] = k_box.count; }
+    }
+    // offsets of the queries in a tensor
+    void place(const Problem& P, const Layout& t, int64_t from, int64_t* out) const {
+        int64_t before[RANK];
+        for (int a = 0; a < RANK; a++) before[a] = P.axes[a].queries_before;
+        if (prefix) prefix_offsets(t, from, from + queries, out);
+        else offsets(t, q_box, before, P.q_grid, 0, queries, out);
+        const int64_t base = batch * t.batch + head * t.head;
+        for (int i = 0; i < queries; i++) out[i] += base;
+    }
+    // Chunks of keys: the prefix tokens, then the box, CHUNK keys at most each and a whole number of vectors but for the last.
+    int64_t prefix_chunks(const Problem& P) const { return (P.k_prefix + CHUNK - 1) / CHUNK; }
+    int64_t chunks(const Problem& P) const { return prefix_chunks(P) + (k_box.count + CHUNK - 1) / CHUNK; }
+};
+
+// ---- one chunk of keys ----------------------------------------------------------------------------------------------------------------
+struct Keys {
+    int count;
+    bool prefix;
+    int64_t begin, end;          // which keys of the box (or of the prefix)
+    int64_t *k_offset, *v_offset;
+    integer *index[RANK], *c[RANK];
+    KeyTerms terms;
+    int64_t* load_offset[LOADS + 1];
+    bool* real_key;
+
+    static size_t bytes() { return CHUNK * ((2 + LOADS) * 8 + 2 * RANK * sizeof(integer) + 1 + KEY_TERMS * sizeof(real)) + 64 * (4 + LOADS + 2 * RANK + KEY_TERMS); }
+    void allocate(Arena& arena) {
+        k_offset = arena.take<int64_t>(CHUNK); v_offset = arena.take<int64_t>(CHUNK);
+        for (int a = 0; a < RANK; a++) { index[a] = arena.take<integer>(CHUNK); c[a] = arena.take<integer>(CHUNK); }
+        terms.allocate(arena);
+        for (int l = 0; l < LOADS; l++) load_offset[l] = arena.take<int64_t>(CHUNK);
+        real_key = arena.take<bool>(CHUNK);
+    }
+    // chunk number `n` of a tile; offsets are -1 for virtual keys
+    void aim(const Problem& P, const Tile& t, int64_t n) {
+        const int64_t before_box = t.prefix_chunks(P);
+        prefix = n < before_box;
+        const int64_t total = prefix ? P.k_prefix : t.k_box.count, parts = (total + CHUNK - 1) / CHUNK, part = prefix ? n : n - before_box;
+        const int64_t vectors = (total + L - 1) / L;
+        begin = vectors * part / parts * L; end = min(vectors * (part + 1) / parts * L, total); count = end - begin;
+        int64_t key_before[RANK];
+        for (int a = 0; a < RANK; a++) key_before[a] = P.axes[a].keys_before;
+        if (prefix) {
+            prefix_offsets(P.k_layout, begin, end, k_offset);
+            prefix_offsets(P.v_layout, begin, end, v_offset);
+        } else {
+            offsets(P.k_layout, t.k_box, key_before, P.k_grid, begin, end, k_offset);
+            offsets(P.v_layout, t.k_box, key_before, P.k_grid, begin, end, v_offset);
+            for (int a = 0; a < RANK; a++) {
+                if (t.checked[a]) {
+                    coordinates(t.k_box, a, t.key_index[a], 1, begin, end, index[a]);
+                    for (int i = count; i < up(count, L); i++) index[a][i] = 0;
+                }
+                if (KEY_TERMS || LOADS || PADDED) coordinates(t.k_box, a, t.k_box.first[a], t.k_box.step[a], begin, end, c[a]);
+            }
+            if (!t.prefix && (KEY_TERMS || LOADS)) {
+                const Numbers numbers{0, 0, t.batch, t.head};
+                for (int i = 0; i < count; i++) {
+                    integer at[RANK];
+                    int64_t from[LOADS + 1];
+                    for (int a = 0; a < RANK; a++) at[a] = c[a][i];
+                    key_terms(P, numbers, at, terms, i, from);
+                    for (int l = 0; l < LOADS; l++) load_offset[l][i] = from[l];
+                }
+                terms.pad(count);
+            }
+        }
+        for (int i = 0; i < count; i++) real_key[i] = true;
+        if (PADDED && !prefix) for (int a = 0; a < RANK; a++) for (int i = 0; i < count; i++) {
+            const int64_t position = c[a][i] - key_before[a];
+            real_key[i] &= position >= 0 && position < P.axes[a].real_keys;
+        }
+    }
+    // rows of k or v of one (batch, head), `width` reals apart
+    template <int W> INLINE void gather(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* dst) const {
+        constexpr int64_t P = up(W, L);
+        for (int i = 0; i < count; i++) {
+            if (PADDED && !real_key[i]) { for (int d = 0; d < P; d++) dst[i * P + d] = d < W ? pad[d] : 0; }
+            else load_row<W>(src + offset[i], channel, dst + i * P);
+        }
+        for (int i = count; i < up(count, L); i++) for (int d = 0; d < P; d++) dst[i * P + d] = 0;
+    }
+};
+
+// The part of a chunk that a query sees: keys [begin, end).
+struct Run { int begin, end; };
+INLINE Run run_of(const Tile& t, const Keys& keys, int i) {
+    if (keys.prefix) return {0, keys.count};
+    return {int(min<int64_t>(max<int64_t>(t.begin[i] - keys.begin, 0), keys.count)), int(min<int64_t>(max<int64_t>(t.end[i] - keys.begin, 0), keys.count))};
+}
+// The keys that any query of rows [i, i + m) may see.
+INLINE Run run_of_rows(const Tile& t, const Keys& keys, int i, int m) {
+    Run all{keys.count, 0};
+    for (int j = i; j < i + m; j++) {
+        const Run r = run_of(t, keys, j);
+        if (r.begin < r.end) { all.begin = min(all.begin, r.begin); all.end = max(all.end, r.end); }
+    }
+    return all;
+}
+// -1 where query i sees key k + lane
+INLINE I visible(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, Run run, int i, int k, bool plain) {
+    const I at = lanes() + splat_integer(k);
+    I ok = (at >= splat_integer(run.begin)) & (at < splat_integer(run.end));
+    if (!keys.prefix && !t.prefix) {
+        for (int a = 0; a < RANK; a++) if (t.checked[a]) {
+            const I key = load(keys.index[a] + k);
+            ok &= (key >= splat_integer(t.low[a][i])) & (key <= splat_integer(t.high[a][i]));
+        }
+        if (RESIDUAL && !plain) ok &= allowed(P, numbers, t.terms[i], keys.terms, k);
+    }
+    return ok;
+}
+
+// ---- table elements that enter a score ----------------------------------------------------------------------------------------------
+// values[i][k] = table[offset of query i + offset of key k]. A tile that looks at the same elements as the one before (windows of
+// one head do, and the inside of a neighbourhood) finds them expanded; their gradients are summed in the same places.
+struct Expansion {
+    const real* table = nullptr;
+    real *values, *sums, *gradient;
+    int64_t *queries, *keys, origin, last;
+    int rows = 0, columns = 0, stride = 0;
+    void allocate(Arena& arena, bool backward) {
+        queries = arena.take<int64_t>(TILE); keys = arena.take<int64_t>(CHUNK);
+        values = arena.take<real>(EXPANSION); sums = backward ? arena.take<real>(EXPANSION) : nullptr;
+        table = nullptr; rows = columns = 0; origin = 0;
+    }
+    static size_t bytes(bool backward) { return 64 * 4 + 8 * (TILE + CHUNK) + EXPANSION * sizeof(real) * (backward ? 2 : 1); }
+    int64_t offset(int i, int k) const { return min(max<int64_t>(queries[i] + keys[k], 0), last); }
+    // adds the sums to the table's gradient
+    void flush() {
+        if (!sums || !rows) return;
+        for (int i = 0; i < rows; i++) for (int k = 0; k < columns; k++) gradient[offset(i, k)] += sums[i * stride + k];
+        rows = 0;
+    }
+    void aim(const Table& t, real* into, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) {
+        bool same = rows == tile.queries && columns == chunk.count && table == t.data;
+        const int64_t base = q[0];
+        for (int i = 0; same && i < rows; i++) same = queries[i] == q[i] - base;
+        for (int i = 0; same && i < columns; i++) same = keys[i] == k[i] + base;
+        if (same) return;
+        flush();
+        table = t.data; gradient = into; last = t.last; rows = tile.queries; columns = chunk.count; stride = up(columns, L);
+        for (int i = 0; i < rows; i++) queries[i] = q[i] - base;
+        for (int i = 0; i < columns; i++) keys[i] = k[i] + base;
+        for (int i = 0; i < rows; i++) {
+            for (int j = 0; j < columns; j++) values[i * stride + j] = table[offset(i, j)];
+            for (int j = columns; j < stride; j++) values[i * stride + j] = 0;
+        }
+        if (sums) memset(sums, 0, sizeof(real) * rows * stride);
+    }
+};
+// Where a row's table elements lie: in the expansion, or read into `spare` for the rows at hand.
+struct Loads {
+    Expansion* expansion;
+    real* spare;            // [LOADS][ROWS][CHUNK]
+    bool expanded[LOADS + 1];
+    void aim(const Problem& P, const Tile& t, const Keys& keys, real* const* gradients) {
+        for (int l = 0; l < LOADS; l++) {
+            expanded[l] = !LOAD_MIXED[l] && !t.prefix && !keys.prefix && (int64_t)t.queries * up(keys.count, L) <= EXPANSION && t.chunks(P) == t.prefix_chunks(P) + 1;
+            if (expanded[l]) expansion[l].aim(P.tables[LOAD_TABLE[l]], gradients ? gradients[LOAD_TABLE[l]] : nullptr, t, keys, t.load_offset[l], keys.load_offset[l]);
+        }
+    }
+    int64_t offset(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int l, int i, int k) const {
+        int64_t at = t.load_offset[l][i] + keys.load_offset[l][k];
+        if (LOAD_MIXED[l]) at += mixed_offset(P, numbers, t.terms[i], keys.terms, l, k);
+        return min(max<int64_t>(at, 0), P.tables[LOAD_TABLE[l]].last);
+    }
+    // rows[l]: the elements for query i = first + r, keys [from, to) at least
+    void rows(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int i, int r, int from, int to, const real** out) {
+        for (int l = 0; l < LOADS; l++) {
+            if (expanded[l]) { out[l] = expansion[l].values + (int64_t)i * expansion[l].stride; continue; }
+            real* row = spare + ((int64_t)l * ROWS + r) * CHUNK;
+            if (!t.prefix && !keys.prefix) {
+                const real* table = P.tables[LOAD_TABLE[l]].data;
+                for (int k = from; k < min(to, keys.count); k++) row[k] = table[offset(P, numbers, t, keys, l, i, k)];
+                for (int k = keys.count; k < to; k++) row[k] = 0;
+            }
+            out[l] = row;
+        }
+    }
+};
+
+// f(j, s, x) for the vectors of keys [from, to) of query i: s = q . k as found in `row`, x = log2(e) * score, -inf where it sees no key
+template <bool PLAIN, class F>
+INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const real* const* elements, const real* row, int i, int from, int to, F f) {
+    const Run run = run_of(tile, keys, i);
+    bool checks = RESIDUAL && !PLAIN;
+    for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
+    const int clear_from = checks ? to : min<int>(up(run.begin, L), to), clear_to = checks ? to : run.end / L * L;
+    auto part = [&](int j, int stop, bool mask) __attribute__((always_inline)) {
+        for (; j < stop; j += L) {
+            const V s = load(row + j);
+            V x = PLAIN ? s * splat(numbers.scale_log2e) : score(P, numbers, tile.terms[i], keys.terms, elements, j, s);
+            if (mask) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));
+            f(j, s, x);
+        }
+    };
+    part(from, clear_from, true);
+    part(max(clear_from, from), clear_to, false);
+    part(max(max(clear_from, from), clear_to), to, true);
+}

@@ -1,0 +1,300 @@
+// One vector type for every instruction set, by the compiler's vector extensions. L lanes of `real` fill one register:
+// wider vectors are split badly by compilers. A comparison gives a vector of integers, 0 or -1 per lane.
+
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64, ROWS = 6, COLUMNS = 4;   // register block of a product: ROWS x COLUMNS vectors
+#elif defined(__AVX__)
+constexpr int REGISTER = 32, ROWS = 4, COLUMNS = 3;
+#elif defined(__aarch64__)
+constexpr int REGISTER = 16, ROWS = 6, COLUMNS = 4;
+#else
+constexpr int REGISTER = 16, ROWS = 4, COLUMNS = 3;
+#endif
+constexpr int L = REGISTER / sizeof(real);
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 64")
+typedef real V __attribute__((vector_size(REGISTER)));
+typedef integer I __attribute__((vector_size(REGISTER)));
+typedef real V_memory __attribute__((vector_size(REGISTER), aligned(sizeof(real)), may_alias));
+typedef integer I_memory __attribute__((vector_size(REGISTER), aligned(sizeof(real)), may_alias));
+
+INLINE V load(const real* p) { return *(const V_memory*)p; }
+INLINE I load(const integer* p) { return *(const I_memory*)p; }
+INLINE void store(real* p, V v) { *(V_memory*)p = v; }
+INLINE V splat(real x) { return x - V{}; }
+INLINE I splat_integer(integer x) { return x - I{}; }
+INLINE I mask_of(bool b) { return splat_integer(-integer(b)); }
+INLINE V to_real(I x) { return __builtin_convertvector(x, V); }
+INLINE real to_real(integer x) { return real(x); }
+INLINE V select(I test, V yes, V no) { return test ? yes : no; }
+INLINE I select(I test, I yes, I no) { return test ? yes : no; }
+INLINE V larger(V a, V b) { return a > b ? a : b; }
+INLINE I lanes() { I x; UNROLL for (int i = 0; i < L; i++) x[i] = i; return x; }
+
+constexpr int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
+constexpr real INF = __builtin_inf(), LOWEST = -1e30, LOG2E = 1.44269504088896340736, LN2 = 0.69314718055994530942;
+
+INLINE real sum(V v) {      // in halves: the additions of one level are independent
+    real x[L];
+    store(x, v);
+    UNROLL for (int h = L / 2; h; h /= 2) for (int i = 0; i < h; i++) x[i] += x[i + h];
+    return x[0];
+}
+INLINE real largest(V v) {
+    real x[L];
+    store(x, v);
+    UNROLL for (int h = L / 2; h; h /= 2) for (int i = 0; i < h; i++) x[i] = x[i] > x[i + h] ? x[i] : x[i + h];
+    return x[0];
+}
+
+// ---- functions ---------------------------------------------------------------------------------------------------------------
+// 2^x = 2^n * 2^r with |r| <= 1/2: adding `round_to_integer` rounds x to n, whose bits then are the low bits of the sum.
+#if REAL_BITS == 32
+constexpr real round_to_integer = 12582912.f, smallest_exponent = -126.f, largest_exponent = 128.f;
+constexpr int mantissa = 23;
+// (2^r - 1) / r, relative error 6e-9 before rounding
+INLINE V exp2_minus_one_over(V r) {
+    V p = splat(0.000154614475f);
+    p = p * r + splat(0.00133908674f);
+    p = p * r + splat(0.00961805667f);
+    p = p * r + splat(0.055503571f);
+    p = p * r + splat(0.240226509f);
+    return p * r + splat(0.693147188f);
+}
+#else
+constexpr real round_to_integer = 6755399441055744., smallest_exponent = -1022., largest_exponent = 1024.;
+constexpr int mantissa = 52;
+INLINE V exp2_minus_one_over(V r) {     // the Taylor series: ln(2)^k / k!
+    V p = splat(1.3691488853904129e-12);
+    p = p * r + splat(2.5678435993488205e-11);
+    p = p * r + splat(4.4455382718708116e-10);
+    p = p * r + splat(7.0549116208011234e-9);
+    p = p * r + splat(1.0178086009239700e-7);
+    p = p * r + splat(1.3215486790144309e-6);
+    p = p * r + splat(1.5252733804059841e-5);
+    p = p * r + splat(1.5403530393381610e-4);
+    p = p * r + splat(1.3333558146428443e-3);
+    p = p * r + splat(9.6181291076284772e-3);
+    p = p * r + splat(5.5504108664821580e-2);
+    p = p * r + splat(2.4022650695910072e-1);
+    return p * r + splat(6.9314718055994531e-1);
+}
+#endif
+// 2^x, exactly 0 below the smallest exponent; for x < largest_exponent. NaN stays NaN.
+INLINE V exp2_vector(V x) {
+    V n = x + splat(round_to_integer), r = x - (n - splat(round_to_integer));
+    V p = exp2_minus_one_over(r) * r + splat(1);
+    V y = (V)((I)p + ((I)n << mantissa));
+    return select(x < splat(smallest_exponent), V{}, y);
+}
+INLINE V exp(V x) {     // x - n ln(2) in two parts, so that a large x keeps its digits
+    constexpr real ln2_high = REAL_BITS == 32 ? 0x1.62e4p-1 : 0x1.62e42fefap-1, ln2_low = 0.693147180559945309417L - (long double)ln2_high;
+    V t = x * splat(LOG2E) + splat(round_to_integer), n = t - splat(round_to_integer);
+    V r = ((x - n * splat(ln2_high)) - n * splat(ln2_low)) * splat(LOG2E);
+    V y = (V)((I)(exp2_minus_one_over(r) * r + splat(1)) + ((I)t << mantissa));
+    y = select(n < splat(smallest_exponent), V{}, y);
+    return select(n >= splat(largest_exponent), splat(INF), y);
+}
+// e^x - 1 for x <= 0, without cancellation near 0
+INLINE V expm1_negative(V x) {
+    V t = x * splat(LOG2E), n = t + splat(round_to_integer), whole = n - splat(round_to_integer), r = t - whole;
+    V power = (V)((I)splat(1) + ((I)n << mantissa));
+    V y = power * (exp2_minus_one_over(r) * r) + (power - splat(1));
+    return select(t < splat(smallest_exponent), splat(-1), y);
+}
+INLINE V magnitude(V x) { return x < V{} ? -x : x; }
+INLINE I magnitude(I x) { return x < I{} ? -x : x; }
+INLINE V tanh(V x) {
+    V e = expm1_negative(splat(-2) * magnitude(x)), y = -e / (e + splat(2));
+    return x < V{} ? -y : y;
+}
+INLINE V sigmoid(V x) { V e = exp(-magnitude(x)), y = splat(1) / (splat(1) + e); return x < V{} ? splat(1) - y : y; }
+INLINE V sqrt(V x) { V y; UNROLL for (int i = 0; i < L; i++) y[i] = __builtin_sqrt(x[i]); return y; }
+inline V log(V x) { V y; for (int i = 0; i < L; i++) y[i] = __builtin_log(x[i]); return y; }
+inline real exp(real x) { return __builtin_exp(x); }
+inline real log(real x) { return __builtin_log(x); }
+inline real tanh(real x) { return __builtin_tanh(x); }
+inline real sqrt(real x) { return __builtin_sqrt(x); }
+inline real sigmoid(real x) { return 1 / (1 + __builtin_exp(-x)); }
+
+// Floor division and its remainder, whatever the signs.
+INLINE integer floor_div(integer a, integer b) { integer d = a / b; return d - (a % b != 0 && (a < 0) != (b < 0)); }
+INLINE integer floor_mod(integer a, integer b) { integer m = a % b; return m != 0 && (m < 0) != (b < 0) ? m + b : m; }
+inline I floor_div(I a, I b) { I y; for (int i = 0; i < L; i++) y[i] = floor_div(a[i], b[i]); return y; }
+inline I floor_mod(I a, I b) { I y; for (int i = 0; i < L; i++) y[i] = floor_mod(a[i], b[i]); return y; }
+INLINE real floor_div(real a, real b) { return __builtin_floor(a / b); }
+INLINE real floor_mod(real a, real b) { return a - __builtin_floor(a / b) * b; }
+inline V floor_div(V a, V b) { V y; for (int i = 0; i < L; i++) y[i] = floor_div(a[i], b[i]); return y; }
+inline V floor_mod(V a, V b) { V y; for (int i = 0; i < L; i++) y[i] = floor_mod(a[i], b[i]); return y; }
+
+// ---- elements of tensors <-> real -----------------------------------------------------------------------------------------------
+#if ELEMENT == FLOAT || ELEMENT == DOUBLE
+typedef real element;
+INLINE V load_elements(const element* p) { return load(p); }
+INLINE void store_elements(element* p, V v) { store(p, v); }
+INLINE real get(element x) { return x; }
+INLINE element put(real x) { return x; }
+#elif ELEMENT == BFLOAT16
+typedef uint16_t element;
+typedef uint16_t E_memory __attribute__((vector_size(2 * L), aligned(2), may_alias));
+typedef uint32_t U __attribute__((vector_size(REGISTER)));
+INLINE V load_elements(const element* p) { return (V)(__builtin_convertvector(*(const E_memory*)p, U) << 16); }
+INLINE void store_elements(element* p, V v) {      // to nearest, ties to even
+    U u = (U)v, y = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    *(E_memory*)p = __builtin_convertvector(v == v ? y : (U{} + 0x7fc0), E_memory);
+}
+INLINE real get(element x) { uint32_t u = uint32_t(x) << 16; real y; memcpy(&y, &u, 4); return y; }
+INLINE element put(real x) { uint32_t u; memcpy(&u, &x, 4); return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : 0x7fc0; }
+#else
+typedef _Float16 element;
+typedef _Float16 E_memory __attribute__((vector_size(2 * L), aligned(2), may_alias));
+#if defined(__AVX512F__) && defined(__F16C__)
+#include <immintrin.h>
+INLINE V load_elements(const element* p) { return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_elements(element* p, V v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__F16C__)
+#include <immintrin.h>
+INLINE V load_elements(const element* p) { return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_elements(element* p, V v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+INLINE V load_elements(const element* p) { return __builtin_convertvector(*(const E_memory*)p, V); }
+INLINE void store_elements(element* p, V v) { *(E_memory*)p = __builtin_convertvector(v, E_memory); }
+#endif
+INLINE real get(element x) { return real(x); }
+INLINE element put(real x) { return element(x); }
+#endif
+
+// A row of W channels, `step` elements apart, to a row padded with zeros to whole vectors, and back times `factor`.
+template <int W> INLINE void load_row(const element* src, int64_t step, real* dst) {
+    if (step == 1) {
+        UNROLL for (int d = 0; d + L <= W; d += L) store(dst + d, load_elements(src + d));
+        for (int d = W / L * L; d < W; d++) dst[d] = get(src[d]);
+    } else for (int d = 0; d < W; d++) dst[d] = get(src[d * step]);
+    for (int d = W; d < up(W, L); d++) dst[d] = 0;
+}
+template <int W> INLINE void store_row(element* dst, int64_t step, const real* src, real factor) {
+    if (step == 1) {
+        UNROLL for (int d = 0; d + L <= W; d += L) store_elements(dst + d, load(src + d) * splat(factor));
+        for (int d = W / L * L; d < W; d++) dst[d] = put(src[d] * factor);
+    } else for (int d = 0; d < W; d++) dst[d * step] = put(src[d] * factor);
+}
+
+// ---- the product: C[rows][vectors] (+)= A B, A's scalars broadcast ------------------------------------------------------------
+// A[i][t] lies at a + i * row + t * column (so A may be a transpose), B's vectors at b + t * b_row, C's rows c_row apart.
+struct Scalars { const real* a; int64_t row, column; };
+template <int M, int N>
+__attribute__((noinline)) void block(Scalars A, int64_t terms, const real* b, int64_t b_row, real* c, int64_t c_row, bool add) {
+    V s[M][N];
+    if (add) { UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] = load(c + i * c_row + j * L); }
+    else { UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] = V{}; }
+    const real* a = A.a;
+    for (int64_t t = 0; t < terms; t++, a += A.column, b += b_row) {
+        V x[N];
+        UNROLL for (int j = 0; j < N; j++) x[j] = load(b + j * L);
+        UNROLL for (int i = 0; i < M; i++) {
+            V y = splat(a[i * A.row]);
+            UNROLL for (int j = 0; j < N; j++) s[i][j] += y * x[j];
+        }
+    }
+    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) store(c + i * c_row + j * L, s[i][j]);
+}
+template <int M> INLINE void block_row(int n, Scalars A, int64_t terms, const real* b, int64_t b_row, real* c, int64_t c_row, bool add) {
+    switch (n) {
+        case 1: return block<M, 1>(A, terms, b, b_row, c, c_row, add);
+        case 2: return block<M, 2>(A, terms, b, b_row, c, c_row, add);
+        case 3: return block<M, 3>(A, terms, b, b_row, c, c_row, add);
+        default: if constexpr (COLUMNS > 3) return block<M, 4>(A, terms, b, b_row, c, c_row, add);
+    }
+}
+// at most ROWS rows, at most COLUMNS vectors
+INLINE void block_of(int m, int n, Scalars A, int64_t terms, const real* b, int64_t b_row, real* c, int64_t c_row, bool add) {
+    switch (m) {
+        case 1: return block_row<1>(n, A, terms, b, b_row, c, c_row, add);
+        case 2: return block_row<2>(n, A, terms, b, b_row, c, c_row, add);
+        case 3: return block_row<3>(n, A, terms, b, b_row, c, c_row, add);
+        case 4: return block_row<4>(n, A, terms, b, b_row, c, c_row, add);
+        case 5: if constexpr (ROWS > 4) return block_row<5>(n, A, terms, b, b_row, c, c_row, add); break;
+        default: if constexpr (ROWS > 5) return block_row<6>(n, A, terms, b, b_row, c, c_row, add);
+    }
+}
+// The next part of `left` things taken at most `most` at a time, in parts that differ by one at most.
+INLINE int share(int left, int most) { const int parts = (left + most - 1) / most; return (left + parts - 1) / parts; }
+
+// C[rows][W channels] (+)= A B, B and C row by row
+template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const real* b, real* c, bool add) {
+    constexpr int vectors = up(W, L) / L, P = up(W, L);
+    for (int i = 0, m; i < rows; i += m) {
+        m = share(rows - i, ROWS);
+        for (int j = 0, n; j < vectors; j += n) {
+            n = share(vectors - j, COLUMNS);
+            block_of(m, n, {A.a + i * A.row, A.row, A.column}, terms, b + j * L, P, c + (int64_t)i * P + j * L, P, add);
+        }
+    }
+}
+
+// ---- transposed panels -----------------------------------------------------------------------------------------------------------
+// Rows of W channels become panels of up to COLUMNS vectors of rows: panel p holds rows first(p) * L .., channel by channel.
+struct Panels {
+    real* data;
+    int vectors = 0, count = 1;
+    INLINE void resize(int rows) { vectors = (rows + L - 1) / L; count = (vectors + COLUMNS - 1) / COLUMNS; }
+    INLINE int first(int p) const { const int even = vectors / count, more = vectors % count; return p * even + (p < more ? p : more); }
+};
+template <int H> INLINE void exchange(V (&x)[L]) {      // swaps the off-diagonal H x H blocks of each 2H x 2H block
+    UNROLL for (int i = 0; i < L; i++) if (!(i & H)) {
+        V a = x[i], b = x[i + H];
+        I low, high;
+        UNROLL for (int l = 0; l < L; l++) { low[l] = l & H ? L + l - H : l; high[l] = l & H ? L + l : l + H; }
+        x[i] = __builtin_shuffle(a, b, low);
+        x[i + H] = __builtin_shuffle(a, b, high);
+    }
+}
+INLINE void transpose(V (&x)[L]) {
+    if constexpr (L > 8) exchange<8>(x);
+    if constexpr (L > 4) exchange<4>(x);
+    if constexpr (L > 2) exchange<2>(x);
+    exchange<1>(x);
+}
+// `rows` rows of `src`, up(W, L) apart and readable to a whole number of vectors of rows
+template <int W> void pack_panels(Panels& panels, const real* src, int rows) {
+    constexpr int P = up(W, L);
+    panels.resize(rows);
+    for (int p = 0; p < panels.count; p++) {
+        const int begin = panels.first(p), width = (panels.first(p + 1) - begin) * L;
+        for (int v = 0; v * L < width; v++) {
+            const real* s = src + (int64_t)(begin + v) * L * P;
+            real* dst = panels.data + (int64_t)begin * L * W + v * L;
+            for (int d = 0; d < W; d += L) {
+                V x[L];
+                UNROLL for (int i = 0; i < L; i++) x[i] = load(s + i * P + d);
+                transpose(x);
+                if (d + L <= W) { UNROLL for (int i = 0; i < L; i++) store(dst + (int64_t)(d + i) * width, x[i]); }
+                else for (int i = 0; i < W - d; i++) store(dst + (int64_t)(d + i) * width, x[i]);
+            }
+        }
+    }
+}
+// C[m rows][vectors from .. to of the panels' rows] = A[m][W] times the panels; A's rows are up(W, L) apart
+template <int W> INLINE void multiply_panels(int m, const real* a, const Panels& panels, int from, int to, real* c, int64_t c_row) {
+    for (int p = 0; p < panels.count; p++) {
+        const int begin = panels.first(p), end = panels.first(p + 1), x = max(begin, from), y = min(end, to);
+        if (x < y) block_of(m, y - x, {a, up(W, L), 1}, W, panels.data + (int64_t)begin * L * W + (x - begin) * L, (end - begin) * L, c + x * L, c_row, false);
+    }
+}
+
+// Memory of one thread, kept between calls and grown when a call needs more.
+struct Arena {
+    char* base = nullptr;
+    size_t size = 0, used = 0;
+    void reserve(size_t bytes) {
+        used = 0;
+        if (bytes <= size) return;
+        free(base);
+        size = up(bytes, 4096);
+        base = (char*)aligned_alloc(4096, size);
+    }
+    template <class T> T* take(size_t n) { T* p = (T*)(base + used); used += up(n * sizeof(T), 64); return p; }
+};

@@ -1,0 +1,114 @@
+"""The CPU backend: prints a statement as C++, builds it once with the system compiler, calls it through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc.codegen import cpp_host
+from attnc.codegen.cpp import Spec, channel_source, refuse, source
+from attnc.errors import BuildError, ShapeError, UnsupportedError
+from attnc.runtime.cache import entry
+from attnc.runtime.call import Call
+from attnc.schedule.boxes import tiling
+
+__all__ = ["backward", "channel_backward", "channel_forward", "forward"]
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """What a built library depends on besides its source: compiler, flags, instruction sets."""
+    found = cpp_host.compilers()
+    if not found:
+        raise UnsupportedError('backend "cpp" needs a C++ compiler (g++ or clang++, or CXX); backend="torch" needs none')
+    version = subprocess.run([found[0], "--version"], capture_output=True, text=True).stdout.splitlines()[:1]
+    try:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line for line in info if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        cpu = platform.processor()
+    return "\n".join([found[0], *version, " ".join(cpp_host.FLAGS), platform.machine(), cpu])
+
+
+def _build(text: str, folder: Path) -> None:
+    path = folder / "kernel.cpp"
+    path.write_text(text)
+    said = cpp_host.compile_source(path, folder / "kernel.so")
+    if said:
+        kept = Path(tempfile.mkdtemp(prefix="attnc-failed-")) / "kernel.cpp"
+        kept.write_text(text)
+        raise BuildError(f"the C++ compiler failed; the source is kept at {kept}\n{said}")
+
+
+@lru_cache(maxsize=256)
+def _function(text: str, name: str) -> Any:
+    """The function `name` of a source, built or found in the cache."""
+    folder = entry("cpp", f"{_machine()}\n{text}", lambda path: _build(text, path), ("kernel.cpp", "kernel.so"))
+    function = getattr(ctypes.CDLL(os.fspath(folder / "kernel.so")), name)
+    function.restype = None
+    return function
+
+
+@lru_cache(maxsize=256)
+def _kernel(spec: Spec, backward: bool) -> Any:
+    return _function(source(spec, backward), "attend_backward" if backward else "attend_forward")
+
+
+@lru_cache(maxsize=256)
+def _ready(spec: Spec, geometry: Any, backward: bool, items: int, threads: int) -> cpp_host.Ready:
+    t = tiling(geometry, spec.kernel(backward), items, threads)
+    axes = [
+        {
+            **{name: getattr(a, name) for name in cpp_host.AXIS_NUMBERS},
+            **{name: getattr(a, name).tolist() for name in ("lo", "hi", "pieces", "segments", "owners")},
+        }
+        for a in t.axes
+    ]
+    from attnc import ir
+
+    lengths = [tuple(int(geometry.sizes[ir.size(r, i)]) for i in range(len(geometry.q_grid))) for r in ("q", "k")]  # type: ignore[arg-type]
+    sizes = (geometry.q_grid, geometry.k_grid, *lengths)
+    names = (spec.tables, spec.int_tables)
+    sums = (t.sum_rows, t.whole, t.split, t.covers)
+    return cpp_host.Ready(axes, sizes, (geometry.q_prefix, geometry.k_prefix), names, spec.table_rank, sums)
+
+
+def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
+    name = call.attend.name
+    for label, t in (("q", q), ("k", k), ("v", v)):
+        if t.device.type != "cpu":
+            raise UnsupportedError(f'pattern {name}: {label} is on {t.device}; backend "cpp" takes CPU tensors')
+        if t.dtype != q.dtype:
+            raise ShapeError(f"pattern {name}: {label} is {t.dtype}, q is {q.dtype}; give all three one dtype")
+    spec = Spec(call.program, q.shape[-1], v.shape[-1], str(q.dtype).removeprefix("torch."))
+    refuse(spec)
+    return spec
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse of one call."""
+    spec = _check(call, q, k, v)
+    items = q.shape[0] * q.shape[1]
+    ready = _ready(spec, call.geometry, False, items, torch.get_num_threads())
+    return cpp_host.run_forward(_kernel(spec, False), ready, q.detach(), k.detach(), v.detach(), call.scale, call.tables)
+
+
+def backward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """dq, dk, dv and the gradients of tables."""
+    spec = _check(call, q, k, v)
+    ready = _ready(spec, call.geometry, True, q.shape[0] * k.shape[1], torch.get_num_threads())
+    return cpp_host.run_backward(
+        _kernel(spec, True), ready, q.detach(), k.detach(), v.detach(), out.detach(), lse.detach(), grad_out, grad_lse,
+        call.scale, call.tables,
+    )  # fmt: skip
