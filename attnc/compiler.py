@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -21,7 +22,8 @@ from attnc.runtime.layout import Layout
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 GridLike = int | Sequence[int | None] | Mapping[str, int | None] | None
 PadLike = Literal["multiple"] | Sequence[tuple[int, int]] | None
-RESERVED = ("scale", "return_lse", "grid", "sizes", "dropout_p", "seed")
+RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def has_compiler() -> bool:
@@ -35,6 +37,13 @@ def axes_and_sizes(grid: GridLike, layout: Layout | None) -> tuple[tuple[str, ..
         return (layout.axes, None) if layout else (None, None)
     if isinstance(grid, Mapping):
         names, sizes = tuple(grid), tuple(grid.values())
+        for name in names:
+            if not isinstance(name, str) or not name.isidentifier() or name.startswith("__") or name in ("index", "size", "axes"):
+                raise DeclarationError(
+                    f"grid {grid!r}: {name!r} cannot name an axis; q.index, q.size and q.axes mean something else"
+                )
+        if not names:
+            raise DeclarationError("grid {}: at least one axis")
     else:
         sizes = (grid,) if isinstance(grid, int) else tuple(grid)
         names = layout.axes if layout else ir.AXES.get(len(sizes), ())
@@ -48,13 +57,19 @@ def axes_and_sizes(grid: GridLike, layout: Layout | None) -> tuple[tuple[str, ..
     return names, sizes
 
 
-def call_sizes(grid: GridLike) -> tuple[int, ...] | None:
-    """Lengths given with a call."""
+def call_sizes(grid: GridLike, axes: tuple[str, ...] | None, name: str) -> tuple[int, ...] | None:
+    """Lengths given with a call, in the order of the operator's axes."""
     if grid is None:
         return None
-    if isinstance(grid, int):
-        return (grid,)
-    values = tuple(grid.values()) if isinstance(grid, Mapping) else tuple(grid)
+    if isinstance(grid, Mapping):
+        expected = axes or ir.AXES.get(len(grid), ())
+        if set(grid) != set(expected):
+            raise ShapeError(f"{name}: grid={dict(grid)!r}, but the axes are ({', '.join(expected)})")
+        values = tuple(grid[a] for a in expected)
+    else:
+        values = tuple(grid) if isinstance(grid, Sequence) else (grid,)
+    if not values or any(n is None or isinstance(n, bool) or not isinstance(n, int | torch.SymInt) or n < 1 for n in values):
+        raise ShapeError(f"{name}: grid={grid!r}: a call gives every axis its length, a positive int")
     return tuple(n for n in values if n is not None)
 
 
@@ -91,6 +106,16 @@ def pad_of(pad: PadLike, attend: ir.Attend, same_grid: bool) -> dict[str, Any]:
     return {"pad_multiple": tuple(multiples)}
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A pattern traced on grids of one rank: its program, as text for the operators, and the tables a call gives."""
+
+    text: str
+    program: ir.Program
+    tables: tuple[operator.TableSpec, ...]
+    normalizer: str
+
+
 class Operator:
     """A compiled pattern: call it on tensors. See `attnc.compile`."""
 
@@ -121,6 +146,10 @@ class Operator:
         self.axes, self.grid = axes_and_sizes(grid, self.layout)
         self.same_grid = kv_grid is None
         self.kv_grid = None if kv_grid is None else axes_and_sizes(kv_grid, None)[1]
+        if self.kv_grid is not None and (self.axes is None or len(self.axes) != len(self.kv_grid)):
+            raise DeclarationError(
+                f"{source.name}: kv_grid={kv_grid!r} beside grid={grid!r}: give both, with the same axes (lengths may be None)"
+            )
         self._warned = False
         ranks = [self.axes] if self.axes else list(ir.AXES.values())
         self._layouts = {len(axes): self.layout or layouts.default(axes) for axes in ranks}
@@ -130,7 +159,7 @@ class Operator:
             raise UnsupportedError(
                 f"pattern {source.name}: pad= together with prefix tokens; append the padding to the grid yourself"
             )
-        self._programs: dict[int, tuple[str, ir.Program] | AttncError] = {}
+        self._programs: dict[int, Traced | AttncError] = {}
         if isinstance(source, Mechanism):
             if pad is not None:
                 raise UnsupportedError(f"mechanism {source.name}: pad= belongs to patterns; pad inside the mechanism")
@@ -140,7 +169,7 @@ class Operator:
             try:
                 attend = source.trace(names, same_grid=self.same_grid)
                 for table in attend.tables:
-                    if table in RESERVED or table in ("pad_k", "pad_v"):
+                    if table in RESERVED:
                         raise DeclarationError(f"pattern {source.name}: {table!r} is a reserved keyword; rename the table")
                 fields = pad_of(pad, attend, self.same_grid)
             except AttncError as e:  # a rank the pattern does not fit matters only if a call has it
@@ -153,16 +182,16 @@ class Operator:
             # sizes stay symbols, so one kernel serves all grids; a separate key grid is told apart by its prefix field or `kv`
             keys = ir.Tokens(unknown, self.kv_prefix, **fields)
             program = ir.Program(attend, queries, keys, self.same_grid)
-            self._programs[len(names)] = (ir.to_json(program), program)
+            self._programs[len(names)] = Traced(ir.to_json(program), program, operator.table_specs(program), attend.normalizer.kind)
 
     def __repr__(self) -> str:
         return f"<attnc operator {self.source.name} grid={self.grid} backend={self.backend}>"
 
     def program(self, rank: int) -> ir.Program:
         """The traced program on a grid of this rank."""
-        return self._traced(rank)[1]
+        return self._traced(rank).program
 
-    def _traced(self, rank: int) -> tuple[str, ir.Program]:
+    def _traced(self, rank: int) -> Traced:
         found = self._programs.get(rank)
         if isinstance(found, AttncError):
             raise found
@@ -200,30 +229,40 @@ class Operator:
             )
         if dropout_p or seed is not None:
             raise UnsupportedError(f"{name}: dropout_p= is not lowered by any backend yet; apply dropout to the output instead")
+        for what, t in (("q", q), ("k", k), ("v", v)):
+            if t is not None and not isinstance(t, Tensor):
+                raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
         qr, kr, vr = self._rows(q, k, v)
         self._check(qr, kr, vr)
+        if isinstance(scale, Tensor):
+            raise ShapeError(
+                f"{name}: scale= is a number, and this is a tensor, which would get no gradient; "
+                "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
+            )
         scale = qr.shape[-1] ** -0.5 if scale is None else float(scale)
         backend = self._backend(qr.device.type)
         if isinstance(self.source, Mechanism):
             if tables or return_lse:
                 extra = ", ".join(tables) or "return_lse"
                 raise ShapeError(f"mechanism {name}: unexpected argument {extra}")
+            if grid is not None:
+                raise ShapeError(f"mechanism {name}: grid={grid!r}: its tokens have no grid")
+            if not (qr.shape[:-1] == kr.shape[:-1] == vr.shape[:-1]) or kr.shape[-1] != vr.shape[-1]:
+                shapes = f"q {tuple(qr.shape)}, k {tuple(kr.shape)}, v {tuple(vr.shape)}"
+                raise ShapeError(f"mechanism {name}: q, k and v have the same heads, tokens and channels, here {shapes}")
             values = [qr, kr, vr]
             for _, (a, b, c) in self._graph.steps:
                 values.append(torch.ops.attnc.channel(values[a], values[b], values[c], scale, backend))
             out = values[self._graph.result]
             return layouts.from_rows(out, self._layouts[min(self._layouts)])
         q_grid, k_grid = self._grids(qr, kr, grid)
-        text, program = self._traced(len(q_grid))
-        ordered = self._tables(program, tables, qr, kr, vr)
-        out, lse = self._run(qr, kr, vr, ordered, scale, q_grid, k_grid, text, backend)
+        traced = self._traced(len(q_grid))
+        if return_lse and traced.normalizer != "softmax":
+            raise ShapeError(f"{name}: return_lse=True, but weights by {traced.normalizer} have no log-sum-exp")
+        ordered = self._tables(traced.tables, tables, qr, kr, vr)
+        out, lse = self._run(qr, kr, vr, ordered, scale, q_grid, k_grid, traced.text, backend)
         shaped = layouts.from_rows(out, self._layouts[len(q_grid)])
-        if not return_lse:
-            return shaped
-        assert isinstance(program.attend, ir.Attend)
-        if program.attend.normalizer.kind != "softmax":
-            raise ShapeError(f"{name}: return_lse=True, but weights by {program.attend.normalizer.kind} have no log-sum-exp")
-        return shaped, lse
+        return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
     def _run(
@@ -286,27 +325,31 @@ class Operator:
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         name = self.source.name
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [B, H, N, D] or [B, H, *grid, D])"
         if not (q.shape[0] == k.shape[0] == v.shape[0]):
-            raise ShapeError(f"{name}: batch sizes differ: {shapes}")
-        if k.shape[1] != v.shape[1] or (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-            raise ShapeError(f"{name}: {q.shape[1]} query heads over {k.shape[1]} key and {v.shape[1]} value heads: {shapes}")
+            raise ShapeError(f"{name}: batch sizes differ: {_shapes(q, k, v)}")
+        if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            raise ShapeError(
+                f"{name}: {q.shape[1]} query heads over {k.shape[1]} key and {v.shape[1]} value heads: {_shapes(q, k, v)}"
+            )
         if self.heads is not None and q.shape[1] != self.heads:
-            raise ShapeError(f"{name}: compiled for heads={self.heads}, called with {q.shape[1]}: {shapes}")
+            raise ShapeError(f"{name}: compiled for heads={self.heads}, called with {q.shape[1]}: {_shapes(q, k, v)}")
         if q.shape[-1] != k.shape[-1]:
-            raise ShapeError(f"{name}: head dimensions of q and k differ: {shapes}")
+            raise ShapeError(f"{name}: head dimensions of q and k differ: {_shapes(q, k, v)}")
         if k.shape[2:-1] != v.shape[2:-1]:
-            raise ShapeError(f"{name}: k and v have different tokens: {shapes}")
+            raise ShapeError(f"{name}: k and v have different tokens: {_shapes(q, k, v)}")
         for what, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
             if not 1 <= d <= 256:
                 raise ShapeError(f"{name}: {what} = {d}; head dimensions go from 1 to 256")
-        if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-            raise ShapeError(f"{name}: dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v share one floating-point dtype")
+        if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
+            raise ShapeError(
+                f"{name}: dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v share one of float32, float16, bfloat16, float64"
+            )
         if not (q.device == k.device == v.device):
             raise ShapeError(f"{name}: devices {q.device}, {k.device}, {v.device} differ")
 
     def _grids(self, q: Tensor, k: Tensor, grid: GridLike) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        name, given = self.source.name, call_sizes(grid)
+        name = self.source.name
+        given = call_sizes(grid, self.axes, name)
         if q.dim() > 4 or (self.layout is not None and self.layout.separate):
             seen: tuple[int, ...] = tuple(q.shape[2:-1])
             kv_seen: tuple[int, ...] = tuple(k.shape[2:-1])
@@ -341,6 +384,8 @@ class Operator:
             kv = kv_seen or tuple(n for n in fixed_kv if n is not None)
             if any(a is not None and a != b for a, b in zip(fixed_kv, kv, strict=False)):
                 raise ShapeError(f"{name}: compiled for kv_grid={fixed_kv}, called on {kv}")
+        elif kv_seen and kv_seen != given:
+            raise ShapeError(f"{name}: q lies on {given} and k on {kv_seen}; compile with kv_grid= where the two grids differ")
         for what, t, g, p in (("q", q, given, self.prefix), ("k", k, kv, self.kv_prefix)):
             tokens, expected = 1, 1
             for n in t.shape[2:-1]:
@@ -352,16 +397,16 @@ class Operator:
                 raise ShapeError(f"{name}: {what} has {tokens} tokens, the grid {g}{beside} make {expected + p}")
         return given, kv
 
-    def _tables(self, program: ir.Program, given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        name, attend = self.source.name, program.attend
-        assert isinstance(attend, ir.Attend)
-        names = operator.table_names(program)
+    def _tables(
+        self, specs: tuple[operator.TableSpec, ...], given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor
+    ) -> list[Tensor]:
+        name, names = self.source.name, [s.name for s in specs]
         for n in given:
             if n not in names:
                 raise ShapeError(f"{name}: unknown table {n!r} (it reads: {', '.join(names) or 'none'})")
         out = []
-        for n in names:
-            t = given.get(n)
+        for s in specs:
+            n, t = s.name, given.get(s.name)
             if n in ("pad_k", "pad_v"):
                 rows = k if n == "pad_k" else v
                 if t is None:
@@ -369,14 +414,12 @@ class Operator:
                 if t.dim() != 2 or t.shape[0] not in (1, k.shape[1]) or t.shape[1] != rows.shape[-1]:
                     raise ShapeError(f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {rows.shape[-1]}]")
             elif t is None:
-                raise ShapeError(f"{name}: the table {n!r} is missing: pass {n}=tensor with {attend.table_rank(n)} dimensions")
-            elif t.dim() != attend.table_rank(n):
-                raise ShapeError(
-                    f"{name}: the table {n!r} has shape {tuple(t.shape)}, the pattern indexes {attend.table_rank(n)} dimensions"
-                )
-            if n in attend.int_tables and (t.is_floating_point() or t.is_complex()):
+                raise ShapeError(f"{name}: the table {n!r} is missing: pass {n}=tensor with {s.rank} dimensions")
+            elif t.dim() != s.rank:
+                raise ShapeError(f"{name}: the table {n!r} has shape {tuple(t.shape)}, the pattern indexes {s.rank} dimensions")
+            if s.integer and (t.is_floating_point() or t.is_complex()):
                 raise ShapeError(f"{name}: the table {n!r} is read by the relation and holds integers, not {t.dtype}")
-            if n not in attend.int_tables and not t.is_floating_point():
+            if not s.integer and not t.is_floating_point():
                 raise ShapeError(f"{name}: the table {n!r} enters the score and holds floating-point numbers, not {t.dtype}")
             if t.device != q.device:
                 raise ShapeError(f"{name}: the table {n!r} is on {t.device}, q on {q.device}")
@@ -392,6 +435,10 @@ class Operator:
 
 
 _COMPILER = has_compiler()
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [B, H, N, D] or [B, H, *grid, D])"
 
 
 def compile(

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from attnc.errors import CacheError
@@ -44,6 +46,7 @@ INFIX = {
 }
 PRECEDENCE = {"or": 1, "and": 2, "eq": 3, "ne": 3, "lt": 3, "le": 3, "add": 5, "sub": 5, "neg": 7}
 PRECEDENCE |= {"mul": 6, "floordiv": 6, "mod": 6, "truediv": 6, "not": 7}
+TRACED: ContextVar[tuple[str, ...] | None] = ContextVar("attnc_traced_axes", default=None)
 AXES = {1: ("x",), 2: ("y", "x"), 3: ("t", "y", "x")}
 
 
@@ -228,7 +231,8 @@ def flatten_index(e: Expr, rank: int, same_grid: bool) -> Expr:
 
 
 def show(e: Expr, axes: tuple[str, ...] | None = None) -> str:
-    """The expression as a user would write it."""
+    """The expression as a user would write it; without `axes`, with the names of the grid that is being traced."""
+    axes = axes or TRACED.get()
     names = axes or ("t", "y", "x")
     rank_names = axes or AXES.get(1 + max((n.args[1] for n in walk(e) if n.op in ("coord", "size")), default=1), names)
 
@@ -259,7 +263,8 @@ def show(e: Expr, axes: tuple[str, ...] | None = None) -> str:
             case _ if n.op in INFIX:
                 p = PRECEDENCE[n.op]
                 # & and | bind tighter than comparisons in Python, so comparisons under them need their brackets
-                inner = 4 if n.op in ("and", "or") else p
+                # and a comparison of comparisons needs them on both sides, or Python would read a chain
+                inner = 4 if p <= 3 else p
                 text = [sub(n.args[0], inner), sub(n.args[1], inner, right=n.op not in ("and", "or"))]
                 if n.op in ("and", "or"):
                     text = [go(c) if c.op == n.op else t for c, t in zip(n.args, text, strict=True)]
@@ -291,7 +296,7 @@ class RowMap:
     eps: float = 1e-12
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Attend:
     """out[i] = sum over keys j with relation(i, j) of normalizer(score(i, j)) * post(i, j) * v[j]."""
 
@@ -304,30 +309,31 @@ class Attend:
     q_map: RowMap | None = None
     k_map: RowMap | None = None
 
-    @property
-    def tables(self) -> tuple[str, ...]:
-        """Names of the runtime tables, in order of first use."""
-        found: dict[str, None] = {}
+    @cached_property
+    def loads(self) -> dict[str, Expr]:
+        """The runtime tables in order of first use, each with one of its elements as the statement reads it."""
+        found: dict[str, Expr] = {}
         for e in (self.relation, self.score, self.post):
             for n in walk(e) if e is not None else ():
                 if n.op == "load":
-                    found[n.args[0]] = None
+                    found.setdefault(n.args[0], n)
         if self.normalizer.sink:
-            found[self.normalizer.sink] = None
-        return tuple(found)
+            found.setdefault(self.normalizer.sink, load(self.normalizer.sink, (HEAD,)))
+        return found
 
-    @property
+    @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the runtime tables, in order of first use."""
+        return tuple(self.loads)
+
+    @cached_property
     def int_tables(self) -> tuple[str, ...]:
         """Tables the relation reads: integers, without a gradient."""
-        return tuple(dict.fromkeys(n.args[0] for n in walk(self.relation) if n.op == "load"))
+        return tuple(name for name, e in self.loads.items() if e.kind == "int")
 
     def table_rank(self, name: str) -> int:
         """Number of dimensions of a table."""
-        for e in (self.relation, self.score, self.post):
-            for n in walk(e) if e is not None else ():
-                if n.op == "load" and n.args[0] == name:
-                    return len(n.args) - 1
-        return 1
+        return len(self.loads[name].children)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,23 +375,38 @@ def _expr_out(e: Expr) -> Any:
     return [e.op, e.kind, *[_expr_out(a) if isinstance(a, Expr) else a for a in e.args]]
 
 
+def _expected_kind(op: str, args: tuple[Any, ...]) -> Kind | None:
+    """The kind that an operation on these arguments has; None where an argument has a kind it cannot take."""
+    kinds = [a.kind for a in args]
+    if op in ("and", "or", "not"):
+        return "bool" if set(kinds) == {"bool"} else None
+    if op == "where":
+        return None if kinds[0] != "bool" else "real" if "real" in kinds[1:] else kinds[1]
+    if op in ("eq", "ne", "lt", "le"):
+        return "bool"
+    if "bool" in kinds:
+        return None
+    return "real" if "real" in kinds or op in ("truediv", "exp", "log", "tanh", "sqrt", "sigmoid") else "int"
+
+
 def _expr_in(data: Any) -> Expr:
     if not (isinstance(data, list) and len(data) >= 2 and isinstance(data[0], str) and data[1] in ("int", "bool", "real")):
         raise CacheError(f"not an attnc expression: {str(data)[:80]}")
     op, kind, *rest = data
     args = tuple(_expr_in(a) if isinstance(a, list) else a for a in rest)
     if op in ARITY:
-        ok = len(args) == ARITY[op] and all(isinstance(a, Expr) for a in args)
+        ok = len(args) == ARITY[op] and all(isinstance(a, Expr) for a in args) and _expected_kind(op, args) == kind
     elif op == "load":
         ok = bool(args) and isinstance(args[0], str) and args[0].isidentifier() and all(isinstance(a, Expr) for a in args[1:])
+        ok = ok and all(a.kind == "int" for a in args[1:]) and kind != "bool"
     elif op == "const":
-        ok = len(args) == 1 and isinstance(args[0], int | float)
+        ok = len(args) == 1 and type(args[0]) is {"int": int, "bool": bool, "real": float}[kind] and args[0] == args[0]
     elif op in ("coord", "size"):
-        ok = len(args) == 2 and args[0] in ("q", "k") and isinstance(args[1], int)
+        ok = len(args) == 2 and args[0] in ("q", "k") and type(args[1]) is int and args[1] >= 0 and kind == "int"
     elif op == "index":
-        ok = len(args) == 1 and args[0] in ("q", "k")
+        ok = len(args) == 1 and args[0] in ("q", "k") and kind == "int"
     else:
-        ok = op in ("head", "heads", "batch", "score") and not args
+        ok = op in ("head", "heads", "batch", "score") and not args and kind == ("real" if op == "score" else "int")
     if not ok:
         raise CacheError(f"not an attnc expression: {str(data)[:80]}")
     return Expr(op, args, kind)
@@ -417,6 +438,16 @@ def to_json(p: Program) -> str:
     return json.dumps({"attend": body, "tokens": tokens, "same_grid": p.same_grid}, separators=(",", ":"))
 
 
+def _check_statement(a: Attend) -> None:
+    """Refuse a statement that no declaration makes."""
+    spoken = [e for e in (a.relation, a.score, a.post) if e is not None]
+    axes = [n.args[1] for e in spoken for n in walk(e) if n.op in ("coord", "size")]
+    ranks = {(n.args[0], len(n.args)) for e in spoken for n in walk(e) if n.op == "load"}
+    kinds_fit = a.relation.kind == "bool" and "bool" not in (a.score.kind, a.post.kind if a.post else "real")
+    if not kinds_fit or a.rank < 1 or max(axes, default=0) >= a.rank or len(ranks) != len({name for name, _ in ranks}):
+        raise CacheError(f"not an attnc statement: {a.name[:80]} of rank {a.rank}")
+
+
 def from_json(text: str) -> Program:
     """Read a program back. Raises CacheError on anything that is not one: the text is data and never executed."""
     try:
@@ -425,15 +456,22 @@ def from_json(text: str) -> Program:
         node: Attend | Channel
         if b["op"] == "channel":
             node = Channel(str(b["name"]))
+        elif b["op"] != "attend":
+            raise CacheError(f"unknown statement {str(b['op'])[:80]!r}")
         else:
             kind, over, sink, power = b["normalizer"]
             if kind not in ("softmax", "sigmoid", "relu") or over not in ("keys", "queries"):
                 raise CacheError(f"unknown normalizer {kind!r} over {over!r}")
+            if not (sink is None or (isinstance(sink, str) and sink.isidentifier())) or type(power) is not int or power < 1:
+                raise CacheError(f"not a normalizer: sink {sink!r}, power {power!r}")
+            if any(m is not None and m[0] != "l2norm" for m in b["maps"]):
+                raise CacheError(f"unknown row map in {b['maps']!r}")
             maps = [None if m is None else RowMap(m[0], float(m[1])) for m in b["maps"]]
             post = None if b["post"] is None else _expr_in(b["post"])
             norm = Normalizer(kind, over, sink, int(power))
             statement = (_expr_in(b["relation"]), _expr_in(b["score"]), norm, post)
             node = Attend(str(b["name"]), int(b["rank"]), *statement, maps[0], maps[1])
+            _check_statement(node)
         return Program(node, _tokens_in(tq), _tokens_in(tk), bool(d["same_grid"]))
-    except (KeyError, TypeError, ValueError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
         raise CacheError(f"not an attnc program: {e}") from e

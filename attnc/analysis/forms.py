@@ -93,7 +93,7 @@ def _congruence(c: ir.Expr, q: sp.Symbol, k: sp.Symbol) -> sp.Expr | None:
             return None
     else:
         return None
-    return m if (not m.has(q, k) and sp.expand(u - (q - k)) == 0) or sp.expand(u - (k - q)) == 0 else None
+    return m if not m.has(q, k) and 0 in (sp.expand(u - (q - k)), sp.expand(u - (k - q))) else None
 
 
 def _bounds(x: sp.Expr, i: sp.Symbol, bound: sp.Expr, *, upper: bool) -> list[tuple[str, sp.Expr]]:

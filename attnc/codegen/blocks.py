@@ -69,13 +69,16 @@ def attend_block(
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     raw = (q @ k.transpose(-1, -2)) * call.scale  # [B, H, T, n, m]
 
+    inside: list[Tensor] = []  # the pairs whose score counts, once known; others read 0: an infinite slope must not meet 0
+
     def load(name: str, indices: tuple[Tensor | int, ...]) -> Tensor:
         t = tables[name]
         at = []
         for d, i in enumerate(indices):  # pairs outside the relation may index anything: their value is not used
             index = torch.as_tensor(i, device=t.device)
             at.append(index.clamp(0, t.shape[d] - 1))
-        return t[tuple(at)]
+        found = t[tuple(at)]
+        return torch.where(inside[-1], found, 0.0) if inside else found
 
     leaves: dict[ir.Expr, object] = {**call.geometry.sizes, ir.SCORE: raw}
     for i, (cq, ck) in enumerate(zip(tile.q_coords, tile.k_coords, strict=True)):
@@ -89,10 +92,12 @@ def attend_block(
         return torch.as_tensor(evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load), device=q.device)
 
     allowed = value(a.relation)
-    score = raw if a.score == ir.SCORE else value(a.score).to(raw.dtype)
     g = call.geometry
+    beside = (tile.q_coords[0] < 0)[:, :, None] | (tile.k_coords[0] < 0)[:, None, :]
+    inside.append(allowed & ~beside & ~absent[:, None, :])
+    leaves[ir.SCORE] = torch.where(inside[0], raw, 0.0)
+    score = raw if a.score == ir.SCORE else value(a.score).to(raw.dtype)
     if g.q_prefix or g.k_prefix:
-        beside = (tile.q_coords[0] < 0)[:, :, None] | (tile.k_coords[0] < 0)[:, None, :]
         allowed, score = allowed | beside, torch.where(beside, raw, score)
     allowed = (allowed & ~absent[:, None, :]).expand(raw.shape)
     score = score.expand(raw.shape)
@@ -153,9 +158,20 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[
 
 
 def backward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor | None, tiles: Tiles
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    tiles: Tiles,
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Gradients of q, k, v and of every floating-point table: each tile is evaluated again and differentiated."""
+    """Gradients of q, k, v and of every floating-point table: each tile is evaluated again and differentiated.
+
+    whole: out and lse of the softmax that this call's keys are a part of. The part adds exp(lse_part - lse) out_part to out; as
+    the whole's lse moves with every score too, the share exp(lse_part - lse) has the cotangent grad_lse - sum(out * grad_out).
+    """
     dtype, flat_q, flat_k, flat_v, flat_g = _compute_dtype(q), _flat(q), _flat(k), _flat(v), _flat(grad_out)
     group = q.shape[1] // k.shape[1]
     tables = _float_tables(call, dtype)
@@ -167,13 +183,21 @@ def backward(
         real, present = tile.queries >= 0, tile.keys >= 0
 
         def block(qb: Tensor, kb: Tensor, vb: Tensor, t: dict[str, Tensor], tile: Tile = tile) -> tuple[Tensor, Tensor]:
-            return attend_block(call, tile, qb, kb, vb, {**tables, **t}, group)
+            o, s = attend_block(call, tile, qb, kb, vb, {**tables, **t}, group)
+            if whole is None:
+                return o, s
+            at = whole[1][:, :, tile.queries.clamp_min(0)].to(dtype)
+            some = torch.isfinite(s)
+            share = torch.where(some, torch.exp(torch.where(some, s - at, 0.0)), 0.0)
+            return o * share[..., None], share
 
         (_, s), vjp, *_ = torch.func.vjp(block, *rows, learned)
         g = torch.where(real[..., None], _gather(flat_g, tile.queries).to(dtype), 0.0)
         gl = torch.zeros_like(s)
         if grad_lse is not None:
             gl = torch.where(real & torch.isfinite(s), grad_lse[:, :, tile.queries.clamp_min(0)].to(dtype), 0.0)
+        if whole is not None:
+            gl = gl - (_gather(_flat(whole[0]), tile.queries).to(dtype) * g).sum(-1)
         *parts, table_parts = vjp((g, gl))
         for total, part, tokens, keep in zip(
             sums, parts, (tile.queries, tile.keys, tile.keys), (real, present, present), strict=True

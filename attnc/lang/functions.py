@@ -141,15 +141,15 @@ def where(
     if other is not None:
         yes, no = as_expr(value), as_expr(other)
         if (yes.kind == "bool") != (no.kind == "bool"):
-            raise DeclarationError(f"attnc.where: `{ir.show(yes)}` and `{ir.show(no)}` are a condition and a number; give it two alike")
+            raise DeclarationError(
+                f"attnc.where: `{ir.show(yes)}` and `{ir.show(no)}` are a condition and a number: give two alike"
+            )
         return Sym(ir.make("where", test, yes, no))
     weight = None if post is None else number(post, "post=")
     q_map, k_map = (m() if callable(m) else m for m in (q_map, k_map))  # attnc.l2norm means attnc.l2norm()
     normalizer = normalizer() if callable(normalizer) else normalizer
     if not isinstance(normalizer, ir.Normalizer | None):
-        raise DeclarationError(
-            f"attnc.where(normalizer={normalizer!r}): attnc.softmax(), attnc.softmax(over='queries'), attnc.sigmoid() or attnc.relu()"
-        )
+        raise DeclarationError(f"attnc.where(normalizer={normalizer!r}): attnc.softmax(), attnc.sigmoid() or attnc.relu()")
     for name, m in (("q_map", q_map), ("k_map", k_map)):
         if not isinstance(m, ir.RowMap | None):
             raise DeclarationError(f"attnc.where({name}={m!r}): attnc.l2norm()")

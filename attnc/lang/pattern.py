@@ -29,6 +29,7 @@ class Pattern:
     def trace(self, axes: tuple[str, ...], *, same_grid: bool = True) -> ir.Attend:
         """The IR on a grid with these axes. Raises DeclarationError where the statement is wrong."""
         q, k = Point.on_grid("q", axes, "q"), Point.on_grid("k", axes, "q" if same_grid else "k")
+        before = ir.TRACED.set(axes)
         try:
             s = self._tracer(q, k)
             return self._checked(s, axes)
@@ -36,6 +37,8 @@ class Pattern:
             if str(e).startswith("pattern "):
                 raise
             raise DeclarationError(f"pattern {self.name} on the grid ({', '.join(axes)}): {e}") from e
+        finally:
+            ir.TRACED.reset(before)
 
     def _checked(self, s: Statement, axes: tuple[str, ...]) -> ir.Attend:
         relation = ir.rewrite(s.relation, lambda n: ir.load(n.args[0], n.children, "int") if n.op == "load" else None)
@@ -153,7 +156,7 @@ def _per_axis(values: tuple[int, ...], axes: tuple[str, ...], what: str) -> tupl
 
 def per_axis(value: int | Sequence[int], axes: tuple[str, ...], what: str, *, least: int | None = 1) -> tuple[int, ...]:
     """One int (of at least `least`) per axis from an int or a sequence; DeclarationError names `what` otherwise."""
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * len(axes)
+    values = tuple(value) if isinstance(value, tuple | list) else (value,) * len(axes)
     if len(values) != len(axes) or any(
         not isinstance(v, int) or isinstance(v, bool) or (least is not None and v < least) for v in values
     ):
@@ -236,7 +239,7 @@ def pattern(fn: Callable[..., Any]) -> Callable[..., Pattern]:
         for name in hyper:
             if name in tables:
                 raise DeclarationError(
-                    f"pattern {fn.__name__}: {name!r} is a runtime table; it is given when the operator runs: op(q, k, v, {name}=tensor)"
+                    f"pattern {fn.__name__}: {name!r} is a runtime table, given when the operator runs: op(q, k, v, {name}=tensor)"
                 )
             if name not in known:
                 takes = ", ".join(sorted(known)) or "none"

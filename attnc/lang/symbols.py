@@ -34,9 +34,7 @@ def number(value: object, what: str) -> ir.Expr:
     """The IR of an operand that must be a number; `what` names the operation for the message."""
     e = as_expr(value)
     if e.kind == "bool":
-        raise DeclarationError(
-            f"`{ir.show(e)}` is a condition; {what} needs numbers: attnc.where(condition, a, b) makes one of it"
-        )
+        raise DeclarationError(f"`{ir.show(e)}` is a condition; {what} needs numbers: attnc.where(condition, a, b) makes one of it")
     return e
 
 
@@ -241,7 +239,7 @@ class Sizes:
         raise DeclarationError("the sizes of a grid are compared axis by axis, e.g. q.size.y == k.size.y")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _whole  # type: ignore[assignment]
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 class Point:
@@ -315,7 +313,9 @@ class Point:
         raise DeclarationError(f"unknown axis `{name}`: this grid has the axes {', '.join(self._axes)} (and .index, .size)")
 
     def _whole(self, *_: object) -> NoReturn:
-        raise DeclarationError("a point is not compared as a whole: compare its coordinates, e.g. q.y == k.y, or q.index == k.index")
+        raise DeclarationError(
+            "a point is not compared as a whole: compare its coordinates, e.g. q.y == k.y, or q.index == k.index"
+        )
 
     __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = __mul__ = _whole  # type: ignore[assignment]
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.runtime.call import Call, empty_like_order, lse_like
+from attnc.schedule import bounds
 from attnc.schedule.geometry import geometry
 from attnc.schedule.split import split
 
@@ -48,11 +49,28 @@ def program_of(text: str) -> ir.Program:
     return ir.from_json(text)
 
 
+@dataclass(frozen=True)
+class TableSpec:
+    """One of an operator's `tables`: its name, number of dimensions, and whether it holds integers."""
+
+    name: str
+    rank: int
+    integer: bool
+
+
+@lru_cache(maxsize=1024)
+def table_specs(p: ir.Program) -> tuple[TableSpec, ...]:
+    """The tables of a program, in the order operators take them; `pad_k` and `pad_v` last."""
+    a = p.attend
+    assert isinstance(a, ir.Attend)
+    padded = p.keys.pad is not None or p.keys.pad_multiple is not None
+    pads = [TableSpec(n, 2, False) for n in ("pad_k", "pad_v")] if padded else []
+    return (*(TableSpec(n, a.table_rank(n), n in a.int_tables) for n in a.tables), *pads)
+
+
 def table_names(p: ir.Program) -> tuple[str, ...]:
     """Names of the tensors in an operator's `tables`, in order."""
-    assert isinstance(p.attend, ir.Attend)
-    padded = p.keys.pad is not None or p.keys.pad_multiple is not None
-    return (*p.attend.tables, *(("pad_k", "pad_v") if padded else ()))
+    return tuple(s.name for s in table_specs(p))
 
 
 def backend_module(name: str) -> ModuleType:
@@ -69,13 +87,21 @@ class _Run:
     calls: list[Call]
 
 
-def _runs(q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> list[_Run]:
+def _runs(
+    q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, backend: str
+) -> list[_Run]:
     whole = program_of(program)
     grids = tuple(int(n) for n in q_grid), tuple(int(n) for n in k_grid)
+    names = table_names(whole)
+    shapes = tuple((n, tuple(t.shape)) for n, t in zip(names, tables, strict=True))
+    bounds.check(whole, *grids, q.shape[1], q.shape[0], shapes, backend in ("eager", "torch"))
+    if backend == "eager":  # the meaning is the statement as a whole, which proofs and their parts are held to
+        call = Call(whole, geometry(whole, *grids), scale, dict(zip(names, tables, strict=True)))
+        return [_Run(slice(0, q.shape[1]), slice(0, k.shape[1]), [call])]
     out = []
     for run in split(whole, *grids, q.shape[1], k.shape[1]):
         keys = slice(run.kv_first, run.kv_last)
-        named = dict(zip(table_names(whole), tables, strict=True))
+        named = dict(zip(names, tables, strict=True))
         for pad in {"pad_k", "pad_v"} & set(named):
             if named[pad].shape[0] > 1:
                 named[pad] = named[pad][keys]
@@ -107,7 +133,7 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     module = backend_module(backend)
-    runs = _runs(q, k, tables, scale, q_grid, k_grid, program)
+    runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
     results: list[tuple[Tensor, Tensor]] = []
     for r in runs:
         rows = (q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads]) if len(runs) > 1 else (q, k, v)
@@ -168,7 +194,7 @@ def _attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     module = backend_module(backend)
-    runs = _runs(q, k, tables, scale, q_grid, k_grid, program)
+    runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
     names = table_names(program_of(program))
     if len(runs) == 1 and len(runs[0].calls) == 1:
         dq, dk, dv, sums = module.backward(runs[0].calls[0], q, k, v, out, lse, grad_out, grad_lse)

@@ -37,7 +37,7 @@ class Axis:
     before_queries: int
     before_keys: int
     split: int
-    lo: Ints  # [split, ceil(queries / split)]
+    lo: Ints  # [classes, ceil(queries / split)]
     hi: Ints
     block: int  # tokens (of a residue class) per block where the ends are piecewise constant, 0 elsewhere
     shift: int  # blocks start at j = shift (mod block)
@@ -53,7 +53,7 @@ class Axis:
 
     @cached_property
     def inverse_lo(self) -> Ints:
-        """Least query index that sees key i: [split, ceil(keys / split)]."""
+        """Least query index that sees key i: [classes, ceil(keys / split)]."""
         return self._inverse()[0]
 
     @cached_property
@@ -63,9 +63,9 @@ class Axis:
 
     def _inverse(self) -> tuple[Ints, Ints]:
         per = -(-self.keys // self.split)
-        first, last = np.zeros((self.split, per), np.int32), np.full((self.split, per), -1, np.int32)
+        first, last = np.zeros((self.classes, per), np.int32), np.full((self.classes, per), -1, np.int32)
         i = np.arange(per)
-        for r in range(self.split):
+        for r in range(self.classes):
             n = self.count(self.queries, r)
             first[r] = np.searchsorted(self.hi[r, :n], i, "left")
             last[r] = np.searchsorted(self.lo[r, :n], i, "right") - 1
@@ -74,7 +74,7 @@ class Axis:
     def pairs(self) -> int:
         """Allowed (query, key) pairs of the axis, over real queries and all (also virtual) keys."""
         total = 0
-        for r in range(self.split):
+        for r in range(self.classes):
             j = np.arange(self.count(self.queries, r))
             position = j * self.split + r - self.before_queries
             real = (position >= 0) & (position < self.real_queries)
@@ -192,9 +192,11 @@ def _ends(form: AxisForm, axis: int, n_q: int, n_k: int, roles: tuple[ir.Role, i
     split = int(evaluate(form.split, leaves, np))
     per = -(-n_q // split)
     leaves[ir.var("j")] = np.arange(per)[None, :]
-    leaves[ir.var("r")] = np.arange(split)[:, None]
-    lo, hi = (np.broadcast_to(evaluate(e, leaves, np), (split, per)).astype(np.int32) for e in (form.lo, form.hi))
-    return split, lo, hi
+    classes = min(split, max(n_q, n_k))  # a split longer than the axis leaves most classes without a token
+    leaves[ir.var("r")] = np.arange(classes)[:, None]
+    lo, hi = (np.broadcast_to(evaluate(e, leaves, np), (classes, per)) for e in (form.lo, form.hi))
+    last = -(-n_k // split)  # cut before narrowing: ends far outside the axis would wrap around into it
+    return split, np.clip(lo, 0, last).astype(np.int32), np.clip(hi, -1, last - 1).astype(np.int32)
 
 
 def _tightened(
