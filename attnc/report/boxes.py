@@ -31,17 +31,18 @@ class Counts:
 
 
 def tile_sides(g: Geometry) -> tuple[int, ...]:
-    """Queries per axis: blocks stay whole where they are at most twice the side of a cube of 64 tokens."""
-    thin = [int((a.hi - a.lo).max()) <= 0 for a in g.axes]
+    """Queries per axis. A group that sees itself alone stays whole, other blocks are joined; the rest shares what is left of 64."""
+    thin = [int((a.hi - a.lo).max(initial=0)) <= 0 for a in g.axes]
     wide = sum(not t for t in thin) or 1
     side = round(TOKENS ** (1 / wide))
+    closed = [1 < a.block <= 2 * side and int((a.hi - a.lo).max(initial=0)) < a.block for a in g.axes]
+    left = TOKENS / math.prod(a.block for a, c in zip(g.axes, closed, strict=True) if c)
+    free = sum(not t and not c for t, c in zip(thin, closed, strict=True)) or 1
+    each = max(1, round(left ** (1 / free)))
     out = []
-    for a, t in zip(g.axes, thin, strict=True):
-        longest = a.count(max(a.queries, a.keys), 0)
-        block = a.block if 1 < a.block <= 2 * side else 0
-        if block and block < side:
-            block = side // block * block
-        out.append(1 if t else min(block or side, longest))
+    for a, t, c in zip(g.axes, thin, closed, strict=True):
+        joined = each // a.block * a.block if 1 < a.block <= each else each
+        out.append(min(1 if t else a.block if c else joined, a.count(max(a.queries, a.keys), 0)))
     return tuple(out)
 
 

@@ -3,81 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from attnc import ir
-from attnc.analysis.structure import Structure, analyse
-from attnc.compiler import GridLike, Operator, PadLike, compile
-from attnc.errors import AttncError, ShapeError, UnsupportedError
+from attnc.compiler import GridLike, PadLike
+from attnc.errors import ShapeError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
 from attnc.report import boxes, proof
+from attnc.report.subject import Part, Subject, subject
 from attnc.schedule import plan as plans
-from attnc.schedule.geometry import LONGEST_TABLE, Geometry, geometry
-
-MOST_COUNTED = 1 << 29  # pairs a residual predicate is evaluated for, to count what it allows
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is explained: a pattern's program on named axes, and its geometry where sizes are known."""
-
-    program: ir.Program
-    attend: ir.Attend
-    structure: Structure
-    axes: tuple[str, ...]
-    geometry: Geometry | None
-    refused: tuple[str, ...]
-
-    @property
-    def strategy(self) -> str:
-        """dense, grouped or banded."""
-        return self.structure.strategy
-
-
-def subject(
-    p: Pattern,
-    *,
-    grid: GridLike = None,
-    kv_grid: GridLike = None,
-    prefix: int = 0,
-    pad: PadLike = None,
-) -> Subject:
-    """Trace and prove a pattern. Without a grid: on two axes, or on the first rank that the statement fits."""
-    refused: list[str] = []
-
-    def compiled(pad: PadLike) -> Operator:
-        return compile(p, grid=grid, kv_grid=kv_grid, prefix=prefix, pad=pad)
-
-    try:
-        op = compiled(pad)
-    except UnsupportedError as e:
-        refused.append(str(e))
-        op = compiled(None)
-    if op.axes is None:
-        program, axes = _first_fit(op)
-    else:
-        program, axes = op.program(len(op.axes)), op.axes
-    attend = program.attend
-    assert isinstance(attend, ir.Attend)
-    padded = program.keys.pad is not None or program.keys.pad_multiple is not None
-    s = analyse(attend, program.same_grid, padded)
-    g = None
-    if op.grid is not None and None not in op.grid and None not in (op.kv_grid or ()):
-        q_grid = tuple(int(n) for n in op.grid if n is not None)
-        k_grid = q_grid if op.kv_grid is None else tuple(int(n) for n in op.kv_grid if n is not None)
-        g = geometry(program, q_grid, k_grid)
-    return Subject(program, attend, s, axes, g, tuple(refused))
-
-
-def _first_fit(op: Operator) -> tuple[ir.Program, tuple[str, ...]]:
-    errors = []
-    for rank in (2, 1, 3):
-        try:
-            return op.program(rank), ir.AXES[rank]
-        except AttncError as e:
-            errors.append(e)
-    raise errors[0]
+from attnc.schedule.geometry import LONGEST_TABLE, Geometry
+from attnc.schedule.split import disjuncts
 
 
 def explain(
@@ -101,12 +37,16 @@ def explain(
     """
     if isinstance(p, Mechanism):
         return _mechanism(p)
-    s = subject(p, grid=grid, kv_grid=kv_grid, prefix=prefix, pad=pad)
-    parts = [_head(s), _statement(s), _axes(s), _strategy(s)]
+    s = subject(p, grid=grid, kv_grid=kv_grid, prefix=prefix, pad=pad, heads=heads)
+    told = [_head(s), _statement(s)]
+    if len(s.parts) == 1:
+        told += [_axes(s, s.parts[0]), _strategy(s, s.parts[0])]
+    else:
+        told += [block for n in range(len(s.parts)) for block in _part(s, n)]
     if s.geometry is not None:
-        parts.append(_counts(s, s.geometry, heads))
-    parts += [_plan(s.program), _refused(s)]
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+        told.append(_counts(s, s.geometry))
+    told += [_plan(s.program, s.union), _refused(s)]
+    return "\n\n".join("\n".join(lines) for lines in told) + "\n"
 
 
 def _head(s: Subject) -> list[str]:
@@ -117,9 +57,12 @@ def _head(s: Subject) -> list[str]:
 
 def _statement(s: Subject) -> list[str]:
     a = s.attend
-    first, *rest = ir.conjuncts(a.relation) or (ir.TRUE,)
+    op, terms = "&", ir.conjuncts(a.relation) or (ir.TRUE,)
+    if len(terms) == 1:
+        op, terms = "|", disjuncts(terms[0])
+    first, *rest = terms
     lines = ["Statement, as traced", f"  relation  {_bracketed(first, s.axes, bool(rest))}"]
-    lines += [f"          & {_bracketed(c, s.axes, True)}" for c in rest]
+    lines += [f"          {op} {_bracketed(c, s.axes, True)}" for c in rest]
     lines.append(f"  score     {ir.show(a.score, s.axes)}")
     n = a.normalizer
     weights = f"softmax over {n.over}" if n.kind == "softmax" else n.kind + (f" to the power {n.power}" if n.power > 1 else "")
@@ -135,22 +78,33 @@ def _statement(s: Subject) -> list[str]:
     return lines
 
 
+def _part(s: Subject, n: int) -> list[list[str]]:
+    """A union or a run of heads: each part has a structure of its own."""
+    p = s.parts[n]
+    which = f"heads {p.first} .. {p.last - 1}" if p.heads < s.heads else "all heads"
+    if p.heads == 1 < s.heads:
+        which = f"head {p.first}"
+    title = f"Part {n + 1} of {len(s.parts)}, {which}"
+    conditions = [f"  {ir.show(c, s.axes)}" for c in ir.conjuncts(p.attend.relation)]
+    return [[title, "-" * len(title), *conditions], _axes(s, p), _strategy(s, p)]
+
+
 def _bracketed(c: ir.Expr, axes: tuple[str, ...], among: bool) -> str:
     text = ir.show(c, axes)
-    return f"({text})" if among and c.op in ("or", "eq", "ne", "lt", "le") else text
+    return f"({text})" if among and c.op in ("and", "or", "eq", "ne", "lt", "le") else text
 
 
-def _axes(s: Subject) -> list[str]:
-    same = s.program.same_grid
+def _axes(s: Subject, p: Part) -> list[str]:
+    same, structure = s.program.same_grid, p.structure
     roles: proof.Roles = ("q", "q") if same else ("q", "k")
-    found = proof.conjuncts_of(s.structure, s.attend.relation, s.attend.rank, same)
+    found = proof.conjuncts_of(structure, p.attend.relation, p.attend.rank, same)
     lines = ["Normal form, per axis: a query at j sees the keys i from lo(j) to hi(j), and both ends never fall"]
-    if s.structure.flat:
+    if structure.flat:
         lines.append("  The statement speaks of q.index and k.index alone, so the whole grid is one axis, in row-major order.")
     blocks: list[tuple[str, list[str]]] = []
-    names = [proof.axis_names(s.axes, i, f, flat=s.structure.flat, same_grid=same) for i, f in enumerate(s.structure.axes)]
-    shown = ("index",) if s.structure.flat else s.axes
-    for i, form in enumerate(s.structure.axes):
+    names = [proof.axis_names(s.axes, i, f, flat=structure.flat, same_grid=same) for i, f in enumerate(structure.axes)]
+    shown = ("index",) if structure.flat else s.axes
+    for i, form in enumerate(structure.axes):
         n = names[i]
         body = [f"    {k} = {v}" for k, v in n.given]
         if form.split != ir.ONE:
@@ -169,7 +123,7 @@ def _axes(s: Subject) -> list[str]:
         if form.block is not None:
             at = "" if form.shift == ir.ZERO else f", borders at {n.show(form.shift)}"
             body.append(f"    both ends are constant on blocks of {n.show(form.block)}{at}")
-        every = proof.steps(s.structure, i, found[i], roles, n, shown)
+        every = proof.steps(structure, i, found[i], roles, n, shown)
         if every:
             body.append("    proof")
             body += [line for t in every for line in (f"      {t.conjunct}", f"        -> {t.gives}")]
@@ -201,20 +155,20 @@ def _nameless(line: str, axis: str) -> str:
     return line
 
 
-def _strategy(s: Subject) -> list[str]:
-    st, same = s.structure, s.program.same_grid
+def _strategy(s: Subject, p: Part) -> list[str]:
+    st, same = p.structure, s.program.same_grid
     names = ["index"] if st.flat else list(s.axes)
-    lines = [f"Strategy: {s.strategy}"]
+    lines = [f"Strategy: {st.strategy}"]
     bound = [n for n, f in zip(names, st.axes, strict=True) if not f.full]
-    if s.strategy == "dense":
+    if st.strategy == "dense":
         lines.append("  No axis is bound on its own, so a tile of queries walks every key.")
-    elif s.strategy == "grouped" and same and all(proof.equivalence(f) or f.full for f in st.axes):
+    elif st.strategy == "grouped" and same and all(proof.equivalence(f) or f.full for f in st.axes):
         lines.append(
             f"  Tokens of one group see each other and nobody else (groups are cut on {_and(bound)}): tiles hold whole groups,"
         )
         inside = "nothing is masked" if st.residual == ir.TRUE else "only the predicate below masks"
         lines.append(f"  and inside one {inside}. Groups are found by index arithmetic; no tensor is moved.")
-    elif s.strategy == "grouped":
+    elif st.strategy == "grouped":
         lines.append(
             f"  The keys depend on the query's block on {_and(bound)} alone: tiles hold whole blocks, whose queries share one box."
         )
@@ -224,6 +178,8 @@ def _strategy(s: Subject) -> list[str]:
         lines.append("  those from lo(b) to hi(a) need no mask, the others two comparisons per axis.")
     if any(f.split != ir.ONE for f in st.axes):
         lines.append("  A tile lies in one residue class; strides step over the others.")
+    if s.geometry is None and any(c.op == "or" for c in ir.conjuncts(st.residual)):
+        lines.append("  At a known size a union may run as parts, each with a structure of its own: give grid= to see them.")
     if st.residual != ir.TRUE:
         rest = ir.conjuncts(st.residual)
         lines.append(
@@ -238,50 +194,51 @@ def _operations(e: ir.Expr) -> int:
     return len({n for n in ir.walk(e) if n.children})
 
 
-def _counts(s: Subject, g: Geometry, heads: int) -> list[str]:
+def _counts(s: Subject, g: Geometry) -> list[str]:
     sizes = "x".join(map(str, g.q_grid))
     over = "" if g.q_grid == g.k_grid else f" over {'x'.join(map(str, g.k_grid))} keys"
     beside = f", {_count(g.q_prefix, 'prefix token')}" if g.q_prefix else ""
-    lines = [f"At {sizes}{over}{beside}, {_count(heads, 'head')}"]
+    lines = [f"At {sizes}{over}{beside}, {_count(s.heads, 'head')}"]
     if g.padded:
         extended = "x".join(str(a.keys) for a in g.axes)
         lines.append(
             f"  padded to   {extended}: the added keys exist (rows pad_k, pad_v), the added queries do not; nothing is copied"
         )
     lines.append(f"  tokens      {g.n_queries:,} queries, {g.n_keys:,} keys")
-    dense = heads * g.n_queries * g.n_keys
-    c = boxes.count(g)
-    residual = s.structure.residual != ir.TRUE
-    allowed: int | None = None
+    dense = s.dense()
     try:
-        if residual and heads * c.elements > MOST_COUNTED:
-            raise ShapeError("")
-        allowed = g.allowed(heads)
-        lines.append(f"  allowed     {allowed:,} score elements, {100 * allowed / dense:.2f} % of the dense {dense:,}")
+        allowed = s.allowed()
+        why = "not counted: too many pairs to ask"
     except ShapeError:
-        tables = _and(list(s.attend.int_tables))
-        why = f"known when it runs: the relation reads {tables}" if tables else f"not counted: {heads * c.elements:,} pairs to ask"
-        lines.append(f"  allowed     {why}")
-    rows = "x".join(map(str, c.rows))
-    lines.append(f"  tiles       {c.tiles:,} of {rows} queries, keys in chunks of {rows}, per head:")
-    lines.append(f"              {c.full:,} chunks full, {c.partial:,} partial; {c.empty:,} empty and never visited")
-    grid_dense = math.prod(g.q_grid) * math.prod(g.k_grid)
-    lines.append(
-        f"  visited     {heads * c.elements:,} score elements in those boxes, {100 * c.elements / grid_dense:.2f} % of the dense"
-    )
-    if residual and allowed is not None:
-        inside = allowed - heads * (g.q_prefix * g.n_keys + math.prod(g.q_grid) * g.k_prefix)
-        lines.append(f"  residual    excludes {heads * c.elements - inside:,} of them, one evaluation each")
-    for name, f, a, left in zip(s.axes, s.structure.axes, g.axes, s.structure.unknown, strict=False):
-        if left and max(a.queries, a.keys) > LONGEST_TABLE:
-            lines.append(f"  {name}: longer than {LONGEST_TABLE}, so its predicate is evaluated on the whole axis ({f.kind})")
-        elif left:
-            lines.append(f"  {name}: its ends are two integer tables, evaluated on this axis alone and made monotone")
+        allowed, why = None, f"known when it runs: the relation reads {_and(list(s.attend.int_tables))}"
+    if allowed is not None:
+        why = f"{allowed:,} score elements, {100 * allowed / dense:.2f} % of the dense {dense:,}"
+    lines.append(f"  allowed     {why}")
+    visited = 0
+    for n, p in enumerate(s.parts):
+        assert p.geometry is not None
+        c = boxes.count(p.geometry)
+        rows, visited = "x".join(map(str, c.rows)), visited + p.heads * c.elements
+        label, noun = ("tiles", "") if len(s.parts) == 1 else (f"part {n + 1}", "tiles ")
+        lines.append(f"  {label:11} {c.tiles:,} {noun}of {rows} queries, keys in chunks of {rows}, per head:")
+        lines.append(f"              {c.full:,} chunks full, {c.partial:,} partial; {c.empty:,} empty and never visited")
+    share = 100 * visited / (s.heads * math.prod(g.q_grid) * math.prod(g.k_grid))
+    lines.append(f"  visited     {visited:,} score elements in those boxes, {share:.2f} % of the dense")
+    if allowed is not None and any(p.structure.residual != ir.TRUE for p in s.parts):
+        beside_them = sum(p.heads for p in s.parts) * (g.q_prefix * g.n_keys + math.prod(g.q_grid) * g.k_prefix)
+        lines.append(f"  residual    excludes {visited - (allowed - beside_them):,} of them, one evaluation each")
+    for p in s.parts:
+        assert p.geometry is not None
+        for name, f, a, left in zip(s.axes, p.structure.axes, p.geometry.axes, p.structure.unknown, strict=False):
+            if left and max(a.queries, a.keys) > LONGEST_TABLE:
+                lines.append(f"  {name}: longer than {LONGEST_TABLE}, so its predicate is evaluated on the whole axis ({f.kind})")
+            elif left:
+                lines.append(f"  {name}: its ends are two integer tables, evaluated on this axis alone and made monotone")
     return lines
 
 
-def _plan(program: ir.Program) -> list[str]:
-    g = plans.plan(program)
+def _plan(program: ir.Program, union: bool = False) -> list[str]:
+    g = plans.plan(program, union=union)
     names = plans.ordered(g)
     width = max(map(len, names))
     lines = ["Plan"]

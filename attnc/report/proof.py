@@ -99,7 +99,7 @@ def conjuncts_of(s: Structure, relation: ir.Expr, rank: int, same_grid: bool) ->
     found: list[list[ir.Expr]] = [[] for _ in s.axes]
     for c in ir.conjuncts(relation):
         mentioned = {n.args[1] for n in ir.walk(c) if n.op == "coord"}
-        if len(mentioned) == 1 and not any(n.op in ("load", "head", "batch") for n in ir.walk(c)):
+        if len(mentioned) == 1 and not any(n.op in ("load", "head", "heads", "batch") for n in ir.walk(c)):
             found[mentioned.pop()].append(c)
     return tuple(tuple(c) for c in found)
 

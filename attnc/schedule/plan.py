@@ -14,9 +14,12 @@ from attnc import ir
 INPUTS, RESULTS = "inputs", "results"
 
 
-def plan(program: ir.Program) -> nx.DiGraph:
-    """The graph of a program. Names are those of the report: forward, backward_dq, backward_dkv, helpers after them."""
-    return _channel() if isinstance(program.attend, ir.Channel) else _attend(program, program.attend)
+def plan(program: ir.Program, *, union: bool = False) -> nx.DiGraph:
+    """The graph of a program. Names are those of the report: forward, backward_dq, backward_dkv, helpers after them.
+
+    union: the program runs as disjoint parts (see schedule.split) whose results a further step merges.
+    """
+    return _channel() if isinstance(program.attend, ir.Channel) else _attend(program, program.attend, union)
 
 
 def _link(g: nx.DiGraph, source: str, target: str, *tensors: str) -> None:
@@ -26,7 +29,7 @@ def _link(g: nx.DiGraph, source: str, target: str, *tensors: str) -> None:
         g.add_edge(source, target, tensors=(*seen, *(t for t in tensors if t not in seen)))
 
 
-def _attend(program: ir.Program, a: ir.Attend) -> nx.DiGraph:
+def _attend(program: ir.Program, a: ir.Attend, union: bool) -> nx.DiGraph:
     g: nx.DiGraph = nx.DiGraph(name=a.name)
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     rows = (*a.tables, *(("pad_k", "pad_v") if padded else ()))
@@ -36,9 +39,13 @@ def _attend(program: ir.Program, a: ir.Attend) -> nx.DiGraph:
     saved = ("out", "lse") if softmax else ("out",)
 
     g.add_node(INPUTS, does="what the caller passes")
-    g.add_node("forward", does="grid queries over the keys they see")
+    g.add_node("forward", does=f"grid queries over the keys they see{', once per part' if union else ''}")
     _link(g, INPUTS, "forward", "q", "k", "v", *rows)
-    forwards = ["forward"]
+    last = "merge" if union else "forward"
+    if union:
+        g.add_node("merge", does="parts joined exactly through their log-sum-exp; their backwards read the joined out and lse")
+        _link(g, "forward", "merge", *(f"{t} of each part" for t in saved))
+    forwards = [last]
     if program.queries.prefix:
         g.add_node("forward_prefix", does="prefix queries over all keys")
         _link(g, INPUTS, "forward_prefix", "q", "k", "v")
@@ -66,7 +73,7 @@ def _attend(program: ir.Program, a: ir.Attend) -> nx.DiGraph:
         g.add_node(name, does=does)
         _link(g, INPUTS, name, "q", "k", "v", *(() if prefix else rows), "grad_out")
         if softmax:
-            _link(g, "forward_prefix" if prefix else "forward", name, "lse")
+            _link(g, "forward_prefix" if prefix else last, name, "lse")
             _link(g, "backward_delta", name, "delta")
         if name != "backward_dkv" or not program.queries.prefix:
             _link(g, name, RESULTS, *writes)
