@@ -1,0 +1,326 @@
+"""What the kernel printer needs to know before it prints: the statement sorted into cases, and per axis and side how tiles lie."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import sympy as sp
+
+from attnc import ir
+from attnc.analysis.algebra import FloorDiv, FloorMod, NotAlgebraic, symbol, to_sympy
+from attnc.analysis.derivative import derivative, loads
+from attnc.analysis.evaluate import evaluate
+from attnc.analysis.forms import I, J, R, AxisForm
+from attnc.analysis.structure import Structure, analyse
+from attnc.errors import UnsupportedError
+from attnc.schedule.geometry import Geometry
+from attnc.schedule.tiles import Side, Tile, Tiles, walk
+
+CONSTANT_KINDS = ("full", "residue")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths of one axis: extended and real, for rows of queries and of keys, as names of kernel arguments."""
+
+    queries: str
+    keys: str
+    real_queries: str
+    real_keys: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything a module's text depends on."""
+
+    program: ir.Program
+    structure: Structure
+    tiles: Tiles
+    head_dim: int
+    value_dim: int
+    geometry: Geometry | None  # concrete sizes, or None: sizes are arguments
+    plain: bool = True  # scale > 0, so that the maximum may be taken before it multiplies
+
+    @property
+    def attend(self) -> ir.Attend:
+        """The statement."""
+        assert isinstance(self.program.attend, ir.Attend)
+        return self.program.attend
+
+    @property
+    def rank(self) -> int:
+        """Axes of the geometry: 1 where a grid was flattened."""
+        return len(self.structure.axes)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names in variables."""
+        return ir.AXES[self.rank] if self.rank <= 3 else tuple(f"a{i}" for i in range(self.rank))
+
+    @property
+    def padded(self) -> bool:
+        """Some keys may be virtual."""
+        return self.program.keys.pad is not None or self.program.keys.pad_multiple is not None
+
+    @property
+    def prefix(self) -> bool:
+        """Some tokens precede the grid."""
+        return bool(self.program.queries.prefix or self.program.keys.prefix)
+
+    def before(self, axis: int, side: Side) -> int:
+        """Virtual rows before an axis."""
+        pad = (self.program.queries if side == "q" else self.program.keys).pad
+        return pad[axis][0] if pad is not None else 0
+
+    @cached_property
+    def names(self) -> tuple[Sizes, ...]:
+        """Names of size arguments per axis."""
+        out = []
+        for axis in self.axes:
+            a = axis.upper()
+            keys = f"N{a}" if self.program.same_grid else f"M{a}"
+            rq = f"R{a}" if self.padded else f"N{a}"
+            rk = rq if self.program.same_grid else f"S{a}" if self.padded else keys
+            out.append(Sizes(f"N{a}", keys, rq, rk))
+        return tuple(out)
+
+    @cached_property
+    def size_names(self) -> dict[ir.Expr, str]:
+        """Size leaves of the ends as text."""
+        out = {}
+        for i, s in enumerate(self.names):
+            out[ir.size("q", i)], out[ir.size("k", i)] = s.queries, s.keys
+        return out
+
+    @cached_property
+    def score(self) -> ir.Expr:
+        """The score with indices written as coordinates of the geometry."""
+        return self.lowered(self.attend.score)
+
+    @cached_property
+    def post(self) -> ir.Expr | None:
+        """The post-factor."""
+        return None if self.attend.post is None else self.lowered(self.attend.post)
+
+    @cached_property
+    def residual(self) -> ir.Expr:
+        """The predicate that no axis explains."""
+        return self.lowered(self.structure.residual)
+
+    def lowered(self, e: ir.Expr) -> ir.Expr:
+        """Without `index` leaves."""
+        if self.structure.flat:
+            return ir.rewrite(e, lambda n: ir.coord(n.args[0], 0) if n.op == "index" else None)
+        return ir.flatten_index(e, self.attend.rank, self.program.same_grid)
+
+    @cached_property
+    def bias(self) -> ir.Expr | None:
+        """B where the score is SCORE + B: then it rides on the product's accumulator. ZERO for the plain score, None for all else."""
+        if not self.plain or self.attend.post is not None:
+            return None
+        parts = terms(self.score)
+        rest = [(sign, t) for sign, t in parts if not (t == ir.SCORE and sign > 0)]
+        if len(rest) != len(parts) - 1 or any(n == ir.SCORE for _, t in rest for n in ir.walk(t)):
+            return None
+        out = ir.ZERO
+        for sign, t in rest:
+            out = t if out == ir.ZERO and sign > 0 else ir.make("add" if sign > 0 else "sub", out, t)
+        return out
+
+    @cached_property
+    def slope(self) -> ir.Expr:
+        """d score / d SCORE."""
+        return derivative(self.score, ir.SCORE)
+
+    @cached_property
+    def learned(self) -> tuple[ir.Expr, ...]:
+        """Loads of the score and post-factor whose tables get a gradient."""
+        return loads(self.score) + (() if self.post is None else tuple(n for n in loads(self.post) if n not in loads(self.score)))
+
+    @property
+    def per_pair(self) -> bool:
+        """Something is evaluated for each pair: a residual, tables, or a score of its own."""
+        return self.residual != ir.TRUE or self.bias != ir.ZERO or self.attend.post is not None
+
+    def uses(self, op: str) -> bool:
+        """Whether the statement mentions a leaf."""
+        spoken = (self.score, self.residual, *((self.post,) if self.post is not None else ()))
+        return any(n.op == op for e in spoken for n in ir.walk(e))
+
+
+def terms(e: ir.Expr, sign: int = 1) -> list[tuple[int, ir.Expr]]:
+    """The terms of a sum with their signs."""
+    if e.op == "add":
+        return terms(e.args[0], sign) + terms(e.args[1], sign)
+    if e.op == "sub":
+        return terms(e.args[0], sign) + terms(e.args[1], -sign)
+    return [(sign, e)]
+
+
+@dataclass(frozen=True)
+class AxisPlan:
+    """One axis of one kernel. Ends and bounds are IR expressions over the row's index (var j), the residue and sizes."""
+
+    axis: int
+    name: str
+    rows: int
+    chunk: int
+    split: ir.Expr
+    lo: ir.Expr
+    hi: ir.Expr
+    columns: bool  # no inverse in closed form: columns' own ends are compared
+    one_box: bool  # all rows of a tile share one interval
+    exact: bool  # and chunks never leave it
+    single: bool  # the box is at most one chunk
+    overruns: bool  # a chunk may reach beyond the axis
+    full: bool  # chunks without a mask exist
+    partial: bool  # chunks with one exist
+    start: ir.Expr  # first row of the first tile
+    group: bool  # a tile is a whole group: its box of columns begins where its rows begin
+
+
+def _symmetric(form: AxisForm) -> bool:
+    """Queries of a key are the keys of a query: the same blocks seen from the other side."""
+    if form.inverse_lo is None or form.inverse_hi is None:
+        return False
+    back = [ir.substitute(e, {I: J}) for e in (form.inverse_lo, form.inverse_hi)]
+    return back == [form.lo, form.hi]
+
+
+def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
+    """How one axis is tiled. With concrete sizes the facts are counted, with symbolic ones they must follow from the form."""
+    form, name = spec.structure.axes[axis], spec.axes[axis]
+    rows, chunk = tile.rows[axis], tile.chunk[axis]
+    columns = side == "k" and form.inverse_lo is None
+    lo, hi = (form.lo, form.hi) if side == "q" or columns else (form.inverse_lo, form.inverse_hi)
+    assert lo is not None and hi is not None
+    if side == "k" and not columns:
+        lo, hi = ir.substitute(lo, {I: J}), ir.substitute(hi, {I: J})
+    # tiles begin at block borders, perhaps before 0
+    at = ir.make("floordiv", ir.const(spec.before(axis, side)), form.split)
+    off = ir.ZERO
+    if form.block is not None and form.shift != ir.ZERO:
+        off = ir.make("sub", form.block, form.shift)
+    begin = ir.make("sub", at, ir.make("mod", ir.make("add", at, off), ir.const(rows)))
+    if at == ir.ZERO and begin != ir.ZERO:
+        begin = ir.make("neg", begin.args[1]) if begin.op == "sub" else begin
+    kind = form.kind.split(" of ")[-1]
+    group = rows == chunk and kind in (*CONSTANT_KINDS, "point", "block", "shifted block") and not columns
+    if spec.geometry is not None:
+        g = spec.geometry.axes[axis]
+        begin = ir.const(int(evaluate(begin, _sizes(spec.geometry, axis), None)))
+        w = walk(g, side, rows, chunk, columns=columns)
+        return AxisPlan(axis, name, rows, chunk, form.split, lo, hi, columns, w.one_box, w.exact, w.most <= 1, w.overruns,
+                        w.full > 0, w.partial > 0 and not w.exact, begin, w.one_box and group)
+    block = int(form.block.args[0]) if form.block is not None and form.block.op == "const" else 0
+    same = side == "q" or _symmetric(form)
+    inside = bool(block) and block % rows == 0 and same
+    whole = spec.padded and side == "k"  # columns are cut to the real queries
+    one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside)
+    single = one_box and (kind == "point" and same or inside and chunk >= block)
+    exact = one_box and chunk == 1
+    full = not single and (kind in (*CONSTANT_KINDS, "causal") or exact) and not columns
+    return AxisPlan(axis, name, rows, chunk, form.split, lo, hi, columns, one_box, exact, single, not exact or whole, full,
+                    not exact, begin, one_box and group)
+
+
+def _sizes(g: Geometry, axis: int) -> dict[ir.Expr, int]:
+    a = g.axes[axis]
+    return {ir.size("q", axis): a.queries, ir.size("k", axis): a.keys}
+
+
+def dense_spec(spec: Spec) -> Spec:
+    """The plain kernel between prefix tokens and all tokens: one axis, every key, its own two lengths."""
+    a = ir.Attend(spec.attend.name, 1)
+    program = ir.Program(a, ir.Tokens((None,)), ir.Tokens((None,)), same_grid=False)
+    flat = Tiles(*(replace(spec.tiles.flat) for _ in range(4)))
+    return Spec(program, analyse(a, same_grid=False), flat, spec.head_dim, spec.value_dim, None, spec.plain)
+
+
+def check(program: ir.Program) -> None:
+    """Refuse what these kernels do not do, naming what does."""
+    a = program.attend
+    assert isinstance(a, ir.Attend)
+    where = f"pattern {a.name}: the triton backend does not lower"
+    n = a.normalizer
+    if n.kind != "softmax":
+        raise UnsupportedError(f"{where} the normalizer {n.kind}; use backend='torch' or 'eager'")
+    if n.over != "keys":
+        raise UnsupportedError(f"{where} softmax over queries; use backend='eager'")
+    if n.sink is not None:
+        raise UnsupportedError(f"{where} a sink (table {n.sink!r}); use backend='torch' or 'eager'")
+    for what, m in (("q_map", a.q_map), ("k_map", a.k_map)):
+        if m is not None:
+            raise UnsupportedError(f"{where} {what} ({m.kind}); apply it to the rows first, or use backend='torch' or 'eager'")
+    padded = any(t.pad is not None or t.pad_multiple is not None for t in (program.queries, program.keys))
+    if padded and (program.queries.prefix or program.keys.prefix):
+        raise UnsupportedError(f"{where} pad= together with prefix tokens; use backend='eager'")
+
+
+def lanes(dim: int) -> int:
+    """Channels in registers."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def whole_groups(plans: tuple[AxisPlan, ...]) -> bool:
+    """One chunk holds all keys of the tile, so geometry, mask and bias need computing once."""
+    return all(p.single for p in plans)
+
+
+def order(plans: tuple[AxisPlan, ...], inner: int) -> tuple[list[AxisPlan], AxisPlan]:
+    """Outer axes, slowest first, and the inner one."""
+    return [p for p in plans if p.axis != inner], plans[inner]
+
+
+def tile_text(tile: Tile) -> str:
+    """For docstrings."""
+    rows, chunk = ("x".join(map(str, t)) for t in (tile.rows, tile.chunk))
+    return f"{rows} rows ({tile.bm} in registers) by chunks of {chunk} ({tile.bn})"
+
+
+def product(values: tuple[int, ...]) -> int:
+    """Of a tile's lengths."""
+    return math.prod(values)
+
+
+def _in_class(e: ir.Expr, plans: tuple[AxisPlan, ...]) -> sp.Expr:
+    """An index with coordinates written as split * j + r."""
+    mapping: dict[ir.Expr, ir.Expr] = {}
+    for p in plans:
+        r = ir.var(f"r{p.axis}")
+        for role, v in (("q", J), ("k", I)):
+            j = ir.var(f"{v.args[0]}{p.axis}")
+            whole = ir.make("mul", p.split, j)
+            mapping[ir.coord(role, p.axis)] = whole if p.split == ir.ONE else ir.make("add", whole, r)  # type: ignore[arg-type]
+    out = to_sympy(ir.substitute(e, mapping))
+    for p in plans:
+        if p.split != ir.ONE:
+            r, m = symbol(ir.var(f"r{p.axis}")), to_sympy(p.split)
+            out = out.xreplace({FloorDiv(r, m): sp.Integer(0), FloorMod(r, m): r})
+    return out
+
+
+def tile_invariant(spec: Spec, plans: tuple[AxisPlan, ...]) -> bool:
+    """Every learned table is read at indices that depend on places inside the tile alone, and on the head by itself."""
+    for n in spec.learned:
+        for e in n.children:
+            if e == ir.HEAD:
+                continue
+            try:
+                here = _in_class(e, plans)
+            except NotAlgebraic:
+                return False
+            if any(x.name.startswith("var_r") or x.name in ("head", "batch") for x in here.free_symbols):
+                return False
+            moved = here
+            for p in plans:
+                j, i = symbol(ir.var(f"j{p.axis}")), symbol(ir.var(f"i{p.axis}"))
+                moved = moved.subs({j: j + p.rows, i: i + p.rows}, simultaneous=True)
+            if sp.expand(moved - here) != 0:
+                return False
+    return True
+
+
+__all__ = ["J", "R", "AxisPlan", "Spec", "check", "dense_spec", "lanes", "order", "plan_axis", "tile_invariant", "terms", "tile_text", "whole_groups"]

@@ -1,0 +1,128 @@
+"""The Triton backend: the module that `codegen.triton` prints, with sizes as arguments, loaded from the build cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc import ir
+from attnc.codegen.triton import make_spec, source
+from attnc.errors import BuildError, UnsupportedError
+from attnc.runtime import cache
+from attnc.runtime.call import Call
+from attnc.schedule.tiles import Tiles
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def load(text: str) -> ModuleType:
+    """Import a generated module. Its file stays in the build cache, where Triton reads the source from."""
+
+    def build(folder: Path) -> None:
+        (folder / "module.py").write_text(text, encoding="utf-8")
+
+    path = cache.entry("triton", text, build, ("module.py",)) / "module.py"
+    return load_file(path)
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a generated module from a file, anew each time."""
+    name = f"attnc_triton_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BuildError(f"the generated module {path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        sys.modules.pop(name, None)
+        raise BuildError(f"the generated module {path} does not load: {type(e).__name__}: {e}") from e
+    return module
+
+
+@lru_cache(maxsize=256)
+def _module(text: str) -> ModuleType:
+    return load(text)
+
+
+@lru_cache(maxsize=1024)
+def module_for(
+    program: ir.Program,
+    q_grid: tuple[int, ...],
+    k_grid: tuple[int, ...],
+    head_dim: int,
+    value_dim: int,
+    itemsize: int,
+    plain: bool,
+    chosen: Tiles | None = None,
+) -> ModuleType:
+    """The module of a program. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
+    spec = make_spec(
+        program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize, symbolic=True, plain=plain, chosen=chosen
+    )
+    return _module(source(spec))
+
+
+def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, ...]]:
+    if q.dtype not in DTYPES:
+        raise UnsupportedError(
+            f"pattern {call.attend.name}: the triton backend takes float16, bfloat16 and float32, not {q.dtype}; use backend='cpp' or 'eager'"
+        )
+    if q.shape[0] > 65535:
+        raise UnsupportedError(
+            f"pattern {call.attend.name}: batch {q.shape[0]} is more than one launch holds (65535); split the batch"
+        )
+    g = call.geometry
+    module = module_for(call.program, g.q_grid, g.k_grid, q.shape[-1], v.shape[-1], q.element_size(), call.scale > 0)
+    grids = (g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)
+    return module, grids
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """See runtime.call.Call."""
+    module, grids = _prepare(call, q, v)
+    out, lse = module.run_forward(q, k, v, call.tables, call.scale, *grids)
+    return out, lse
+
+
+def backward(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """See runtime.call.Call."""
+    module, grids = _prepare(call, q, v)
+    dq, dk, dv, found = module.run_backward(q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids)
+    return dq, dk, dv, found
+
+
+def _channel() -> ModuleType:
+    from attnc.codegen.triton_channel import emit_channel
+
+    return _module(emit_channel())
+
+
+def channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Channel attention (DaViT): q [B, H, N, D] or [B, H, *grid, D], k and v alike."""
+    out: Tensor = _channel().run_forward(q, k, v, scale)
+    return out
+
+
+def channel_backward(q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of channel attention."""
+    dq, dk, dv = _channel().run_backward(q, k, v, scale, grad_out)
+    return dq, dk, dv

@@ -1,0 +1,246 @@
+"""Tiles for GPU kernels: what one program owns, how its keys are cut into chunks, what that issues, and which choice is cheapest.
+
+A program owns `rows` query indices per axis (of one residue class) and walks the box of keys they see in chunks of `chunk` per axis,
+beginning at the first key of the first row. Work is counted exactly from the interval ends: per axis a sum over its tiles, and the
+whole is the product over axes. For dk and dv the roles are swapped and the ends are the inverses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from attnc import ir
+from attnc.schedule.geometry import Axis, Geometry
+
+Side = Literal["q", "k"]
+MOST = 128  # rows or columns of a tile at most
+LANES = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's tile: rows and chunk per axis, the axis whose chunks form the inner loop, and launch parameters."""
+
+    rows: tuple[int, ...]
+    chunk: tuple[int, ...]
+    inner: int = 0
+    warps: int = 4
+    stages: int = 2
+    batch: int = 1  # batch items one program walks (geometry, mask and bias stay in registers)
+
+    @property
+    def bm(self) -> int:
+        """Rows in registers."""
+        return padded(math.prod(self.rows))
+
+    @property
+    def bn(self) -> int:
+        """Columns in registers."""
+        return padded(math.prod(self.chunk))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels that walk a relation, and of the plain kernels that prefix tokens need."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    flat: Tile
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one axis of a tiling does, counted over all its programs."""
+
+    programs: int
+    steps: int  # chunks visited
+    most: int  # chunks of one program at most
+    full: int  # chunks in which every row sees every column
+    partial: int
+    overruns: bool  # some chunk reaches beyond the axis even after it is moved back inside
+    exact: bool  # chunks never hold a column outside the rows' common interval
+    one_box: bool  # the rows of a tile always share one interval
+
+
+def padded(n: int) -> int:
+    """The power of two, at least 16, that holds n."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def start(axis: Axis, side: Side, rows: int) -> int:
+    """Where tiles begin on an axis: aligned to block borders (perhaps before 0), and not far before the first real row."""
+    off = -axis.shift % axis.block if axis.block else 0
+    before = axis.before_queries // axis.split if side == "q" else 0
+    return (before + off) // rows * rows - off
+
+
+def ends(axis: Axis, side: Side) -> tuple[np.ndarray, np.ndarray]:
+    """The two interval ends of rows on one side, cut to columns that exist there."""
+    if side == "q":
+        return axis.lo, axis.hi
+    r = np.arange(axis.split)[:, None]
+    first = -(-(axis.before_queries - r) // axis.split)
+    last = (axis.before_queries + axis.real_queries - 1 - r) // axis.split
+    return np.maximum(axis.inverse_lo, first), np.minimum(axis.inverse_hi, last)
+
+
+@lru_cache(maxsize=65536)
+def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False) -> Walk:
+    """Count one axis. `columns`: there is no inverse in closed form, so dk and dv programs visit the whole axis."""
+    lo, hi = ends(axis, side)
+    size = axis.before_queries + axis.real_queries if side == "q" else axis.keys
+    other = axis.keys if side == "q" else axis.before_queries + axis.real_queries
+    begin = start(axis, side, rows)
+    tiles = -(-(-(-size // axis.split) - begin) // rows)
+    classes = min(axis.split, size)
+    r = np.arange(classes)[:, None]
+    first_real = -(-(axis.before_queries - r) // axis.split) if side == "q" else 0 * r
+    last_real = (size - 1 - r) // axis.split
+    t = begin + np.arange(tiles)[None, :] * rows
+    last = np.maximum(np.minimum(t + rows - 1, last_real), 0)
+    first = np.minimum(np.maximum(t, first_real), last)
+    left, right = lo[r, first], hi[r, last] + 1
+    count = -(-(other - r) // axis.split)
+    if columns:
+        left, right = 0 * left, count + 0 * right
+    steps = np.maximum(-(-(right - left) // chunk), 0)
+    inner_left, inner_right = lo[r, last], hi[r, first] + 1
+    skip = np.minimum(-(-np.maximum(inner_left - left, 0) // chunk), steps)
+    full = np.maximum(np.minimum((inner_right - left) // chunk, steps) - skip, 0)
+    if columns:
+        full = 0 * full
+    same = bool(((lo[r, first] == lo[r, last]) & (hi[r, first] == hi[r, last])).all()) and not columns
+    floor = 0 * r if side == "q" else -(-(axis.before_queries - r) // axis.split)
+    moved = left if same or columns else np.maximum(np.minimum(left, count - np.maximum(steps, 1) * chunk), floor)
+    exact = same and bool((np.maximum(right - left, 0) % chunk == 0).all())
+    return Walk(
+        programs=tiles * classes,
+        steps=int(steps.sum()),
+        most=int(steps.max(initial=0)),
+        full=int(full.sum()),
+        partial=int((steps - full).sum()),
+        overruns=bool((moved + np.maximum(steps, 1) * chunk > count).any()),
+        exact=exact,
+        one_box=same,
+    )
+
+
+def walks(g: Geometry, side: Side, tile: Tile) -> tuple[Walk, ...]:
+    """Every axis of a geometry."""
+    out = []
+    for axis, form, rows, chunk in zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True):
+        out.append(walk(axis, side, rows, chunk, columns=side == "k" and form.inverse_lo is None))
+    return tuple(out)
+
+
+def issued(g: Geometry, side: Side, tile: Tile) -> int:
+    """Score elements one head's programs compute for grid pairs."""
+    return math.prod(w.steps for w in walks(g, side, tile)) * tile.bm * tile.bn
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+
+
+def _lengths(axis: Axis) -> tuple[int, int]:
+    """Rows of a residue class, and the longest interval."""
+    per = -(-axis.queries // axis.split)
+    width = int(np.maximum(axis.hi - axis.lo + 1, 1).max(initial=1))
+    return per, width
+
+
+def _grouped(g: Geometry) -> Tile | None:
+    """Whole groups: every axis a block or a point, and the group fits into one tile."""
+    rows = []
+    for axis, form in zip(g.axes, g.structure.axes, strict=True):
+        kind = form.kind.split(" of ")[-1]
+        if axis.block:
+            rows.append(axis.block)
+        elif kind == "point":
+            rows.append(1)
+        elif kind in ("full", "residue") and form.split.op != "const":
+            rows.append(_lengths(axis)[0])
+        else:
+            return None
+    if not 9 <= math.prod(rows) <= MOST:
+        return None
+    return Tile(tuple(rows), tuple(rows))
+
+
+def _cost(g: Geometry, side: Side, tile: Tile, width: int) -> float:
+    """Thread-instructions, roughly: per chunk its elements, its columns' rows of K and V, and a constant; per program its rows."""
+    ws = walks(g, side, tile)
+    steps, programs = math.prod(w.steps for w in ws), math.prod(w.programs for w in ws)
+    elements = tile.bm * tile.bn
+    lanes = LANES * tile.warps
+    exact = all(w.exact for w in ws)
+    per_chunk = elements * (5.0 if exact else 6.0) + tile.bn * width * 0.6 + 24 * lanes + tile.bm * width * 0.25
+    per_program = 160 * lanes + tile.bm * width * 1.5
+    return steps * per_chunk + programs * per_program
+
+
+def _warps(bm: int, bn: int, width: int) -> int:
+    if bm <= 32:
+        return 1
+    if bm <= 64:
+        return 2 if bn <= 32 and width <= 64 else 4
+    return 4 if width <= 64 else 8
+
+
+@lru_cache(maxsize=1024)
+def choose(g: Geometry, width: int, side: Side = "q", itemsize: int = 2) -> Tile:
+    """The cheapest tile for rows of one side; `width` is the head dimension in registers (the larger of the two)."""
+    whole = _grouped(g)
+    if whole is not None and g.structure.residual == ir.TRUE:
+        warps = 2 if whole.bm <= 64 else 4
+        return Tile(whole.rows, whole.chunk, len(whole.rows) - 1, warps, 1, 8 if whole.bm <= 64 else 1)
+    most = MOST if width <= 128 and itemsize <= 2 else 64
+    area = 128 * 64 if width <= 128 and itemsize <= 2 else 64 * 64 if width <= 128 else 64 * 32
+    per_axis = []
+    for axis in g.axes:
+        length, span = _lengths(axis)
+        rows = [t for t in _powers(most) if t < 2 * length]
+        if axis.block:
+            rows += [t for t in range(1, min(axis.block, most) + 1) if axis.block % t == 0]
+        chunk = [c for c in _powers(most) if c < 2 * max(span, 1) + 2 * max(rows)]
+        per_axis.append((sorted(set(rows)), chunk))
+    best: tuple[float, Tile] | None = None
+    for rows_ in itertools.product(*[r for r, _ in per_axis]):
+        if math.prod(rows_) > most or (math.prod(rows_) < 16 and any(t < max(r) for t, (r, _) in zip(rows_, per_axis, strict=True))
+                                       and math.prod(max(r) for r, _ in per_axis) >= 16):
+            continue
+        for chunk_ in itertools.product(*[c for _, c in per_axis]):
+            n = math.prod(chunk_)
+            if not 16 <= n <= most and not (n < 16 and all(c == max(cs) for c, (_, cs) in zip(chunk_, per_axis, strict=True))):
+                continue
+            tile = Tile(rows_, chunk_)
+            if tile.bm * tile.bn > area:
+                continue
+            tile = Tile(rows_, chunk_, 0, _warps(tile.bm, tile.bn, width), 2)
+            cost = _cost(g, side, tile, width)
+            if best is None or cost < best[0]:
+                best = cost, tile
+    assert best is not None
+    tile = best[1]
+    ws = walks(g, side, tile)
+    inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
+    stages = 1 if tile.warps == 1 and tile.bm <= 32 else 2
+    return Tile(tile.rows, tile.chunk, inner, tile.warps, stages)
+
+
+def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2) -> Tiles:
+    """The tiles of all kernels of a program at one size."""
+    width = max(padded(head_dim), padded(value_dim))
+    forward = choose(g, width, "q", itemsize)
+    back = choose(g, 2 * width, "q", itemsize)
+    dkv = choose(g, 2 * width, "k", itemsize)
+    small = 32 if width > 128 or itemsize > 2 else 64
+    flat = Tile((16,), (small,), 0, 2, 2)
+    return Tiles(forward, back, dkv, flat)
