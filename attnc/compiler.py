@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -116,6 +116,16 @@ class Traced:
     normalizer: str
 
 
+def _traced(text: str) -> Traced:
+    program = operator.program_of(text)  # the object that the operators' caches know: lookups compare by identity
+    assert isinstance(program.attend, ir.Attend)
+    return Traced(text, program, operator.table_specs(program), program.attend.normalizer.kind)
+
+
+def _left_behind(*_: object) -> NoReturn:
+    raise DeclarationError("this operator was unpickled: it runs, and its declaration cannot be traced again; declare it anew")
+
+
 class Operator:
     """A compiled pattern: call it on tensors. See `attnc.compile`."""
 
@@ -181,8 +191,21 @@ class Operator:
             queries = ir.Tokens(unknown, self.prefix, **fields)
             # sizes stay symbols, so one kernel serves all grids; a separate key grid is told apart by its prefix field or `kv`
             keys = ir.Tokens(unknown, self.kv_prefix, **fields)
-            program = ir.Program(attend, queries, keys, self.same_grid)
-            self._programs[len(names)] = Traced(ir.to_json(program), program, operator.table_specs(program), attend.normalizer.kind)
+            text = ir.to_json(ir.Program(attend, queries, keys, self.same_grid))
+            self._programs[len(names)] = _traced(text)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Operator:
+        return self  # it holds no tensors, and nothing that changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: the traced programs as text. The declaration, a function, stays behind."""
+        programs = {n: t.text if isinstance(t, Traced) else t for n, t in self._programs.items()}
+        source = type(self.source)(self.source.name, _left_behind)
+        return {**self.__dict__, "source": source, "_programs": programs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._programs = {n: _traced(t) if isinstance(t, str) else t for n, t in state["_programs"].items()}
 
     def __repr__(self) -> str:
         return f"<attnc operator {self.source.name} grid={self.grid} backend={self.backend}>"

@@ -68,6 +68,9 @@ class Expr:
     def __str__(self) -> str:
         return show(self)
 
+    def __reduce__(self) -> tuple[type[Expr], tuple[Any, ...]]:
+        return Expr, (self.op, self.args, self.kind)  # hashes of strings differ from process to process
+
     @property
     def children(self) -> tuple[Expr, ...]:
         """Sub-expressions only."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from attnc import ir
@@ -154,9 +154,9 @@ def _per_axis(values: tuple[int, ...], axes: tuple[str, ...], what: str) -> tupl
     return out
 
 
-def per_axis(value: int | Sequence[int], axes: tuple[str, ...], what: str, *, least: int | None = 1) -> tuple[int, ...]:
+def per_axis(value: Any, axes: tuple[str, ...], what: str, *, least: int | None = 1) -> tuple[int, ...]:
     """One int (of at least `least`) per axis from an int or a sequence; DeclarationError names `what` otherwise."""
-    values = tuple(value) if isinstance(value, tuple | list) else (value,) * len(axes)
+    values = (value,) * len(axes) if not isinstance(value, tuple | list) else tuple(value)
     if len(values) != len(axes) or any(
         not isinstance(v, int) or isinstance(v, bool) or (least is not None and v < least) for v in values
     ):

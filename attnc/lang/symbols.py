@@ -238,8 +238,8 @@ class Sizes:
     def _whole(self, _: object) -> NoReturn:
         raise DeclarationError("the sizes of a grid are compared axis by axis, e.g. q.size.y == k.size.y")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _whole  # type: ignore[assignment]
-    __hash__ = None
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _whole
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Point:
@@ -317,5 +317,5 @@ class Point:
             "a point is not compared as a whole: compare its coordinates, e.g. q.y == k.y, or q.index == k.index"
         )
 
-    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = __mul__ = _whole  # type: ignore[assignment]
-    __hash__ = None
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = __mul__ = _whole
+    __hash__ = None  # type: ignore[assignment]

@@ -48,6 +48,10 @@ def parse(text: str) -> Layout:
         raise DeclarationError(f"layout {text!r}: names separated by spaces, grouped by one level of brackets")
     groups = tuple(tuple(t.strip("()").split()) for t in tokens)
     names = [n for g in groups for n in g]
+    if not all(groups) or not all(n.isidentifier() for n in names):
+        raise DeclarationError(f"layout {text!r}: every dimension has a name or a bracketed group of names")
+    if {"index", "size"} & set(names):
+        raise DeclarationError(f"layout {text!r}: 'index' and 'size' cannot name an axis, q.index and q.size mean something else")
     if len(set(names)) != len(names):
         raise DeclarationError(f"layout {text!r}: a name occurs twice")
     for needed in ("b", "h", "d"):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from attnc import ir
+from attnc.errors import UnsupportedError
 from attnc.runtime.call import Call, empty_like_order, lse_like
 from attnc.schedule import bounds
-from attnc.schedule.geometry import geometry
-from attnc.schedule.split import split
+from attnc.schedule.geometry import Geometry, geometry
+from attnc.schedule.split import HeadRun, split
 
 BACKENDS = {
     "triton": "attnc.runtime.triton",
@@ -79,40 +80,65 @@ def backend_module(name: str) -> ModuleType:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A run of heads: slices of q, k and v along the head dimension, and the programs whose merged result it is."""
+
+    heads: slice
+    key_heads: slice
+    programs: tuple[tuple[ir.Program, Geometry, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
 class _Run:
-    """A run of heads: the calls whose merged result it is, on slices of q, k and v along the head dimension."""
+    """A part with this call's tensors."""
 
     heads: slice
     key_heads: slice
     calls: list[Call]
 
 
+@lru_cache(maxsize=4096)
+def _parts(
+    program: str,
+    q_grid: tuple[int, ...],
+    k_grid: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    batch: int,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    backend: str,
+) -> tuple[_Part, ...]:
+    """What a call of these shapes runs; checked once."""
+    whole = program_of(program)
+    bounds.check(whole, q_grid, k_grid, heads, batch, shapes, backend in ("eager", "torch"))
+    runs = split(whole, q_grid, k_grid, heads, kv_heads)
+    if backend == "eager":  # the meaning is the statement as a whole, which proofs and their parts are held to
+        runs = (HeadRun(0, heads, 0, kv_heads, (whole,)),)
+    return tuple(
+        _Part(
+            slice(r.first, r.last),
+            slice(r.kv_first, r.kv_last),
+            tuple((p, geometry(p, q_grid, k_grid), table_names(p)) for p in r.parts),
+        )
+        for r in runs
+    )
+
+
 def _runs(
     q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, backend: str
 ) -> list[_Run]:
-    whole = program_of(program)
-    grids = tuple(int(n) for n in q_grid), tuple(int(n) for n in k_grid)
-    names = table_names(whole)
-    shapes = tuple((n, tuple(t.shape)) for n, t in zip(names, tables, strict=True))
-    bounds.check(whole, *grids, q.shape[1], q.shape[0], shapes, backend in ("eager", "torch"))
-    if backend == "eager":  # the meaning is the statement as a whole, which proofs and their parts are held to
-        call = Call(whole, geometry(whole, *grids), scale, dict(zip(names, tables, strict=True)))
-        return [_Run(slice(0, q.shape[1]), slice(0, k.shape[1]), [call])]
+    named = dict(zip(table_names(program_of(program)), tables, strict=True))
+    shapes = tuple((n, tuple(t.shape)) for n, t in named.items())
+    sizes = q.shape[1], k.shape[1], q.shape[0]
     out = []
-    for run in split(whole, *grids, q.shape[1], k.shape[1]):
-        keys = slice(run.kv_first, run.kv_last)
-        named = dict(zip(names, tables, strict=True))
+    for part in _parts(program, tuple(map(int, q_grid)), tuple(map(int, k_grid)), *sizes, shapes, backend):
+        mine = dict(named)
         for pad in {"pad_k", "pad_v"} & set(named):
             if named[pad].shape[0] > 1:
-                named[pad] = named[pad][keys]
-        calls = [Call(p, geometry(p, *grids), scale, _only(p, named)) for p in run.parts]
-        out.append(_Run(slice(run.first, run.last), keys, calls))
+                mine[pad] = named[pad][part.key_heads]
+        calls = [Call(p, g, scale, {n: mine[n] for n in names}) for p, g, names in part.programs]
+        out.append(_Run(part.heads, part.key_heads, calls))
     return out
-
-
-def _only(p: ir.Program, tables: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tables a part of a program still reads."""
-    return {n: tables[n] for n in table_names(p)}
 
 
 def _like(t: Tensor, gradient: Tensor) -> Tensor:
@@ -293,5 +319,20 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnc::{_name}", _fake, lib=_library)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise UnsupportedError(
+        f"second derivatives of attention are not lowered by the {ctx.backend} backend (nor by another one yet): leave out "
+        "create_graph=True, or write the attention in plain PyTorch where a gradient penalty needs it"
+    )
+
+
+def _keep_backend(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.backend = inputs[-1]
+
+
+for _name in ("attend_backward", "channel_backward"):
+    torch.library.register_autograd(f"attnc::{_name}", _no_second_derivative, setup_context=_keep_backend, lib=_library)
 torch.library.register_autograd("attnc::attend", _attend_gradient, setup_context=_attend_setup, lib=_library)
 torch.library.register_autograd("attnc::channel", _channel_gradient, setup_context=_channel_setup, lib=_library)
