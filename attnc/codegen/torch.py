@@ -137,8 +137,10 @@ def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """See runtime.call.Call; out and lse are not needed."""
-    return blocks.backward(call, q, k, v, grad_out, grad_lse, _tiles)
+    """See runtime.call.Call."""
+    n = call.attend.normalizer
+    whole = (out, lse) if n.kind == "softmax" and n.sink is None else None
+    return blocks.backward(call, q, k, v, grad_out, grad_lse, _tiles, whole)
 
 
 channel_forward = eager.channel_forward
