@@ -13,22 +13,22 @@ struct Backward {
     Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels k_panels, v_panels;
-    real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *delta, *spare;
-    real *table_sums[TABLES + 1];
+    real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *row_rest, *delta, *spare;
+    double* table_sums[TABLES + 1];
     int64_t *q_offset, *out_offset, *grad_offset, *lse_offset, *grad_lse_offset, *dq_offset, *sum_row;
     int64_t stride;                // of rows of `weights` and `slopes`
 
     static constexpr int64_t WIDEST = CHUNK + 2 * L;
     Backward(const Problem& P, Arena& arena) : P(P) {
         arena.reserve(Tile::bytes() + Keys::bytes() + LOADS * Expansion::bytes(true) + 64 * 32 + 8 * (6 * TILE + CHUNK)
-                      + sizeof(real) * (TILE * (2 * DP + VP + 2 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + (LOADS + 1) * (ROWS + 1))));
+                      + sizeof(real) * (TILE * (2 * DP + VP + 3 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + (LOADS + 1) * (ROWS + 1))));
         tile.allocate(arena); keys.allocate(arena);
         for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, true);
         loads.expansion = expansions;
         loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
         spare = arena.take<real>((LOADS + 1) * CHUNK);
         q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
-        row_lse = arena.take<real>(TILE); delta = arena.take<real>(TILE);
+        row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE);
         weights = arena.take<real>(TILE * WIDEST); slopes = arena.take<real>(TILE * WIDEST);
         for (int64_t** p : {&q_offset, &out_offset, &grad_offset, &lse_offset, &grad_lse_offset, &dq_offset}) *p = arena.take<int64_t>(TILE);
         sum_row = arena.take<int64_t>(CHUNK);
@@ -41,9 +41,9 @@ struct Backward {
         real *w = weights + i * stride, *d = slopes + i * stride;
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
-        const V shift = splat(row_lse[i]), mean = splat(delta[i]);
-        each_score<PLAIN>(P, numbers, tile, keys, elements, w, i, from, to, [&](int j, V s, V x) __attribute__((always_inline)) {
-            const V e = exp2_vector(x - shift);
+        const V shift = splat(row_lse[i]), rest = splat(row_rest[i]), mean = splat(delta[i]), unit = splat(PLAIN ? numbers.scale_log2e : 1);
+        each_score<PLAIN>(P, numbers, tile, keys, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
+            const V e = exp2_vector(x * unit - shift - rest);
             V dp = load(d + j), weight = e, post_dp = dp;
             if constexpr (!PLAIN && POST) {
                 const V factor = post(P, numbers, tile.terms[i], keys.terms, elements, j);
@@ -69,7 +69,7 @@ struct Backward {
             store(d + j, ds);
         });
         if constexpr (!PLAIN) for (int l = 0; l < LOADS; l++) if (!loads.expanded[l]) {
-            real* sums = table_sums[LOAD_TABLE[l]];
+            double* sums = table_sums[LOAD_TABLE[l]];
             for (int j = from; j < min(to, keys.count); j++) if (spare[l * CHUNK + j] != 0) sums[loads.offset(P, numbers, tile, keys, l, i, j)] += spare[l * CHUNK + j];
         }
     }
@@ -92,7 +92,7 @@ struct Backward {
     }
     // One tile: writes dq, adds to the segment's sums of dk and dv (`alone`: the sums are this tile's only).
     void run(const Segment& segment, int64_t prefix_from, real* dk_sums, real* dv_sums, bool alone) {
-        numbers = {real(P.scale), real(P.scale * 1.4426950408889634), tile.batch, tile.head};
+        numbers = numbers_of(P, tile);
         tile.place(P, P.q_layout, prefix_from, q_offset);
         tile.place(P, P.dq_layout, prefix_from, dq_offset);
         tile.place(P, P.out_layout, prefix_from, out_offset);
@@ -101,7 +101,7 @@ struct Backward {
         if (P.grad_lse) tile.place(P, P.grad_lse_layout, prefix_from, grad_lse_offset);
         memset(dq, 0, sizeof(real) * tile.queries * DP);
         for (int i = 0; i < tile.queries; i++) {
-            load_row<D>(P.q + q_offset[i], P.q_layout.channel, q + i * DP);
+            load_query(P, P.q + q_offset[i], q + i * DP);
             load_row<DV>(P.grad_out + grad_offset[i], P.grad_out_layout.channel, g + i * VP);
             alignas(64) real out[VP];
             load_row<DV>(P.out + out_offset[i], P.out_layout.channel, out);
@@ -109,7 +109,9 @@ struct Backward {
             for (int d = 0; d < VP; d += L) dot += load(out + d) * load(g + i * VP + d);
             const real lse = P.lse[lse_offset[i]];
             delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? P.grad_lse[grad_lse_offset[i]] : 0);
-            row_lse[i] = lse == -INF ? INF : real(lse * 1.4426950408889634);
+            const double in_log2 = lse * 1.4426950408889634;
+            row_lse[i] = lse == -INF ? INF : real(in_log2);
+            row_rest[i] = lse == -INF ? 0 : real(in_log2 - row_lse[i]);     // what rounding took: a weight depends on it
         }
         const int64_t kv = tile.kv_head;
         for (int64_t n = 0; n < tile.chunks(P); n++) {
@@ -137,7 +139,7 @@ struct Backward {
                 for (int d = 0; d < VP; d += L) store(y + d, load(y + d) + load(dv + j * VP + d));
             }
         }
-        for (int i = 0; i < tile.queries; i++) store_row<D>(P.dq + dq_offset[i], P.dq_layout.channel, dq + i * DP, numbers.scale);
+        for (int i = 0; i < tile.queries; i++) store_row<D>(P.dq + dq_offset[i], P.dq_layout.channel, dq + i * DP, real(P.scale));
     }
     // rows of the chunk's keys among the segment's sums
     void rows_of(const Segment& segment) {
@@ -154,7 +156,8 @@ struct Backward {
         });
     }
     // Writes dk and dv of the sums' rows [from, to), given from row `from` on; virtual keys add to the gradients of their rows.
-    void finish(int64_t b, int64_t kv, const Segment& segment, int64_t from, int64_t to, const real* dk_rows, const real* dv_rows, real* pads) {
+    void finish(int64_t b, int64_t kv, const Segment& segment, int64_t from, int64_t to, const real* dk_rows, const real* dv_rows, double* pads) {
+        const real magnitude = P.scale < 0 ? -P.scale : P.scale;     // q carried the sign
         const int64_t prefix = segment.rows - segment.box.count;
         int64_t before[RANK];
         for (int a = 0; a < RANK; a++) before[a] = P.axes[a].keys_before;
@@ -173,11 +176,11 @@ struct Backward {
             for (int64_t i = 0; i < length; i++) {
                 const real *x = dk_rows + (n - from + i) * DP, *y = dv_rows + (n - from + i) * VP;
                 if (keys.real_key[i]) {
-                    store_row<D>(to_k + keys.k_offset[i], P.dk_layout.channel, x, real(P.scale));
+                    store_row<D>(to_k + keys.k_offset[i], P.dk_layout.channel, x, magnitude);
                     store_row<DV>(to_v + keys.v_offset[i], P.dv_layout.channel, y, 1);
                 } else {
-                    real* sums = pads + kv * (DP + VP);
-                    for (int d = 0; d < DP; d++) sums[d] += x[d] * real(P.scale);
+                    double* sums = pads + kv * (DP + VP);
+                    for (int d = 0; d < DP; d++) sums[d] += x[d] * magnitude;
                     for (int d = 0; d < VP; d++) sums[DP + d] += y[d];
                 }
             }
@@ -206,14 +209,14 @@ extern "C" void attend_backward(const Problem* problem) {
     const int64_t sums = P.sum_rows * (DP + VP), pad_size = PADDED ? P.kv_heads * (DP + VP) : 0;
     // one thread's sums each of a segment (of every segment where they share keys), of the tables, of the virtual keys' rows
     real* all_sums = (real*)aligned_alloc(64, sizeof(real) * max<int64_t>(sums, L) * (P.split ? items : P.threads));
-    real* shared = (real*)aligned_alloc(64, sizeof(real) * max<int64_t>(P.threads * (table_size + pad_size), L));
-    memset(shared, 0, sizeof(real) * P.threads * (table_size + pad_size));
+    double* shared = (double*)aligned_alloc(64, sizeof(double) * max<int64_t>(P.threads * (table_size + pad_size), L));
+    memset(shared, 0, sizeof(double) * P.threads * (table_size + pad_size));
 #pragma omp parallel num_threads(P.threads)
     {
         static thread_local Arena arena;
         const int64_t thread = omp_get_thread_num();
         Backward work(P, arena);
-        real *tables = shared + thread * (table_size + pad_size), *pads = tables + table_size;
+        double *tables = shared + thread * (table_size + pad_size), *pads = tables + table_size;
         for (int t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++) work.table_sums[t] = tables + at;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < items; item++) {
@@ -285,14 +288,14 @@ extern "C" void attend_backward(const Problem* problem) {
             }
         }
     }
-    for (int64_t thread = 0; thread < P.threads; thread++) {
-        const real *from = shared + thread * (table_size + pad_size), *pads = from + table_size;
-        for (int t = 0; t < TABLES; from += up(P.tables[t].last + 1, L), t++)
-            for (int64_t i = 0; i <= P.tables[t].last; i++) P.tables[t].gradient[i] = (thread ? P.tables[t].gradient[i] : 0) + from[i];
-        if (PADDED) for (int64_t kv = 0; kv < P.kv_heads; kv++) {
-            for (int d = 0; d < D; d++) P.pad_k_gradient[kv * D + d] = (thread ? P.pad_k_gradient[kv * D + d] : 0) + pads[kv * (DP + VP) + d];
-            for (int d = 0; d < DV; d++) P.pad_v_gradient[kv * DV + d] = (thread ? P.pad_v_gradient[kv * DV + d] : 0) + pads[kv * (DP + VP) + DP + d];
-        }
+    const int64_t each = table_size + pad_size;
+    auto total = [&](int64_t at) { double sum = 0; for (int64_t thread = 0; thread < P.threads; thread++) sum += shared[thread * each + at]; return real(sum); };
+    for (int64_t t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++)
+        for (int64_t i = 0; i <= P.tables[t].last; i++) P.tables[t].gradient[i] = total(at + i);
+    if (PADDED) for (int64_t kv = 0; kv < P.kv_heads; kv++) {
+        const int64_t at = table_size + kv * (DP + VP);
+        for (int d = 0; d < D; d++) P.pad_k_gradient[kv * D + d] = total(at + d);
+        for (int d = 0; d < DV; d++) P.pad_v_gradient[kv * DV + d] = total(at + DP + d);
     }
     free(all_sums);
     free(shared);

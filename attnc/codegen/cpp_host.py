@@ -228,3 +228,33 @@ def run_backward(
     for name, t in pads.items():
         gradients[name] = t if tables[name].shape[0] == t.shape[0] else t.sum(0, keepdim=True)
     return dq, dk, dv, {name: t.to(tables[name].dtype) for name, t in gradients.items()}
+
+
+class ChannelLayout(ctypes.Structure):
+    """Strides of [B, H, N, D]."""
+
+    _fields_ = [(n, Number) for n in ("batch", "head", "token", "channel")]
+
+
+CHANNEL_TENSORS = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
+
+
+class ChannelProblem(ctypes.Structure):
+    """The C structure `Problem` of channel attention."""
+
+    _fields_ = [
+        *((n, Number) for n in ("batch", "heads", "tokens", "threads")),
+        ("scale", ctypes.c_double),
+        *((n, Pointer) for n in CHANNEL_TENSORS),
+        *((f"{n}_layout", ChannelLayout) for n in CHANNEL_TENSORS),
+    ]
+
+
+def run_channel(function: Any, scale: float, tensors: dict[str, Tensor]) -> None:
+    """One call of channel attention, forward or backward; tensors by the names of the structure, [B, H, N, D] each."""
+    p = ChannelProblem(*tensors["q"].shape[:3], torch.get_num_threads(), scale)
+    for name, t in tensors.items():
+        setattr(p, name, t.data_ptr())
+        setattr(p, f"{name}_layout", ChannelLayout(*t.stride()))
+    if tensors["q"].numel():
+        function(ctypes.byref(p))

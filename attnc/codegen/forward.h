@@ -30,11 +30,11 @@ struct Forward {
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
         V best = splat(LOWEST);
-        each_score<PLAIN>(P, numbers, tile, keys, elements, row, i, from, to, [&](int j, V, V x) __attribute__((always_inline)) {
+        each_score<PLAIN>(P, numbers, tile, keys, elements, row, i, from, to, [&](int j, V, V x, bool masked) __attribute__((always_inline)) {
             best = larger(best, x);
-            store(row + j, x);
+            if (!PLAIN || masked) store(row + j, x);
         });
-        return largest(best);
+        return PLAIN ? largest(best) * numbers.scale_log2e : largest(best);
     }
     // m queries from i on against the packed chunk
     void rows(int i, int m) {
@@ -49,9 +49,9 @@ struct Forward {
             const real here = PLAIN_SCORE || plain ? row_scores<true>(row, i + r, r, from, to) : row_scores<false>(row, i + r, r, from, to);
             const real now = max(maximum[i + r], here);
             V sums{};
-            const V shift = splat(now);
+            const V shift = splat(now), unit = splat(PLAIN_SCORE || plain ? numbers.scale_log2e : 1);
             for (int j = from; j < to; j += L) {
-                const V e = exp2_vector(load(row + j) - shift);
+                const V e = exp2_vector(load(row + j) * unit - shift);
                 sums += e;
                 store(row + j, e);
             }
@@ -71,13 +71,12 @@ struct Forward {
         for (int r = 0; r < m; r++) started[i + r] = true;
     }
     void run(int64_t prefix_from) {
-        const real scale = P.scale;
-        numbers = {scale, real(P.scale * 1.4426950408889634), tile.batch, tile.head};
+        numbers = numbers_of(P, tile);
         tile.place(P, P.q_layout, prefix_from, q_offset);
         tile.place(P, P.out_layout, prefix_from, out_offset);
         tile.place(P, P.lse_layout, prefix_from, lse_offset);
         for (int i = 0; i < tile.queries; i++) {
-            load_row<D>(P.q + q_offset[i], P.q_layout.channel, q + i * DP);
+            load_query(P, P.q + q_offset[i], q + i * DP);
             maximum[i] = LOWEST; total[i] = 0; started[i] = false;
         }
         const int64_t chunks = tile.chunks(P), kv = tile.kv_head;

@@ -78,7 +78,7 @@ inline void coordinates(const Box& box, int a, int64_t first, int64_t step, int6
 INLINE integer at(const IntTable& t, int64_t offset) { return t.data[min(max<int64_t>(offset, 0), t.last)]; }
 inline I at(const IntTable& t, I offset) { I x; for (int i = 0; i < L; i++) x[i] = at(t, offset[i]); return x; }
 
-struct Numbers { real scale, scale_log2e; int64_t batch, head; };
+struct Numbers { real scale, scale_log2e; int64_t batch, head; };   // scale > 0: its sign is given to q
 
 @SCORE@
 
@@ -172,6 +172,16 @@ struct Tile {
     int64_t prefix_chunks(const Problem& P) const { return (P.k_prefix + CHUNK - 1) / CHUNK; }
     int64_t chunks(const Problem& P) const { return prefix_chunks(P) + (k_box.count + CHUNK - 1) / CHUNK; }
 };
+
+// The scale's sign goes to q, so that a larger product always is a larger score; a scale of 0 makes q 0.
+INLINE Numbers numbers_of(const Problem& P, const Tile& t) {
+    const double scale = P.scale < 0 ? -P.scale : P.scale > 0 ? P.scale : 1;
+    return {real(scale), real(scale * 1.4426950408889634), t.batch, t.head};
+}
+INLINE void load_query(const Problem& P, const element* src, real* dst) {
+    load_row<D>(src, P.q_layout.channel, dst);
+    if (!(P.scale > 0)) for (int d = 0; d < D; d++) dst[d] = P.scale < 0 ? -dst[d] : 0;
+}
 
 // ---- one chunk of keys ----------------------------------------------------------------------------------------------------------------
 struct Keys {
@@ -277,29 +287,31 @@ INLINE I visible(const Problem& P, const Numbers& numbers, const Tile& t, const 
 // one head do, and the inside of a neighbourhood) finds them expanded; their gradients are summed in the same places.
 struct Expansion {
     const real* table = nullptr;
-    real *values, *sums, *gradient;
-    int64_t *queries, *keys, origin, last;
-    int rows = 0, columns = 0, stride = 0;
+    real *values, *sums;
+    double* gradient;
+    int64_t *queries, *keys, last;
+    int rows = 0, columns = 0, stride = 0, tiles = 0;
     void allocate(Arena& arena, bool backward) {
         queries = arena.take<int64_t>(TILE); keys = arena.take<int64_t>(CHUNK);
         values = arena.take<real>(EXPANSION); sums = backward ? arena.take<real>(EXPANSION) : nullptr;
-        table = nullptr; rows = columns = 0; origin = 0;
+        table = nullptr; rows = columns = 0;
     }
     static size_t bytes(bool backward) { return 64 * 4 + 8 * (TILE + CHUNK) + EXPANSION * sizeof(real) * (backward ? 2 : 1); }
     int64_t offset(int i, int k) const { return min(max<int64_t>(queries[i] + keys[k], 0), last); }
-    // adds the sums to the table's gradient
+    // adds the sums to the table's gradient: now and then, so that they stay short and exact
     void flush() {
         if (!sums || !rows) return;
         for (int i = 0; i < rows; i++) for (int k = 0; k < columns; k++) gradient[offset(i, k)] += sums[i * stride + k];
-        rows = 0;
+        memset(sums, 0, sizeof(real) * rows * stride);
+        tiles = 0;
     }
-    void aim(const Table& t, real* into, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) {
+    void aim(const Table& t, double* into, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) {
         bool same = rows == tile.queries && columns == chunk.count && table == t.data;
         const int64_t base = q[0];
         for (int i = 0; same && i < rows; i++) same = queries[i] == q[i] - base;
         for (int i = 0; same && i < columns; i++) same = keys[i] == k[i] + base;
+        if (++tiles == 32 || !same) flush();
         if (same) return;
-        flush();
         table = t.data; gradient = into; last = t.last; rows = tile.queries; columns = chunk.count; stride = up(columns, L);
         for (int i = 0; i < rows; i++) queries[i] = q[i] - base;
         for (int i = 0; i < columns; i++) keys[i] = k[i] + base;
@@ -315,7 +327,7 @@ struct Loads {
     Expansion* expansion;
     real* spare;            // [LOADS][ROWS][CHUNK]
     bool expanded[LOADS + 1];
-    void aim(const Problem& P, const Tile& t, const Keys& keys, real* const* gradients) {
+    void aim(const Problem& P, const Tile& t, const Keys& keys, double* const* gradients) {
         for (int l = 0; l < LOADS; l++) {
             expanded[l] = !LOAD_MIXED[l] && !t.prefix && !keys.prefix && (int64_t)t.queries * up(keys.count, L) <= EXPANSION && t.chunks(P) == t.prefix_chunks(P) + 1;
             if (expanded[l]) expansion[l].aim(P.tables[LOAD_TABLE[l]], gradients ? gradients[LOAD_TABLE[l]] : nullptr, t, keys, t.load_offset[l], keys.load_offset[l]);
@@ -341,7 +353,8 @@ struct Loads {
     }
 };
 
-// f(j, s, x) for the vectors of keys [from, to) of query i: s = q . k as found in `row`, x = log2(e) * score, -inf where it sees no key
+// f(j, s, x, masked) for the vectors of keys [from, to) of query i: s = q . k as found in `row`; x = log2(e) * score, or s itself where
+// PLAIN (so that the product with the scale can be one instruction with a subtraction); -inf where the query sees no key.
 template <bool PLAIN, class F>
 INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const real* const* elements, const real* row, int i, int from, int to, F f) {
     const Run run = run_of(tile, keys, i);
@@ -351,9 +364,9 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
     auto part = [&](int j, int stop, bool mask) __attribute__((always_inline)) {
         for (; j < stop; j += L) {
             const V s = load(row + j);
-            V x = PLAIN ? s * splat(numbers.scale_log2e) : score(P, numbers, tile.terms[i], keys.terms, elements, j, s);
+            V x = PLAIN ? s : score(P, numbers, tile.terms[i], keys.terms, elements, j, s);
             if (mask) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));
-            f(j, s, x);
+            f(j, s, x, mask);
         }
     };
     part(from, clear_from, true);

@@ -224,15 +224,18 @@ INLINE void block_of(int m, int n, Scalars A, int64_t terms, const real* b, int6
 INLINE int share(int left, int most) { const int parts = (left + most - 1) / most; return (left + parts - 1) / parts; }
 
 // C[rows][W channels] (+)= A B, B and C row by row
-template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const real* b, real* c, bool add) {
-    constexpr int vectors = up(W, L) / L, P = up(W, L);
+template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const real* b, int64_t b_row, real* c, int64_t c_row, bool add) {
+    constexpr int vectors = up(W, L) / L;
     for (int i = 0, m; i < rows; i += m) {
         m = share(rows - i, ROWS);
         for (int j = 0, n; j < vectors; j += n) {
             n = share(vectors - j, COLUMNS);
-            block_of(m, n, {A.a + i * A.row, A.row, A.column}, terms, b + j * L, P, c + (int64_t)i * P + j * L, P, add);
+            block_of(m, n, {A.a + i * A.row, A.row, A.column}, terms, b + j * L, b_row, c + i * c_row + j * L, c_row, add);
         }
     }
+}
+template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const real* b, real* c, bool add) {
+    multiply<W>(rows, A, terms, b, up(W, L), c, up(W, L), add);
 }
 
 // ---- transposed panels -----------------------------------------------------------------------------------------------------------

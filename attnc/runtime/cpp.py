@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from attnc.codegen import cpp_host
-from attnc.codegen.cpp import Spec, channel_source, refuse, source
+from attnc.codegen.cpp import ELEMENTS, Spec, channel_source, refuse, source
+from attnc.codegen.cpp_module import axis_tables
 from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.runtime.cache import entry
-from attnc.runtime.call import Call
-from attnc.schedule.boxes import tiling
+from attnc.runtime.call import Call, empty_like_order
 
 __all__ = ["backward", "channel_backward", "channel_forward", "forward"]
 
@@ -65,21 +65,7 @@ def _kernel(spec: Spec, backward: bool) -> Any:
 
 @lru_cache(maxsize=256)
 def _ready(spec: Spec, geometry: Any, backward: bool, items: int, threads: int) -> cpp_host.Ready:
-    t = tiling(geometry, spec.kernel(backward), items, threads)
-    axes = [
-        {
-            **{name: getattr(a, name) for name in cpp_host.AXIS_NUMBERS},
-            **{name: getattr(a, name).tolist() for name in ("lo", "hi", "pieces", "segments", "owners")},
-        }
-        for a in t.axes
-    ]
-    from attnc import ir
-
-    lengths = [tuple(int(geometry.sizes[ir.size(r, i)]) for i in range(len(geometry.q_grid))) for r in ("q", "k")]  # type: ignore[arg-type]
-    sizes = (geometry.q_grid, geometry.k_grid, *lengths)
-    names = (spec.tables, spec.int_tables)
-    sums = (t.sum_rows, t.whole, t.split, t.covers)
-    return cpp_host.Ready(axes, sizes, (geometry.q_prefix, geometry.k_prefix), names, spec.table_rank, sums)
+    return cpp_host.Ready(*axis_tables(geometry, spec, backward, items, threads))
 
 
 def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
@@ -112,3 +98,36 @@ def backward(
         _kernel(spec, True), ready, q.detach(), k.detach(), v.detach(), out.detach(), lse.detach(), grad_out, grad_lse,
         call.scale, call.tables,
     )  # fmt: skip
+
+
+def _channel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:
+    """The built kernel, after a look at the shapes."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    if q.dim() != 4 or k.shape != v.shape or q.shape[:3] != k.shape[:3]:
+        raise ShapeError(
+            f"channel attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "all are [B, H, N, channels] with one B, H and N, and k and v have equally many channels"
+        )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ShapeError(f"channel attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; give all three one dtype")
+    if dtype not in ELEMENTS or max(q.shape[-1], k.shape[-1]) > 256 or min(q.shape[-1], k.shape[-1]) < 1:
+        raise UnsupportedError(
+            f'channel attention with {q.shape[-1]} and {k.shape[-1]} channels of {dtype}: backend "cpp" takes 1 to 256 '
+            f'channels of {", ".join(ELEMENTS)}; backend="eager" takes any'
+        )
+    return _function(channel_source(dtype, q.shape[-1], k.shape[-1], backward), "channel")
+
+
+def channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """S[i, j] = scale * sum_n q[n, i] k[n, j]; out[n, i] = sum_j softmax_j(S)[i, j] v[n, j]. Tensors [B, H, N, channels]."""
+    out = empty_like_order(q, q.shape[-1])
+    cpp_host.run_channel(_channel(q, k, v, False), scale, {"q": q, "k": k, "v": v, "out": out})
+    return out
+
+
+def channel_backward(q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    dq, dk, dv = (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
+    tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
+    cpp_host.run_channel(_channel(q, k, v, True), scale, tensors)
+    return dq, dk, dv

@@ -1,0 +1,186 @@
+"""Stand-alone CPU modules: Python that holds the C++ as text and needs the standard library, torch and a C++ compiler only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from attnc import ir
+from attnc.codegen import cpp_host
+from attnc.codegen.cpp import Spec, channel_source, describe, source
+from attnc.errors import ShapeError
+from attnc.schedule.boxes import tiling
+from attnc.schedule.geometry import Geometry, geometry
+
+THREADS = 8  # what tiles are chosen for; any number runs them
+
+IMPORTS = '''from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+'''
+
+LIBRARY = '''
+
+@lru_cache(maxsize=None)
+def function(source: str, name: str) -> Any:
+    """A function of a C++ source, built in a folder that lives as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="attention-"))
+    atexit.register(shutil.rmtree, folder, True)
+    (folder / "kernel.cpp").write_text(source)
+    said = compile_source(folder / "kernel.cpp", folder / "kernel.so")
+    if said:
+        raise RuntimeError(f"the C++ compiler failed\\n{said}")
+    found = getattr(ctypes.CDLL(os.fspath(folder / "kernel.so")), name)
+    found.restype = None
+    return found
+'''
+
+ATTENTION = '''
+
+class Attention(torch.autograd.Function):
+    """The two kernels as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *tables: Tensor) -> Tensor:
+        named = dict(zip(TABLES, tables))
+        out, lse = run_forward(function(FORWARD, "attend_forward"), READY_FORWARD, q, k, v, scale, named)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, out, lse, *tables)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        q, k, v, out, lse, *tables = ctx.saved_tensors
+        named = dict(zip(TABLES, tables))
+        kernel = function(BACKWARD, "attend_backward")
+        dq, dk, dv, gradients = run_backward(kernel, READY_BACKWARD, q, k, v, out, lse, grad_out, None, ctx.scale, named)
+        return dq, dk, dv, None, *(gradients.get(name) for name in TABLES)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **tables: Tensor) -> Tensor:
+    """q [B, H, N, D], k [B, Hkv, N, D], v [B, Hkv, N, Dv], any strides; `tables` by name: @NAMES@."""
+    for t, tokens, width in ((q, @NQ@, @D@), (k, @NK@, @D@), (v, @NK@, @DV@)):
+        if t.dtype != torch.@DTYPE@ or t.dim() != 4 or t.shape[2:] != (tokens, width):
+            raise ValueError(f"this module takes torch.@DTYPE@ tensors [B, H, {tokens}, {width}], not {t.dtype} {tuple(t.shape)}")
+@PADS@    missing = [name for name in TABLES if name not in tables]
+    if missing:
+        raise TypeError(f"attention() needs the tables {missing}")
+    return Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, *(tables[name] for name in TABLES))
+'''
+
+CHANNEL = '''
+
+class Attention(torch.autograd.Function):
+    """The two kernels as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = empty_in_order(q, q.shape[-1])
+        run_channel(function(FORWARD, "channel"), scale, {"q": q, "k": k, "v": v, "out": out})
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
+        tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
+        run_channel(function(BACKWARD, "channel"), ctx.scale, tensors)
+        return dq, dk, dv, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """q [B, H, N, @D@], k and v [B, H, N, @DV@], any strides."""
+    for t, width in ((q, @D@), (k, @DV@), (v, @DV@)):
+        if t.dtype != torch.@DTYPE@ or t.dim() != 4 or t.shape[-1] != width or t.shape[:3] != q.shape[:3]:
+            raise ValueError(f"this module takes torch.@DTYPE@ tensors [B, H, N, {width}], not {t.dtype} {tuple(t.shape)}")
+    return Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+'''
+
+
+def _host() -> str:
+    """The definitions of cpp_host.py."""
+    text = Path(cpp_host.__file__).read_text()
+    return text[text.index("FLAGS = ") :].rstrip() + "\n"
+
+
+def axis_tables(geo: Geometry, spec: Spec, backward: bool, items: int, threads: int) -> tuple[Any, ...]:
+    """The arguments of `Ready`: sizes and tables of a call's axes, as plain numbers."""
+    t = tiling(geo, spec.kernel(backward), items, threads)
+    axes = [
+        {
+            **{name: int(getattr(a, name)) for name in cpp_host.AXIS_NUMBERS},
+            **{name: getattr(a, name).tolist() for name in ("lo", "hi", "pieces", "segments", "owners")},
+        }
+        for a in t.axes
+    ]
+    rank = len(geo.q_grid)
+    lengths = [tuple(int(geo.sizes[ir.size(role, i)]) for i in range(rank)) for role in ("q", "k")]  # type: ignore[arg-type]
+    sizes = (geo.q_grid, geo.k_grid, *lengths)
+    sums = (t.sum_rows, t.whole, t.split, t.covers)
+    return axes, sizes, (geo.q_prefix, geo.k_prefix), (spec.tables, spec.int_tables), spec.table_rank, sums
+
+
+def _wrap(text: str, width: int = 110) -> str:
+    """Long lists of numbers over several lines."""
+    lines, line = [], ""
+    for part in re.split(r"(?<=,) ", text):
+        if line and len(line) + len(part) + 1 > width:
+            lines.append(line)
+            line = part
+        else:
+            line = f"{line} {part}" if line else part
+    return "\n    ".join([*lines, line])
+
+
+def _ready(args: tuple[Any, ...]) -> str:
+    axes, sizes, prefix, names, rank, sums = args
+    shown = "".join("    {\n" + "".join(f"        {k!r}: {_wrap(repr(v))},\n" for k, v in a.items()) + "    },\n" for a in axes)
+    return f"Ready([\n{shown}], {sizes!r}, {prefix!r}, {names!r}, {rank}, {sums!r})"
+
+
+def emit_cpu(
+    program: ir.Program, *, grid: tuple[int, ...] | None = None, kv_grid: tuple[int, ...] | None = None, heads: int,
+    head_dim: int, value_dim: int | None = None, dtype: str = "float32",
+) -> str:  # fmt: skip
+    """The source of a module with `attention(q, k, v, *, scale=None, **tables)`, differentiable, for one grid (Channel: any)."""
+    value_dim = head_dim if value_dim is None else value_dim
+    names: dict[str, str] = {"D": str(head_dim), "DV": str(value_dim), "DTYPE": dtype}
+    if isinstance(program.attend, ir.Channel):
+        forward, backward = (channel_source(dtype, head_dim, value_dim, b) for b in (False, True))
+        head = [line[3:].rstrip() for line in forward.splitlines()[:5] if line.startswith("//")]
+        tail = CHANNEL
+        setup = ""
+    else:
+        spec = Spec(program, head_dim, value_dim, dtype)
+        if grid is None:
+            raise ShapeError(f"pattern {spec.attend.name}: a stand-alone CPU module needs a grid")
+        geo = geometry(program, grid, kv_grid or grid)
+        forward, backward = source(spec, False), source(spec, True)
+        head = [*describe(spec, False), "", f"Made for the grid {'x'.join(map(str, grid))} and {heads} heads (any number runs)."]
+        pads = [f'    tables.setdefault("pad_{n}", q.new_zeros(1, {w}))\n' for n, w in (("k", head_dim), ("v", value_dim))]
+        tables = (*spec.tables, *spec.int_tables, *(("pad_k", "pad_v") if spec.padded else ()))
+        names |= {"NQ": str(geo.n_queries), "NK": str(geo.n_keys), "NAMES": ", ".join(tables) or "none"}
+        names["PADS"] = "".join(pads) if spec.padded else ""
+        setup = f"TABLES = {tables!r}\n" + "".join(
+            f"READY_{n} = {_ready(axis_tables(geo, spec, b, heads, THREADS))}\n" for n, b in (("FORWARD", False), ("BACKWARD", True))
+        )
+        tail = ATTENTION
+    for name, text in names.items():
+        tail = tail.replace(f"@{name}@", text)
+    doc = '"""' + "\n".join(head).strip().replace('"""', "'''") + '\n\nBuilt on first use by the C++ compiler of the machine.\n"""\n\n'
+    kernels = f'\nFORWARD = r"""{forward}"""\n\nBACKWARD = r"""{backward}"""\n'
+    return f"{doc}{IMPORTS}\n{_host()}{LIBRARY}\n{setup}{tail}{kernels}"
