@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,17 +13,35 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
-from attnc.errors import UnsupportedError
+from attnc.errors import BuildError, UnsupportedError
 from attnc.lang import functions as fn
 from attnc.lang.functions import BATCH, HEAD, SCORE, where
 from attnc.lang.pattern import pattern
 from attnc.lang.symbols import Table
+from attnc.codegen import cpp_host
+from attnc.codegen.cpp import Spec, source
+from attnc.codegen.cpp_module import emit_cpu
 from attnc.runtime import cpp
 from attnc.runtime.call import Call
 from attnc.schedule.geometry import geometry
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+R = torch.randn
 AXES = {1: ("x",), 2: ("y", "x"), 3: ("t", "y", "x")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_builds():
+    """Kernels are built without costly optimisation: their meaning is what is tested (`test_as_shipped` uses the real flags)."""
+    flags = list(cpp_host.FLAGS)
+    caches = (cpp._machine, cpp._function, cpp._kernel)
+    cpp_host.FLAGS[0] = "-O1"
+    for c in caches:
+        c.cache_clear()
+    yield
+    cpp_host.FLAGS[:] = flags
+    for c in caches:
+        c.cache_clear()
 
 
 @pattern
@@ -302,3 +322,175 @@ def check(p, grid=(9, 11), *, rank=None, k_grid=None, batch=2, heads=2, kv_heads
     for x, y in zip((dq, dk, dv, *others.values()), (*again[:3], *again[3].values()), strict=True):
         assert torch.equal(x, y), "the gradient differs from one run to the next"
     assert (dq[empty] == 0).all()
+
+
+RELATIONS = {
+    "window": (window(s=4), (9, 11), {}),
+    "window as long as the grid": (window(s=4), (3, 4), {}),
+    "shifted window": (window(s=4, t=-2), (9, 11), {"kind": "packed"}),
+    "one token": (window(s=4), (1, 1), {}),
+    "neighbourhood": (neighborhood(s=3), (9, 11), {"kind": "heads_last"}),
+    "neighbourhood in columns": (neighborhood(s=3), (20, 3), {"kind": "channels_first"}),
+    "neighbourhood of expanded tensors": (neighborhood(s=3), (5, 17), {"kind": "expanded"}),
+    "grouped queries": (neighborhood(s=3), (9, 11), {"heads": 4, "kv_heads": 2}),
+    "one key head": (window(s=4), (9, 11), {"heads": 4, "kv_heads": 1, "batch": 1}),
+    "negative scale": (neighborhood(s=3), (7, 6), {"scale": -0.7}),
+    "scale 0": (neighborhood(s=3), (7, 6), {"scale": 0.0}),
+    "dilated": (neighborhood(s=3, d=2), (9, 11), {}),
+    "axial": (axial(), (5, 17), {"lse_gradient": False}),
+    "causal": (causal(), (20, 30), {"batch": 1}),
+    "dense": (full(), (700,), {"batch": 1, "heads": 1}),
+    "grid": (grid(), (9, 11), {}),
+    "residual": (odd(), (9, 11), {}),
+    "rows without keys": (none_left(), (4, 7), {}),
+    "union": (axial() | window(s=3), (9, 11), {}),
+    "per head": (window(s=3).heads([0]) | axial().heads([1]), (8, 8), {}),
+    "three axes": (window(s=3), (4, 5, 7), {}),
+    "virtual keys": (neighborhood(s=3), (6, 7), {"pad": ((1, 2), (0, 3)), "heads": 4, "kv_heads": 2}),
+    "prefix": (neighborhood(s=3), (6, 5), {"prefix": (2, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_relation(name):
+    p, sizes, more = RELATIONS[name]
+    check(p, sizes, **more)
+
+
+SCORES = {
+    "relative bias": (biased(s=4), (8, 11), {"bias": R(2, 7, 7)}, {}),
+    "relative bias shared by heads": (biased(s=4), (9, 11), {"bias": R(1, 7, 7).transpose(1, 2)}, {"kind": "packed"}),
+    "bias around": (near_bias(s=3), (9, 14), {"bias": R(2, 5, 5)}, {}),
+    "documents": (documents(), (4, 6), {"ids": torch.randint(0, 2, (2, 24))}, {}),
+    "soft cap": (soft_cap(), (30,), {"temperature": torch.rand(2) + 0.5}, {}),
+    "coordinates": (located(), (7, 9), {"slope": torch.rand(2)}, {}),
+    "no product": (no_product(), (14,), {"bias": R(2, 4, 4)}, {}),
+    "absolute bias": (absolute(), (20, 30), {"bias": R(1, 600, 600)}, {"batch": 1}),
+    "index of both": (mixed_index(), (40,), {"bias": R(7, 2)}, {}),
+    "factor": (factored(), (23,), {"gate": R(2, 5, 5)}, {}),
+    "bias and virtual keys": (biased(s=4), (9, 11), {"bias": R(4, 7, 7)}, {"multiple": (4, 4), "heads": 4, "kv_heads": 2}),
+    "bias and prefix": (biased(s=4), (8, 11), {"bias": R(2, 7, 7)}, {"prefix": (1, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_score(name):
+    p, sizes, tables, more = SCORES[name]
+    check(p, sizes, tables=tables, **more)
+
+
+def test_keys_on_another_grid():
+    check(make_program(pooled(r=2), kv=(5, 4)), (10, 8), k_grid=(5, 4))
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (24, 24), (33, 7), (80, 80), (256, 256)], ids=str)
+def test_head_dims(dims):
+    check(neighborhood(s=3), (6, 7), dim=dims[0], value_dim=dims[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    check(located(), (7, 9), tables={"slope": torch.rand(2)}, dtype=dtype, dim=24)
+
+
+def test_sharing_keys_between_threads():
+    """Few (batch, head) pairs: segments of one key range go to several threads, and their sums are added in order."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        check(neighborhood(s=3), (40, 9), batch=1, heads=1)
+        check(neighborhood(s=3), (20, 12), batch=1, heads=1, prefix=(2, 2))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", [(100, 8, 8, torch.float32), (2500, 24, 33, torch.float32), (1, 1, 1, torch.float32),
+                                  (300, 32, 32, torch.float64), (1500, 16, 16, torch.bfloat16)], ids=str)  # fmt: skip
+def test_channel(case):
+    tokens, dim, key_dim, dtype = case
+    torch.manual_seed(0)
+    q, k = tensors("heads_last", 2, 3, tokens, dim, dtype), tensors("channels_first", 2, 3, tokens, key_dim, dtype)
+    v, grad = tensors("plain", 2, 3, tokens, key_dim, dtype), tensors("expanded", 2, 3, tokens, dim, dtype)
+    scale = tokens**-0.5
+
+    def meaning_of(wide):
+        leaf = [t.to(wide).detach().clone().requires_grad_() for t in (q, k, v)]
+        out = leaf[2] @ torch.softmax(scale * (leaf[0].transpose(-1, -2) @ leaf[1]), -1).transpose(-1, -2)
+        return [out.detach(), *torch.autograd.grad(out, leaf, grad.to(wide))]
+
+    got = [cpp.channel_forward(q, k, v, scale), *cpp.channel_backward(q, k, v, scale, grad)]
+    eps = torch.finfo(dtype).eps
+    for name, x, true, eager in zip(("out", "q", "k", "v"), got, meaning_of(torch.float64), meaning_of(dtype), strict=True):
+        error, plain = (x.double() - true).abs().max().item(), (eager.double() - true).abs().max().item()
+        assert error <= 3 * max(plain, 5 * eps * true.abs().max().item() if dtype == torch.float64 else eps * true.abs().max().item()), name
+    assert all(map(torch.equal, got[1:], cpp.channel_backward(q, k, v, scale, grad)))
+
+
+def test_as_shipped():
+    """With the flags that users get; nothing is read from outputs that were never written."""
+    flags, caches = cpp_host.FLAGS[0], (cpp._machine, cpp._function, cpp._kernel)
+    cpp_host.FLAGS[0] = "-O3"
+    for c in caches:
+        c.cache_clear()
+    empty = torch.empty
+    try:
+        torch.empty = lambda *a, **k: empty(*a, **k).fill_(math.nan)
+        check(biased(s=7), (14, 15), tables={"bias": R(2, 13, 13)}, dim=32)
+    finally:
+        torch.empty = empty
+        cpp_host.FLAGS[0] = flags
+        for c in caches:
+            c.cache_clear()
+
+
+def test_refusals():
+    program = make_program(over_queries())
+    call = Call(program, geometry(program, (4, 4), (4, 4)), 1.0, {})
+    x = torch.randn(1, 1, 16, 8)
+    with pytest.raises(UnsupportedError, match=r"over queries.*eager"):
+        cpp.forward(call, x, x, x)
+    program = make_program(neighborhood(s=3), prefix=(1, 1), multiple=(4, 4))
+    call = Call(program, geometry(program, (4, 4), (4, 4)), 1.0, {})
+    with pytest.raises(UnsupportedError, match=r"prefix tokens together with virtual padded keys.*eager"):
+        cpp.forward(call, torch.randn(1, 1, 17, 8), torch.randn(1, 1, 17, 8), torch.randn(1, 1, 17, 8))
+
+
+def test_a_failed_build_shows_its_output(tmp_path):
+    with pytest.raises(BuildError, match="kept at"):
+        cpp._build("this is no C++\n", tmp_path)
+
+
+def test_the_same_source_each_time():
+    program = make_program(biased(s=7))
+    for backward in (False, True):
+        text = source(Spec(program, 32, 32, "float32"), backward)
+        assert text == source(Spec(program, 32, 32, "float32"), backward)
+        assert text.startswith("// Attention `biased(s=7)`")
+
+
+def test_stand_alone_module(tmp_path):
+    """The emitted module runs where attnc cannot be imported, and gives what the backend gives."""
+    program = make_program(biased(s=4), multiple=(4, 4))
+    (tmp_path / "made.py").write_text(emit_cpu(program, grid=(6, 9), heads=2, head_dim=8).replace('"-O3', '"-O1'))
+    channel = ir.Program(ir.Channel(), ir.Tokens((None,)), ir.Tokens((None,)))
+    (tmp_path / "channel.py").write_text(emit_cpu(channel, heads=2, head_dim=8).replace('"-O3', '"-O1'))
+    torch.manual_seed(0)
+    q, k, v, bias = R(1, 2, 54, 8), R(1, 2, 54, 8), R(1, 2, 54, 8), R(2, 7, 7)
+    torch.save([q, k, v, bias], tmp_path / "in.pt")
+    script = """if True:
+        import sys
+        sys.modules["attnc"] = None
+        import torch, made, channel
+        q, k, v, bias = (t.requires_grad_() for t in torch.load("in.pt"))
+        out = made.attention(q, k, v, bias=bias)
+        out.square().sum().backward()
+        other = channel.attention(q, k, v)
+        torch.save([out.detach(), bias.grad, other.detach()], "out.pt")
+    """
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    out, bias_grad, other = torch.load(tmp_path / "out.pt")
+    call = Call(program, geometry(program, (6, 9), (6, 9)), 8**-0.5, {"bias": bias, "pad_k": torch.zeros(1, 8), "pad_v": torch.zeros(1, 8)})
+    expected, lse = cpp.forward(call, q, k, v)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(bias_grad, cpp.backward(call, q, k, v, expected, lse, 2 * expected, None)[3]["bias"])
+    torch.testing.assert_close(other, cpp.channel_forward(q, k, v, 8**-0.5))

@@ -41,9 +41,9 @@ struct Backward {
         real *w = weights + i * stride, *d = slopes + i * stride;
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
-        const V shift = splat(row_lse[i]), rest = splat(row_rest[i]), mean = splat(delta[i]), unit = splat(PLAIN ? numbers.scale_log2e : 1);
+        const V shift = splat(row_lse[i]), rest = splat(row_rest[i]), mean = splat(delta[i]), unit = unit_of(numbers);
         each_score<PLAIN>(P, numbers, tile, keys, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
-            const V e = exp2_vector(x * unit - shift - rest);
+            const V e = exp2_vector(exponent(x, shift, unit) - rest);
             V dp = load(d + j), weight = e, post_dp = dp;
             if constexpr (!PLAIN && POST) {
                 const V factor = post(P, numbers, tile.terms[i], keys.terms, elements, j);
@@ -109,9 +109,9 @@ struct Backward {
             for (int d = 0; d < VP; d += L) dot += load(out + d) * load(g + i * VP + d);
             const real lse = P.lse[lse_offset[i]];
             delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? P.grad_lse[grad_lse_offset[i]] : 0);
-            const double in_log2 = lse * 1.4426950408889634;
-            row_lse[i] = lse == -INF ? INF : real(in_log2);
-            row_rest[i] = lse == -INF ? 0 : real(in_log2 - row_lse[i]);     // what rounding took: a weight depends on it
+            const double in_units = PLAIN_SCORE ? lse * 1.4426950408889634 : lse;
+            row_lse[i] = lse == -INF ? INF : real(in_units);
+            row_rest[i] = lse == -INF ? 0 : real(in_units - row_lse[i]);     // what rounding took: a weight depends on it
         }
         const int64_t kv = tile.kv_head;
         for (int64_t n = 0; n < tile.chunks(P); n++) {

@@ -14,7 +14,7 @@ from pathlib import Path
 from attnc import ir
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.structure import Structure, analyse
-from attnc.codegen.cpp_expr import Printer, Terms, depends
+from attnc.codegen.cpp_expr import Printer, Terms
 from attnc.errors import UnsupportedError
 from attnc.ir import Expr
 from attnc.schedule.boxes import Kernel
@@ -170,15 +170,8 @@ def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], Term
     def function(head: str, body: str, needs_raw: bool = False) -> None:
         out.append(f"INLINE {head} {{\n{raw if needs_raw else ''}    return {body};\n}}\n")
 
-    # log2(e) * score
-    rest = _without_score(score)
-    if score == ir.SCORE:
-        text = "s * splat(numbers.scale_log2e)"
-    elif rest is not None:
-        text = f"s * splat(numbers.scale_log2e) + splat(LOG2E) * {p.real(rest)}"
-    else:
-        text = f"splat(LOG2E) * {p.real(score)}"
-    out.append("// log2(e) * score of one query and L keys, s = q . k\n")
+    text = p.real(score)
+    out.append("// the score of one query and L keys, s = q . k\n")
     function(f"V score({vector}, V s)", text, "raw" in text)
     out.append("// the part of the relation that no interval expresses\n" if s.residual != ir.TRUE else "")
     function(f"I allowed({pair}, int k)", p.wide(p.vector(s.residual), "bool"))
@@ -228,24 +221,6 @@ def _term_structs(p: Printer, offsets: list[tuple[str, str, str | None]]) -> str
     out += [f"    offset[{i}] = {o[1]};\n" for i, o in enumerate(offsets)]
     out.append("}\n")
     return "".join(out)
-
-
-def _without_score(score: Expr) -> Expr | None:
-    """rest, where score = SCORE + rest and rest does not mention it."""
-    if score.op in ("add", "sub"):
-        a, b = score.args
-        if a == ir.SCORE and "s" not in depends(b):
-            return b if score.op == "add" else ir.make("neg", b)
-        if score.op == "add" and b == ir.SCORE and "s" not in depends(a):
-            return _real(a)
-        inner = _without_score(a)
-        if inner is not None and "s" not in depends(b):
-            return ir.make(score.op, inner, b)
-    return None
-
-
-def _real(e: Expr) -> Expr:
-    return e
 
 
 def source(spec: Spec, backward: bool) -> str:

@@ -32,9 +32,9 @@ struct Forward {
         V best = splat(LOWEST);
         each_score<PLAIN>(P, numbers, tile, keys, elements, row, i, from, to, [&](int j, V, V x, bool masked) __attribute__((always_inline)) {
             best = larger(best, x);
-            if (!PLAIN || masked) store(row + j, x);
+            if (!PLAIN_SCORE || masked) store(row + j, x);
         });
-        return PLAIN ? largest(best) * numbers.scale_log2e : largest(best);
+        return PLAIN_SCORE ? largest(best) * numbers.scale_log2e : largest(best);
     }
     // m queries from i on against the packed chunk
     void rows(int i, int m) {
@@ -49,9 +49,9 @@ struct Forward {
             const real here = PLAIN_SCORE || plain ? row_scores<true>(row, i + r, r, from, to) : row_scores<false>(row, i + r, r, from, to);
             const real now = max(maximum[i + r], here);
             V sums{};
-            const V shift = splat(now), unit = splat(PLAIN_SCORE || plain ? numbers.scale_log2e : 1);
+            const V shift = splat(now), unit = unit_of(numbers);
             for (int j = from; j < to; j += L) {
-                const V e = exp2_vector(load(row + j) * unit - shift);
+                const V e = exp2_vector(exponent(load(row + j), shift, unit));
                 sums += e;
                 store(row + j, e);
             }
@@ -61,7 +61,7 @@ struct Forward {
                 for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, tile.terms[i + r], keys.terms, elements, j));
             }
             if (started[i + r]) {
-                const real factor = exp2_vector(splat(maximum[i + r] - now))[0];
+                const real factor = exp2_vector(splat((maximum[i + r] - now) * (PLAIN_SCORE ? 1 : LOG2E)))[0];
                 total[i + r] = total[i + r] * factor + sum(sums);
                 for (int d = 0; d < VP; d += L) store(o + (i + r) * VP + d, load(o + (i + r) * VP + d) * splat(factor));
             } else total[i + r] = sum(sums);
@@ -92,7 +92,7 @@ struct Forward {
             const bool some = total[i] > 0;
             if (!started[i] || !some) for (int d = 0; d < VP; d++) o[i * VP + d] = 0;
             store_row<DV>(P.out + out_offset[i], P.out_layout.channel, o + i * VP, some ? 1 / total[i] : !(total[i] <= 0) ? total[i] : 0);
-            P.lse[lse_offset[i]] = some ? real((maximum[i] + __builtin_log2(total[i])) * 0.6931471805599453) : total[i] <= 0 ? -INF : total[i];
+            P.lse[lse_offset[i]] = some ? real(PLAIN_SCORE ? (maximum[i] + __builtin_log2(total[i])) * 0.6931471805599453 : maximum[i] + __builtin_log(total[i])) : total[i] <= 0 ? -INF : total[i];
         }
     }
 };

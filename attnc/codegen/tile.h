@@ -353,8 +353,11 @@ struct Loads {
     }
 };
 
-// f(j, s, x, masked) for the vectors of keys [from, to) of query i: s = q . k as found in `row`; x = log2(e) * score, or s itself where
-// PLAIN (so that the product with the scale can be one instruction with a subtraction); -inf where the query sees no key.
+// A plain score stays q . k until it is an exponent, where the scale is one operand of a fused multiply and add; any other score is
+// in natural units, so that it is rounded as it would be anywhere.
+INLINE V unit_of(const Numbers& numbers) { return splat(PLAIN_SCORE ? numbers.scale_log2e : LOG2E); }
+INLINE V exponent(V x, V shift, V unit) { return PLAIN_SCORE ? x * unit - shift : (x - shift) * unit; }
+// f(j, s, x, masked) for the vectors of keys [from, to) of query i: s = q . k as found in `row`, x the score, -inf where it sees no key.
 template <bool PLAIN, class F>
 INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const real* const* elements, const real* row, int i, int from, int to, F f) {
     const Run run = run_of(tile, keys, i);
@@ -364,7 +367,7 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
     auto part = [&](int j, int stop, bool mask) __attribute__((always_inline)) {
         for (; j < stop; j += L) {
             const V s = load(row + j);
-            V x = PLAIN ? s : score(P, numbers, tile.terms[i], keys.terms, elements, j, s);
+            V x = !PLAIN ? score(P, numbers, tile.terms[i], keys.terms, elements, j, s) : PLAIN_SCORE ? s : s * splat(numbers.scale);
             if (mask) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));
             f(j, s, x, mask);
         }

@@ -183,13 +183,14 @@ template <int W> INLINE void store_row(element* dst, int64_t step, const real* s
 }
 
 // ---- the product: C[rows][vectors] (+)= A B, A's scalars broadcast ------------------------------------------------------------
+// Long sums are cut, so that their error does not grow with their length.
+constexpr int LONGEST_SUM = 128;
 // A[i][t] lies at a + i * row + t * column (so A may be a transpose), B's vectors at b + t * b_row, C's rows c_row apart.
 struct Scalars { const real* a; int64_t row, column; };
 template <int M, int N>
 __attribute__((noinline)) void block(Scalars A, int64_t terms, const real* b, int64_t b_row, real* c, int64_t c_row, bool add) {
     V s[M][N];
-    if (add) { UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] = load(c + i * c_row + j * L); }
-    else { UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] = V{}; }
+    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] = V{};
     const real* a = A.a;
     for (int64_t t = 0; t < terms; t++, a += A.column, b += b_row) {
         V x[N];
@@ -199,6 +200,7 @@ __attribute__((noinline)) void block(Scalars A, int64_t terms, const real* b, in
             UNROLL for (int j = 0; j < N; j++) s[i][j] += y * x[j];
         }
     }
+    if (add) { UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] += load(c + i * c_row + j * L); }
     UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) store(c + i * c_row + j * L, s[i][j]);
 }
 template <int M> INLINE void block_row(int n, Scalars A, int64_t terms, const real* b, int64_t b_row, real* c, int64_t c_row, bool add) {
@@ -230,7 +232,10 @@ template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const 
         m = share(rows - i, ROWS);
         for (int j = 0, n; j < vectors; j += n) {
             n = share(vectors - j, COLUMNS);
-            block_of(m, n, {A.a + i * A.row, A.row, A.column}, terms, b + j * L, b_row, c + i * c_row + j * L, c_row, add);
+            for (int64_t t = 0, some; t < terms; t += some) {
+                some = share(terms - t, LONGEST_SUM);
+                block_of(m, n, {A.a + i * A.row + t * A.column, A.row, A.column}, some, b + t * b_row + j * L, b_row, c + i * c_row + j * L, c_row, add || t);
+            }
         }
     }
 }
@@ -284,7 +289,11 @@ template <int W> void pack_panels(Panels& panels, const real* src, int rows) {
 template <int W> INLINE void multiply_panels(int m, const real* a, const Panels& panels, int from, int to, real* c, int64_t c_row) {
     for (int p = 0; p < panels.count; p++) {
         const int begin = panels.first(p), end = panels.first(p + 1), x = max(begin, from), y = min(end, to);
-        if (x < y) block_of(m, y - x, {a, up(W, L), 1}, W, panels.data + (int64_t)begin * L * W + (x - begin) * L, (end - begin) * L, c + x * L, c_row, false);
+        if (x >= y) continue;
+        constexpr int some = (W + (W + 63) / 64 - 1) / ((W + 63) / 64);
+        const int64_t width = (end - begin) * L;
+        const real* b = panels.data + begin * L * W + (x - begin) * L;
+        for (int d = 0; d < W; d += some) block_of(m, y - x, {a + d, up(W, L), 1}, min(some, W - d), b + d * width, width, c + x * L, c_row, d);
     }
 }
 
