@@ -430,6 +430,8 @@ class Operator:
         out = []
         for s in specs:
             n, t = s.name, given.get(s.name)
+            if t is not None and not isinstance(t, Tensor):
+                raise ShapeError(f"{name}: the table {n!r} is a {type(t).__name__}, not a tensor")
             if n in ("pad_k", "pad_v"):
                 rows = k if n == "pad_k" else v
                 if t is None:

@@ -266,9 +266,15 @@ def check(
     """
     a = program.attend
     assert isinstance(a, ir.Attend)
-    g, tables = geometry(program, q_grid, k_grid), dict(shapes)
+    with np.errstate(divide="ignore"):  # a divisor that can be 0 is refused below
+        g, tables = geometry(program, q_grid, k_grid), dict(shapes)
     spoken = _spoken(program, g)
     _check_integers(a.name, spoken, Box(g, heads, batch, everywhere=True), wide)
+    sink = a.normalizer.sink
+    if sink is not None and tables[sink] not in ((1,), (heads,)):
+        raise ShapeError(
+            f"pattern {a.name}: the sink {sink!r} has {tables[sink][0]} entries, expected one per query head ({heads}) or 1"
+        )
     box = Box(g, heads, batch)
     axes = ("index",) if g.structure.flat else ir.AXES.get(a.rank)
     conditions = ir.conjuncts(g.structure.residual)
@@ -301,7 +307,7 @@ def check(
 
 def _check_integers(name: str, spoken: list[ir.Expr], box: Box, wide: bool) -> None:
     limit = 1 << 63 if wide else INT32
-    for e in dict.fromkeys(n for s in spoken for n in ir.walk(s) if n.kind == "int" and n.op in ir.ARITY):
+    for e in dict.fromkeys(n for s in spoken for n in ir.walk(s) if n.kind == "int" and (n.op in ir.ARITY or n.op == "const")):
         if e.op in ("floordiv", "mod") and e.children[1].op != "const" and 0 in box.of(e.children[1]):
             divisor = ir.show(e.children[1])
             raise ShapeError(
@@ -310,6 +316,6 @@ def _check_integers(name: str, spoken: list[ir.Expr], box: Box, wide: bool) -> N
         r = box.of(e)
         if r is not ANY and max(abs(r.low), abs(r.high)) >= limit and float("inf") not in (abs(r.low), abs(r.high)):
             raise UnsupportedError(
-                f"pattern {name}: `{ir.show(e)}` comes to {max(abs(r.low), abs(r.high))} on this grid, more than the integers of "
+                f"pattern {name}: `{ir.show(e)}` comes to {max(r.low, r.high, key=abs)} on this grid, more than the integers of "
                 "this backend hold: use smaller numbers, or backend='torch'"
             )

@@ -1,0 +1,486 @@
+"""What the suite draws and what it holds results to: random patterns, grids and tensors; a dense reference; budgets of error.
+
+`dense` is written from the statement alone: it knows no geometry, no tiles and no proofs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attnc
+from attnc import ir
+from attnc.analysis.evaluate import evaluate
+from attnc.patterns import (
+    axial,
+    band,
+    causal,
+    cross,
+    dilated_blocks,
+    full,
+    grid,
+    neighborhood,
+    per_head,
+    strip,
+    window,
+)
+
+_QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_QUIET, print_blob=True, database=None)
+settings.register_profile("search", deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def examples(n: int) -> settings:
+    """`n` examples; more where HYPOTHESIS_EXAMPLES multiplies them (a nightly search)."""
+    return settings(max_examples=n * int(os.environ.get("HYPOTHESIS_EXAMPLES", "1")))
+
+
+# ------------------------------------------------------------------------------------------------------------------- statements
+@attnc.pattern
+def lookup(q: Any, k: Any, *, table: attnc.Table) -> Any:
+    """A score read at places that wrap around, so it is in range for every pair."""
+    first, last = list(zip(q, k, strict=True))[0], list(zip(q, k, strict=True))[-1]
+    return attnc.SCORE + table[attnc.HEAD, first[0] % 3, last[1] % 4]
+
+
+@attnc.pattern
+def decay(q: Any, k: Any, *, rate: attnc.Table) -> Any:
+    """A slope per head times the distance (ALiBi, RMT)."""
+    distance = sum(abs(a - b) for a, b in zip(q, k, strict=True))
+    return attnc.SCORE - attnc.exp(rate[attnc.HEAD]) * distance
+
+
+@attnc.pattern
+def capped(q: Any, k: Any, *, cap: float) -> Any:
+    """A soft cap."""
+    return cap * attnc.tanh(attnc.SCORE / cap)
+
+
+@attnc.pattern
+def per_item(q: Any, k: Any, *, item: attnc.Table) -> Any:
+    """A table with a batch dimension."""
+    return attnc.SCORE * item[attnc.BATCH, attnc.HEAD]
+
+
+@attnc.pattern
+def documents(q: Any, k: Any, *, document: attnc.Table) -> Any:
+    """Tokens of one document see each other: the relation reads an integer table."""
+    return document[q.index % 5] == document[k.index % 5]
+
+
+def shapes(pattern: attnc.Pattern, rank: int, reach: int, heads: int, batch: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tables a drawn pattern reads. `reach` bounds every library bias index."""
+    known = {
+        "table": (heads, 3, 4),
+        "rate": (heads,),
+        "item": (batch, heads),
+        "document": (5,),
+        "bias": (heads, *(reach,) * rank),
+        "absolute": (heads, reach, reach),
+    }
+    return {name: known[name] for name in pattern.trace(ir.AXES[rank]).tables}
+
+
+def relations(rank: int) -> st.SearchStrategy[attnc.Pattern]:
+    """Relations of the library and of users, without tables."""
+    size, axes = st.integers(1, 4), ir.AXES[rank]
+    each = [
+        st.builds(window, size, st.integers(-2, 3)),
+        st.builds(neighborhood, st.integers(2, 4), st.integers(1, 3), st.integers(1, 2), st.booleans()),
+        st.builds(band, st.integers(0, 3), st.integers(0, 3)),
+        st.builds(dilated_blocks, size, st.integers(1, 3)),
+        st.builds(grid, size),
+        st.builds(axial, st.sampled_from(axes)),
+        st.builds(strip, st.sampled_from(axes), size),
+        st.just(full()),
+        st.just(causal()),
+        *([st.builds(cross, size)] if rank == 2 else []),
+        user_relations(rank),
+    ]
+    return st.one_of(each)
+
+
+def user_relations(rank: int) -> st.SearchStrategy[attnc.Pattern]:
+    """Conjunctions of comparisons between small integer expressions: whatever a user may write."""
+
+    def declare(terms: list[Callable[[Any, Any], Any]]) -> attnc.Pattern:
+        @attnc.pattern
+        def user(q: Any, k: Any) -> Any:
+            out = terms[0](q, k)
+            for t in terms[1:]:
+                out = out & t(q, k)
+            return out
+
+        return user()
+
+    return st.lists(conditions(rank), min_size=1, max_size=3).map(declare)
+
+
+def conditions(rank: int) -> st.SearchStrategy[Callable[[Any, Any], Any]]:
+    """One comparison of one axis, sometimes of two."""
+
+    def make(axis: int, other: int, kind: int, s: int, t: int, negate: bool) -> Callable[[Any, Any], Any]:
+        def condition(q: Any, k: Any) -> Any:
+            a, b = q[axis], k[axis]
+            made = (
+                lambda: (a + t) // s == (b + t) // s,
+                lambda: abs(a - b) <= s,
+                lambda: (a - b) % s == 0,
+                lambda: b >= a // s * s + t,
+                lambda: b <= attnc.max(attnc.min(a + t, q.size[axis] - s), 0) + s,
+                lambda: a % s == b % s,
+                lambda: (a - b) % s != t,
+                lambda: b == q.size[axis] - 1 - a,
+                lambda: a * b <= s * t,
+                lambda: attnc.where(a > t, b < a, b >= a),
+                lambda: a + q[other] >= b + k[other] - t,
+                lambda: attnc.HEAD + a >= b,
+                lambda: q.index >= k.index - t,
+            )[kind]()
+            return ~made if negate else made
+
+        return condition
+
+    axes = st.integers(0, rank - 1)
+    return st.builds(make, axes, axes, st.integers(0, 12), st.integers(1, 4), st.integers(-3, 3), st.booleans())
+
+
+def scored(rank: int) -> st.SearchStrategy[attnc.Pattern]:
+    """Patterns with a score of their own."""
+    return st.one_of(
+        st.builds(window, st.integers(2, 3), st.integers(0, 1), bias=st.just("relative")),
+        st.builds(neighborhood, st.integers(2, 3), st.integers(1, 2), bias=st.just("relative")),
+        st.builds(dilated_blocks, st.integers(1, 3), st.integers(1, 2), bias=st.just("relative")),
+        st.just(lookup()),
+        st.just(decay()),
+        st.just(capped(cap=2.0)),
+        st.just(per_item()),
+    )
+
+
+def patterns(rank: int) -> st.SearchStrategy[attnc.Pattern]:
+    """The algebra over relations, at most one part with a score of its own (so that every join is defined)."""
+
+    def grow(inner: st.SearchStrategy[attnc.Pattern]) -> st.SearchStrategy[attnc.Pattern]:
+        return st.one_of(
+            st.builds(lambda a, b: a & b, inner, inner),
+            st.builds(lambda a, b: a | b, inner, inner),
+            st.builds(lambda a: ~a, inner),
+            st.builds(lambda a, n: a.shift(n), inner, st.integers(-2, 3)),
+            st.builds(lambda a, n: a.dilate(n), inner, st.integers(1, 3)),
+            st.builds(lambda a, b: a.heads([0]) | b.heads([1, 2, 3]), inner, inner),
+            st.builds(lambda a, b: per_head([a, b]), inner, inner),
+            st.builds(lambda a, axis: a.on(axis) if rank == 1 else a, inner, st.sampled_from(ir.AXES[rank])),
+        )
+
+    plain = st.recursive(relations(rank), grow, max_leaves=3)
+    return st.one_of(
+        plain,
+        scored(rank),
+        st.builds(lambda a, b: a & b, scored(rank), relations(rank)),
+        st.builds(lambda a, b: a | b, scored(rank), relations(rank)),
+        st.builds(lambda a, n: a.shift(n), scored(rank), st.integers(-1, 2)),
+        st.builds(lambda a: a & documents(), plain),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- problems
+@dataclass(frozen=True)
+class Problem:
+    """One call: what is declared, where tokens lie, and the shapes of the tensors."""
+
+    pattern: attnc.Pattern
+    grid: tuple[int, ...]
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    d: int = 8
+    dv: int = 8
+    dtype: torch.dtype = torch.float32
+    prefix: int = 0
+    pad: tuple[tuple[int, int], ...] | None = None
+    scale: float | None = None
+    strides: str = "plain"
+    seed: int = 0
+    reach: int = 16
+    tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        keys = ("batch", "heads", "kv_heads", "d", "dv", "dtype", "prefix", "pad", "scale", "strides", "seed")
+        return f"Problem({self.pattern.name}, {self.grid}, {', '.join(f'{k}={getattr(self, k)}' for k in keys)})"
+
+    @property
+    def tokens(self) -> int:
+        """Prefix and grid."""
+        n = 1
+        for a in self.grid:
+            n *= a
+        return self.prefix + n
+
+    def compile(self, backend: str) -> attnc.Operator:
+        """The operator of this problem."""
+        return attnc.compile(self.pattern, grid=self.grid, prefix=self.prefix, pad=self.pad, backend=backend)
+
+    def inputs(self, dtype: torch.dtype | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """q, k, v with the drawn strides, and the tables; the same numbers for every dtype (those of the problem's own)."""
+        g = torch.Generator().manual_seed(self.seed)
+
+        def numbers(*shape: int, s: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=g) * s).to(self.dtype).to(dtype or self.dtype)
+
+        rows = [
+            spread(numbers(self.batch, h, self.tokens, d), self.strides)
+            for h, d in ((self.heads, self.d), (self.kv_heads, self.d), (self.kv_heads, self.dv))
+        ]
+        named = self.tables or shapes(self.pattern, len(self.grid), self.reach, self.heads, self.batch)
+        tables = {
+            n: torch.randint(0, 2, shape, generator=g) if n == "document" else numbers(*shape, s=0.5) for n, shape in named.items()
+        }
+        if self.pad is not None:
+            tables |= {"pad_k": numbers(self.kv_heads, self.d), "pad_v": numbers(self.kv_heads, self.dv)}
+        return rows, tables
+
+
+def spread(t: Tensor, how: str) -> Tensor:
+    """The same values with other strides, surrounded by NaN that no kernel may read."""
+    b, h, n, d = t.shape
+    if how == "plain":
+        return t
+    if how == "tokens first":  # [B, N, H, D] in memory, as a projection leaves it
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "packed":  # one of three in a row
+        room = torch.full((b, n, 3, h, d), float("nan"), dtype=t.dtype)
+        room[:, :, 1] = t.transpose(1, 2)
+        return room[:, :, 1].transpose(1, 2)
+    if how == "channels first":  # NCHW
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+    if how == "guarded":  # rows longer than D, a band of NaN around everything
+        room = torch.full((b + 2, h + 2, n + 2, d + 3), float("nan"), dtype=t.dtype)
+        room[1:-1, 1:-1, 1:-1, 2:-1] = t
+        return room[1:-1, 1:-1, 1:-1, 2:-1]
+    assert how == "expanded"  # one batch item seen many times
+    return t[:1].expand(b, h, n, d)
+
+
+STRIDES = ("plain", "tokens first", "packed", "channels first", "guarded", "expanded")
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    most: int = 40,
+    made: Callable[[int], st.SearchStrategy[attnc.Pattern]] = patterns,
+) -> Problem:
+    """A pattern from the algebra on a small grid of any rank, odd and of length 1 too, with every kind of tensor."""
+    rank = draw(st.sampled_from((1, 2, 2, 2, 3)))
+    longest = {1: most, 2: 9, 3: 5}[rank]
+    sizes: list[int] = []
+    for _ in range(rank):
+        room = max(1, most // max(1, int(torch.tensor(sizes or [1]).prod())))
+        sizes.append(draw(st.integers(1, min(longest, room))))
+    kv_heads = draw(st.sampled_from((1, 2)))
+    plain = draw(st.booleans())
+    pad = None
+    prefix = draw(st.integers(0, 2)) if plain and draw(st.booleans()) else 0
+    if not plain and draw(st.booleans()):
+        pad = tuple((draw(st.integers(0, 2)), draw(st.integers(0, 3))) for _ in range(rank))
+    return Problem(
+        draw(made(rank)),
+        tuple(sizes),
+        batch=draw(st.sampled_from((1, 2))),
+        heads=kv_heads * draw(st.sampled_from((1, 2))),
+        kv_heads=kv_heads,
+        d=draw(st.sampled_from((1, 3, 8, 16, 33))),
+        dv=draw(st.sampled_from((1, 5, 8, 17))),
+        dtype=draw(st.sampled_from(dtypes)),
+        prefix=prefix,
+        pad=pad,
+        scale=draw(st.sampled_from((None, 0.3))),
+        strides=draw(st.sampled_from(STRIDES)),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------- reference
+def _points(grid: tuple[int, ...], pad: tuple[tuple[int, int], ...], prefix: int) -> tuple[Tensor, Tensor]:
+    """(row of each token or -1, coordinates [rank, n]) over prefix tokens and the extended grid."""
+    axes = [torch.arange(n + a + b) for n, (a, b) in zip(grid, pad, strict=True)]
+    coords = torch.stack([c.flatten() for c in torch.meshgrid(*axes, indexing="ij")])
+    row, real = torch.zeros(coords.shape[1], dtype=torch.long), torch.ones(coords.shape[1], dtype=torch.bool)
+    for c, n, (a, _) in zip(coords, grid, pad, strict=True):
+        row = row * n + (c - a)
+        real &= (c >= a) & (c < a + n)
+    row = torch.where(real, row + prefix, -1)
+    head = torch.full((coords.shape[0], prefix), -1)
+    return torch.cat([torch.arange(prefix), row]), torch.cat([head, coords], 1)
+
+
+def dense(
+    program: ir.Program,
+    q_grid: tuple[int, ...],
+    k_grid: tuple[int, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    tables: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Attention by the book: every pair at once, differentiable, in the inputs' dtype. [B, H, N, D] tensors."""
+    a = program.attend
+    assert isinstance(a, ir.Attend)
+    nothing = ((0, 0),) * a.rank
+    pads = [t.pad or nothing for t in (program.queries, program.keys)]
+    q_row, q_at = _points(q_grid, pads[0], program.queries.prefix)
+    k_row, k_at = _points(k_grid, pads[1], program.keys.prefix)
+    q_at = q_at[:, q_row >= 0]
+    k, v = k[:, :, k_row.clamp_min(0)], v[:, :, k_row.clamp_min(0)]
+    if "pad_k" in tables:
+        outside = (k_row < 0)[:, None]
+        k = torch.where(outside, tables["pad_k"][:, None], k)
+        v = torch.where(outside, tables["pad_v"][:, None], v)
+    if a.q_map:
+        q = q / q.norm(dim=-1, keepdim=True).clamp_min(a.q_map.eps)
+    if a.k_map:
+        k = k / k.norm(dim=-1, keepdim=True).clamp_min(a.k_map.eps)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    raw = q @ k.transpose(-1, -2) * scale
+    beside = (q_at[0] < 0)[:, None] | (k_at[0] < 0)[None, :]
+
+    leaves: dict[ir.Expr, Any] = {ir.HEADS: q.shape[1]}
+    leaves[ir.HEAD] = torch.arange(q.shape[1]).view(-1, 1, 1)
+    leaves[ir.BATCH] = torch.arange(q.shape[0]).view(-1, 1, 1, 1)
+    for i in range(a.rank):
+        leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = q_at[i][:, None], k_at[i][None, :]
+        leaves[ir.size("q", i)] = q_grid[i] + sum(pads[0][i])
+        leaves[ir.size("k", i)] = k_grid[i] + sum(pads[1][i])
+    same = program.same_grid
+
+    def load(name: str, at: tuple[Any, ...]) -> Tensor:
+        t = tables[name]
+        return t[tuple(torch.as_tensor(i).clamp(0, n - 1) for i, n in zip(at, t.shape, strict=True))]
+
+    allowed = torch.as_tensor(evaluate(ir.flatten_index(a.relation, a.rank, same), leaves, torch, load)) & ~beside
+    leaves[ir.SCORE] = torch.where(allowed, raw, 0.0)
+    score = torch.as_tensor(evaluate(ir.flatten_index(a.score, a.rank, same), leaves, torch, load)).to(raw.dtype)
+    score = torch.where(beside, raw, torch.where(allowed, score, float("-inf")))
+    if a.normalizer.kind != "softmax":
+        on = torch.where(score > float("-inf"), score, -1e30)
+        weight = torch.sigmoid(on) if a.normalizer.kind == "sigmoid" else torch.relu(on) ** a.normalizer.power
+        lse = score.new_full(score.shape[:-1], float("-inf")).expand(raw.shape[:-1])
+    else:
+        if a.normalizer.sink:
+            score = score.expand(raw.shape)
+            sink = tables[a.normalizer.sink].view(-1, 1, 1).expand(*raw.shape[:-1], 1)
+            score = torch.cat([score, sink], -1)
+        some = (score > float("-inf")).any(-1, keepdim=True)
+        safe = torch.where(some, score, 0.0).expand(*raw.shape[:-1], score.shape[-1])
+        some = some.expand(*raw.shape[:-1], 1)
+        weight = torch.where(some, torch.softmax(safe, -1), 0.0)[..., : raw.shape[-1]]
+        lse = torch.where(some[..., 0], torch.logsumexp(safe, -1), float("-inf"))
+    if a.post is not None:
+        post = torch.as_tensor(evaluate(ir.flatten_index(a.post, a.rank, same), leaves, torch, load)).to(raw.dtype)
+        weight = weight * torch.where(beside, 1.0, post)
+    return weight.expand(raw.shape) @ v, lse
+
+
+Results = dict[str, Tensor]
+
+
+def _differentiate(
+    run: Callable[..., tuple[Tensor, Tensor]], rows: list[Tensor], tables: dict[str, Tensor], seed: int, lse: bool
+) -> Results:
+    leaves = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in tables.items()}
+    q, k, v = (t.detach().requires_grad_() for t in rows)
+    out, log = run(q, k, v, leaves)
+    g = torch.Generator().manual_seed(seed + 1)
+    found = {"out": out, "lse": log}
+    cotangent = torch.randn(out.shape, generator=g).to(out.dtype)
+    loss = (out * cotangent).sum()
+    if lse:
+        weight = torch.randn(log.shape, generator=g).to(log.dtype)
+        loss = loss + (torch.where(torch.isfinite(log), log, 0.0) * weight).sum()
+    learned = {n: t for n, t in leaves.items() if t.requires_grad}
+    gradients = torch.autograd.grad(loss, [q, k, v, *learned.values()], allow_unused=True)
+    for name, x, grad in zip(("dq", "dk", "dv", *learned), (q, k, v, *learned.values()), gradients, strict=True):
+        found[name] = torch.zeros_like(x) if grad is None else grad
+    return {n: t.detach() for n, t in found.items()}
+
+
+def run_operator(p: Problem, backend: str, *, lse: bool = True, op: attnc.Operator | None = None) -> Results:
+    """out, lse and every gradient from a backend."""
+    op = op or p.compile(backend)
+    rows, tables = p.inputs()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return op(q, k, v, scale=p.scale, return_lse=True, **t)
+
+    return _differentiate(run, rows, tables, p.seed, lse)
+
+
+def run_dense(p: Problem, dtype: torch.dtype, *, lse: bool = True) -> Results:
+    """The same from `dense` in another dtype, on the problem's own numbers."""
+    program = replace_pads(p)
+    rows, tables = p.inputs(dtype)
+    scale = p.d**-0.5 if p.scale is None else p.scale
+
+    def run(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return dense(program, p.grid, p.grid, q, k, v, scale, t)
+
+    return _differentiate(run, rows, tables, p.seed, lse)
+
+
+def replace_pads(p: Problem) -> ir.Program:
+    """The program, from the declaration."""
+    attend = p.pattern.trace(ir.AXES[len(p.grid)])
+    tokens = ir.Tokens((None,) * len(p.grid), p.prefix, p.pad)
+    return ir.Program(attend, tokens, tokens)
+
+
+def compare(found: Results, truth: Results, plain: Results, what: object) -> None:
+    """Errors against float64 stay within twice (gradients: three times) those of plain eager code in the same dtype.
+
+    Both the largest error and the root mean square count. The floor is a few roundings of the largest number there is.
+    """
+    for name, true in truth.items():
+        mine, theirs = found[name].double(), plain[name].double()
+        assert mine.shape == true.shape, f"{name} of {what}: shape {tuple(mine.shape)}, expected {tuple(true.shape)}"
+        finite = torch.isfinite(true)
+        assert torch.equal(torch.isfinite(mine), finite), f"{name} of {what}: not finite where it should be, or the reverse"
+        if not finite.any():
+            continue
+        assert torch.equal(mine[~finite], true[~finite]), f"{name} of {what}: infinities differ"
+        errors = (mine - true)[finite], (theirs - true)[finite].nan_to_num(0.0)
+        largest = float(true[finite].abs().max())
+        floor = torch.finfo(found[name].dtype).eps * max(1e-3, largest) * (4 if name in ("out", "lse") else 8)
+        if found[name].dtype == torch.float64:  # the truth itself rounds there
+            floor = 1e-13 * max(1.0, largest)
+        times = 2 if name in ("out", "lse") else 3
+        for measure in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
+            budget = times * measure(errors[1]) + floor
+            assert measure(errors[0]) <= budget, (
+                f"{name} of {what}: error {float(measure(errors[0])):.3g}, budget {float(budget):.3g} "
+                f"(plain eager: {float(measure(errors[1])):.3g}, largest {largest:.3g})"
+            )
+
+
+def hold(p: Problem, backend: str, *, lse: bool = True) -> None:
+    """A backend's outputs and gradients stay within the budget."""
+    normal = p.pattern.trace(ir.AXES[len(p.grid)]).normalizer.kind == "softmax"
+    if not normal:
+        raise AssertionError("hold() is for softmax; see test_backends")
+    found = run_operator(p, backend, lse=lse)
+    truth = run_dense(p, torch.float64, lse=lse)
+    compare(found, truth, run_dense(p, p.dtype, lse=lse), f"{backend}: {p!r}")
+
+
+__all__ = [name for name in globals() if not name.startswith("_")]
