@@ -31,6 +31,7 @@ from attnc.report.issued import issued
 from attnc.schedule.geometry import geometry
 
 OUT = Path("demo")
+GRID = (56, 56)  # of the declared pattern
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOOR = 1e-6  # of the largest output: below it, errors are rounding and nothing is compared
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -128,7 +129,7 @@ def network(image: Tensor, label: str, backend: str, progress: Progress) -> list
 def declared(backend: str, progress: Progress) -> tuple[str, dict[str, Any]]:
     """The declared pattern: its explanation, module and picture; then output and gradients beside float64 and eager float32."""
     task = progress.add_task("the declared pattern", total=4)
-    p, grid, heads = near(reach=3), (56, 56), 3
+    p, grid, heads = near(reach=3), GRID, 3
     text = attnc.explain(p, grid=grid, heads=heads)
     progress.advance(task)
     (OUT / "module.py").write_text(attnc.emit(p, grid=grid, heads=heads, head_dim=32, dtype="float16", target="cuda:90"))
