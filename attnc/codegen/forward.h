@@ -1,26 +1,55 @@
 // ---- forward: softmax in one pass over the key chunks, with a running maximum and sum per query -----------------------------------
-struct Forward {
-    const Problem& P;
+struct Aimed {              // a tile, its first chunk of keys, and where its rows lie
     Tile tile;
     Keys keys;
+    int64_t *q_offset, *out_offset, *lse_offset, prefix_from;
+    static size_t bytes() { return Tile::bytes() + Keys::bytes() + 3 * (TILE * 8 + 64); }
+    void allocate(Arena& arena) {
+        tile.allocate(arena); keys.allocate(arena);
+        for (int64_t** p : {&q_offset, &out_offset, &lse_offset}) *p = arena.take<int64_t>(TILE);
+    }
+    // item number `item` of the call
+    void aim(const Problem& P, int64_t item, int64_t tiles, int64_t all) {
+        int64_t t = item % all, rest = item / all;
+        const int64_t b = HEADS_FIRST ? rest % P.batch : rest / P.heads, h = HEADS_FIRST ? rest / P.batch : rest % P.heads;
+        prefix_from = 0;
+        if (t < tiles) {
+            int64_t piece[RANK];
+            for (int a = RANK - 1; a >= 0; t /= P.axes[a].pieces, a--) piece[a] = t % P.axes[a].pieces;
+            tile.aim(P, b, h, piece);
+        } else {
+            prefix_from = (t - tiles) * TILE;
+            tile.aim_prefix(P, b, h, prefix_from, min(P.q_prefix, prefix_from + TILE));
+        }
+        tile.place(P, P.q_layout, prefix_from, q_offset);
+        tile.place(P, P.out_layout, prefix_from, out_offset);
+        tile.place(P, P.lse_layout, prefix_from, lse_offset);
+        keys.count = 0;
+        if (tile.chunks(P)) keys.aim(P, tile, 0);
+    }
+};
+struct Forward {
+    const Problem& P;
+    Aimed here, next;
+    Tile& tile = here.tile;
+    Keys& keys = here.keys;
     Loads loads;
     Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels panels;
     real *q, *k, *v, *scores, *o, *maximum, *total;
     bool* started;
-    int64_t *q_offset, *out_offset, *lse_offset;
+    int next_query, next_key, next_queries, next_keys, pace;       // what of the next tile was prefetched; rows per block
 
     explicit Forward(const Problem& P, Arena& arena) : P(P) {
-        arena.reserve(Tile::bytes() + Keys::bytes() + LOADS * Expansion::bytes(false) + 64 * 16 + TILE * 25
+        arena.reserve(2 * Aimed::bytes() + LOADS * Expansion::bytes(false) + 64 * 16 + TILE * 25
                       + sizeof(real) * (TILE * (DP + VP + 2) + CHUNK * (2 * DP + VP + ROWS + LOADS * ROWS)));
-        tile.allocate(arena); keys.allocate(arena);
+        here.allocate(arena); next.allocate(arena);
         for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, false);
         loads.expansion = expansions;
         loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
         q = arena.take<real>(TILE * DP); o = arena.take<real>(TILE * VP);
         maximum = arena.take<real>(TILE); total = arena.take<real>(TILE); started = arena.take<bool>(TILE);
-        q_offset = arena.take<int64_t>(TILE); out_offset = arena.take<int64_t>(TILE); lse_offset = arena.take<int64_t>(TILE);
         k = arena.take<real>(CHUNK * DP); panels.data = arena.take<real>(CHUNK * DP); v = arena.take<real>(CHUNK * VP);
         scores = arena.take<real>(ROWS * CHUNK);
     }
@@ -40,59 +69,89 @@ struct Forward {
     void rows(int i, int m) {
         const Run run = run_of_rows(tile, keys, i, m);
         if (run.begin >= run.end) return;
+        real *const rows = scores, *const out = o + i * VP, *const best = maximum + i, *const sums = total + i;
         const int first = run.begin / L, last = (run.end + L - 1) / L, from = first * L, to = last * L;
-        if (USES_SCORE || tile.prefix || keys.prefix) multiply_panels<D>(m, q + i * DP, panels, first, last, scores, CHUNK);
-        else memset(scores, 0, sizeof(real) * m * CHUNK);
         const bool plain = tile.prefix || keys.prefix;
+        if (USES_SCORE || plain) multiply_panels<D>(m, q + i * DP, panels, first, last, rows, CHUNK);
+        else memset(rows, 0, sizeof(real) * m * CHUNK);
+        real now[ROWS];
         for (int r = 0; r < m; r++) {
-            real* row = scores + r * CHUNK;
-            const real here = PLAIN_SCORE || plain ? row_scores<true>(row, i + r, r, from, to) : row_scores<false>(row, i + r, r, from, to);
-            const real now = max(maximum[i + r], here);
-            V sums{};
-            const V shift = splat(now), unit = unit_of(numbers);
+            now[r] = PLAIN_SCORE || plain ? row_scores<true>(rows + r * CHUNK, i + r, r, from, to) : row_scores<false>(rows + r * CHUNK, i + r, r, from, to);
+            now[r] = max(best[r], now[r]);
+        }
+        const V unit = unit_of(numbers);
+        V sum_of[ROWS];
+        for (int r = 0; r < m; r++) {
+            real* row = rows + r * CHUNK;
+            V added{};
+            const V shift = splat(now[r]);
             for (int j = from; j < to; j += L) {
                 const V e = exp2_vector(exponent(load(row + j), shift, unit));
-                sums += e;
+                added += e;
                 store(row + j, e);
             }
-            if (POST && !plain) {
-                const real* elements[LOADS + 1];
-                loads.rows(P, numbers, tile, keys, i + r, r, from, to, elements);
-                for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, tile.terms[i + r], keys.terms, elements, j));
-            }
-            if (started[i + r]) {
-                const real factor = exp2_vector(splat((maximum[i + r] - now) * (PLAIN_SCORE ? 1 : LOG2E)))[0];
-                total[i + r] = total[i + r] * factor + sum(sums);
-                for (int d = 0; d < VP; d += L) store(o + (i + r) * VP + d, load(o + (i + r) * VP + d) * splat(factor));
-            } else total[i + r] = sum(sums);
-            maximum[i + r] = now;
+            sum_of[r] = added;
         }
-        multiply<DV>(m, {scores + run.begin, CHUNK, 1}, run.end - run.begin, v + run.begin * VP, o + i * VP, started[i]);
-        for (int r = 0; r < m; r++) started[i + r] = true;
+        if (POST && !plain) for (int r = 0; r < m; r++) {
+            real* row = rows + r * CHUNK;
+            const real* elements[LOADS + 1];
+            loads.rows(P, numbers, tile, keys, i + r, r, from, to, elements);
+            for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, tile.terms[i + r], keys.terms, elements, j));
+        }
+        const bool more = started[i];       // (rows of a block start together)
+        for (int r = 0; r < m; r++) {
+            real factor = 0;
+            if (more) {
+                factor = exp2_vector(splat((best[r] - now[r]) * (PLAIN_SCORE ? 1 : LOG2E)))[0];
+                for (int d = 0; d < VP; d += L) store(out + r * VP + d, load(out + r * VP + d) * splat(factor));
+            }
+            sums[r] = sums[r] * factor + sum(sum_of[r]);
+            best[r] = now[r];
+            started[i + r] = true;
+        }
+        multiply<DV>(m, {rows + run.begin, CHUNK, 1}, run.end - run.begin, v + run.begin * VP, out, more);
     }
-    void run(int64_t prefix_from) {
+    // A few rows of the next tile at a time: all at once would fill the line buffers.
+    INLINE void look_ahead() {
+        for (int n = 0; n < pace && next_query < next_queries; n++, next_query++) {
+            prefetch<D>(P.q + next.q_offset[next_query], P.q_layout.channel);
+            prefetch_for_writing<DV>(P.out + next.out_offset[next_query], P.out_layout.channel);
+        }
+        const element *next_k = P.k + next.tile.batch * P.k_layout.batch + next.tile.kv_head * P.k_layout.head;
+        const element *next_v = P.v + next.tile.batch * P.v_layout.batch + next.tile.kv_head * P.v_layout.head;
+        for (int n = 0; n < pace && next_key < next_keys; n++, next_key++) {
+            if (PADDED && !next.keys.real_key[next_key]) continue;
+            prefetch<D>(next_k + next.keys.k_offset[next_key], P.k_layout.channel);
+            prefetch<DV>(next_v + next.keys.v_offset[next_key], P.v_layout.channel);
+        }
+    }
+    void run(bool more) {
         numbers = numbers_of(P, tile);
-        tile.place(P, P.q_layout, prefix_from, q_offset);
-        tile.place(P, P.out_layout, prefix_from, out_offset);
-        tile.place(P, P.lse_layout, prefix_from, lse_offset);
         for (int i = 0; i < tile.queries; i++) {
-            load_query(P, P.q + q_offset[i], q + i * DP);
+            load_query(P, P.q + here.q_offset[i], q + i * DP);
             maximum[i] = LOWEST; total[i] = 0; started[i] = false;
         }
         const int64_t chunks = tile.chunks(P), kv = tile.kv_head;
+        next_query = next_key = 0;
+        next_queries = more ? next.tile.queries : 0; next_keys = more ? next.keys.count : 0;
+        pace = (max(next_queries, next_keys) * ROWS + tile.queries - 1) / tile.queries;
         for (int64_t n = 0; n < chunks; n++) {
-            keys.aim(P, tile, n);
+            if (n) keys.aim(P, tile, n);
             keys.gather<D>(P.k + tile.batch * P.k_layout.batch + kv * P.k_layout.head, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
             keys.gather<DV>(P.v + tile.batch * P.v_layout.batch + kv * P.v_layout.head, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             pack_panels<D>(panels, k, keys.count);
             loads.aim(P, tile, keys, nullptr);
-            for (int i = 0, m; i < tile.queries; i += m) { m = share(tile.queries - i, ROWS); rows(i, m); }
+            for (int i = 0, m; i < tile.queries; i += m) {
+                m = share(tile.queries - i, ROWS);
+                rows(i, m);
+                if (n + 1 == chunks) look_ahead();
+            }
         }
         for (int i = 0; i < tile.queries; i++) {
             const bool some = total[i] > 0;
             if (!started[i] || !some) for (int d = 0; d < VP; d++) o[i * VP + d] = 0;
-            store_row<DV>(P.out + out_offset[i], P.out_layout.channel, o + i * VP, some ? 1 / total[i] : !(total[i] <= 0) ? total[i] : 0);
-            P.lse[lse_offset[i]] = some ? real(PLAIN_SCORE ? (maximum[i] + __builtin_log2(total[i])) * 0.6931471805599453 : maximum[i] + __builtin_log(total[i])) : total[i] <= 0 ? -INF : total[i];
+            store_row<DV>(P.out + here.out_offset[i], P.out_layout.channel, o + i * VP, some ? 1 / total[i] : !(total[i] <= 0) ? total[i] : 0);
+            P.lse[here.lse_offset[i]] = some ? real(PLAIN_SCORE ? (maximum[i] + __builtin_log2(total[i])) * 0.6931471805599453 : maximum[i] + __builtin_log(total[i])) : total[i] <= 0 ? -INF : total[i];
         }
     }
 };
@@ -105,20 +164,15 @@ extern "C" void attend_forward(const Problem* problem) {
     {
         static thread_local Arena arena;
         Forward work(P, arena);
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < items; item++) {
-            int64_t t = item % all, rest = item / all;
-            const int64_t b = HEADS_FIRST ? rest % P.batch : rest / P.heads, h = HEADS_FIRST ? rest / P.batch : rest % P.heads;
-            int64_t prefix_from = 0;
-            if (t < tiles) {
-                int64_t piece[RANK];
-                for (int a = RANK - 1; a >= 0; t /= P.axes[a].pieces, a--) piece[a] = t % P.axes[a].pieces;
-                work.tile.aim(P, b, h, piece);
-            } else {
-                prefix_from = (t - tiles) * TILE;
-                work.tile.aim_prefix(P, b, h, prefix_from, min(P.q_prefix, prefix_from + TILE));
-            }
-            work.run(prefix_from);
+        const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = items * (me + 1) / n;
+        int64_t item = items * me / n;
+        if (item < stop) work.next.aim(P, item, tiles, all);
+        for (; item < stop; item++) {
+            const Aimed now = work.here;
+            work.here = work.next;
+            work.next = now;
+            if (item + 1 < stop) work.next.aim(P, item + 1, tiles, all);
+            work.run(item + 1 < stop);
         }
     }
 }

@@ -245,11 +245,13 @@ struct Keys {
     // rows of k or v of one (batch, head), `width` reals apart
     template <int W> INLINE void gather(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* dst) const {
         constexpr int64_t P = up(W, L);
-        for (int i = 0; i < count; i++) {
-            if (PADDED && !real_key[i]) { for (int d = 0; d < P; d++) dst[i * P + d] = d < W ? pad[d] : 0; }
+        const int rows = count;      // (a copy: the compiler must think that a store below might change a member)
+        const bool* there = real_key;
+        for (int i = 0; i < rows; i++) {
+            if (PADDED && !there[i]) { for (int d = 0; d < P; d++) dst[i * P + d] = d < W ? pad[d] : 0; }
             else load_row<W>(src + offset[i], channel, dst + i * P);
         }
-        for (int i = count; i < up(count, L); i++) for (int d = 0; d < P; d++) dst[i * P + d] = 0;
+        memset(dst + rows * P, 0, sizeof(real) * (up(rows, L) - rows) * P);
     }
 };
 
@@ -375,4 +377,16 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
     part(from, clear_from, true);
     part(max(clear_from, from), clear_to, false);
     part(max(max(clear_from, from), clear_to), to, true);
+}
+
+// ---- looking ahead --------------------------------------------------------------------------------------------------------------------
+// The lines of one row, towards the L2 cache. (Functions that only prefetch are deleted as having no effect unless inlined.)
+template <int W> INLINE void prefetch(const element* row, int64_t channel) {
+    if (channel != 1) return;
+    UNROLL for (int d = 0; d < W; d += 64 / (int)sizeof(element)) __builtin_prefetch(row + d, 0, 2);
+    if (W * sizeof(element) % 64 || W * sizeof(element) > 64) __builtin_prefetch(row + W - 1, 0, 2);
+}
+template <int W> INLINE void prefetch_for_writing(const element* row, int64_t channel) {
+    if (channel != 1) return;
+    UNROLL for (int d = 0; d < W; d += 64 / (int)sizeof(element)) __builtin_prefetch(row + d, 1, 3);
 }

@@ -37,18 +37,14 @@ template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
 constexpr real INF = __builtin_inf(), LOWEST = -1e30, LOG2E = 1.44269504088896340736, LN2 = 0.69314718055994530942;
 
-INLINE real sum(V v) {      // in halves: the additions of one level are independent
-    real x[L];
-    store(x, v);
-    UNROLL for (int h = L / 2; h; h /= 2) for (int i = 0; i < h; i++) x[i] += x[i + h];
-    return x[0];
+template <int H, class Op> INLINE V fold(V v, Op op) {      // combines lanes that are H apart, then H / 2, ...
+    I other;
+    UNROLL for (int i = 0; i < L; i++) other[i] = i ^ H;
+    v = op(v, __builtin_shuffle(v, other));
+    if constexpr (H > 1) return fold<H / 2>(v, op); else return v;
 }
-INLINE real largest(V v) {
-    real x[L];
-    store(x, v);
-    UNROLL for (int h = L / 2; h; h /= 2) for (int i = 0; i < h; i++) x[i] = x[i] > x[i + h] ? x[i] : x[i + h];
-    return x[0];
-}
+INLINE real sum(V v) { return fold<L / 2>(v, [](V a, V b) { return a + b; })[0]; }
+INLINE real largest(V v) { return fold<L / 2>(v, [](V a, V b) { return larger(a, b); })[0]; }
 
 // ---- functions ---------------------------------------------------------------------------------------------------------------
 // 2^x = 2^n * 2^r with |r| <= 1/2: adding `round_to_integer` rounds x to n, whose bits then are the low bits of the sum.
