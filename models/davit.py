@@ -7,7 +7,8 @@ Parameter names are those of the official code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, cast
 
@@ -21,18 +22,19 @@ from attnc.models.blocks.conv import ConvPositionalEncoding, conv_map, pad_to_mu
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit, init_vit_conv
 from attnc.models.blocks.mlp import Mlp
-from attnc.models.blocks.operators import SharedOperator
 from attnc.models.official import official, on_tokens
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
 
 
-def window_operator(size: tuple[int, int], heads: int, backend: str) -> Callable[..., Tensor]:
+@cache  # layers share operators
+def window_operator(size: tuple[int, int], heads: int, backend: str) -> attnc.Operator:
     """Attention inside windows, on packed ``[B, H, W, 3C]``; the last windows reach over the map's border."""
     return attnc.compile(attnc.patterns.window(size), pad="multiple", layout="b y x (three h d)", heads=heads, backend=backend)
 
 
-def channel_operator(backend: str) -> Callable[..., Tensor]:
+@cache
+def channel_operator(backend: str) -> attnc.Operator:
     """Attention between the channels of a head, on q, k and v ``[B, N, heads, d]``."""
     return attnc.compile(attnc.patterns.channel(), layout="b x h d", backend=backend)
 
@@ -72,7 +74,7 @@ class WindowAttention(QkvAttention):
         super().__init__(dim, num_heads, qkv_bias)
         rows, columns = (window_size, window_size) if isinstance(window_size, int) else window_size
         self.window_size = (rows, columns)
-        self.attend = SharedOperator(window_operator, self.window_size, num_heads, backend)
+        self.attend = window_operator(self.window_size, num_heads, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C] -> [B, H, W, C]``."""
@@ -80,7 +82,7 @@ class WindowAttention(QkvAttention):
         out: Tensor = self.proj(self.attend(qkv, **self._padding(qkv)))
         return out
 
-    def _padding(self, qkv: Tensor) -> dict[str, Tensor]:
+    def _padding(self, qkv: Tensor) -> dict[str, Any]:
         """k and v of padded tokens, ``[heads, d]``; none where windows fit or there is no bias (zeros)."""
         fits = all(n % w == 0 for n, w in zip(qkv.shape[1:3], self.window_size, strict=True))
         if fits or self.qkv.bias is None:
@@ -99,7 +101,7 @@ class ChannelAttention(QkvAttention):
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, backend: str = "auto") -> None:
         super().__init__(dim, num_heads, qkv_bias)
-        self.attend = SharedOperator(channel_operator, backend)
+        self.attend = channel_operator(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, ..., C] -> [B, ..., C]``; all dimensions between are tokens."""

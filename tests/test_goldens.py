@@ -6,7 +6,10 @@ import golden_files
 import pytest
 import torch
 
-BACKENDS = ("eager", "torch")
+from attnc.compiler import has_compiler
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+BACKENDS = ("eager", "torch", pytest.param("cpp", marks=needs_compiler))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
