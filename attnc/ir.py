@@ -236,8 +236,8 @@ def flatten_index(e: Expr, rank: int, same_grid: bool) -> Expr:
 def show(e: Expr, axes: tuple[str, ...] | None = None) -> str:
     """The expression as a user would write it; without `axes`, with the names of the grid that is being traced."""
     axes = axes or TRACED.get()
-    names = axes or ("t", "y", "x")
-    rank_names = axes or AXES.get(1 + max((n.args[1] for n in walk(e) if n.op in ("coord", "size")), default=1), names)
+    rank = 1 + max((n.args[1] for n in walk(e) if n.op in ("coord", "size")), default=0)
+    rank_names = axes or AXES.get(rank) or tuple(f"a{i}" for i in range(rank))
 
     def sub(c: Expr, level: int, right: bool = False) -> str:
         text, mine = go(c), PRECEDENCE.get(c.op, 9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from attnc import ir
@@ -51,8 +53,10 @@ def emit(
         if not isinstance(n, int) or n < 1:
             raise DeclarationError(f"{name}: {what}={n!r}: a positive int")
     values = value_dim or head_dim
+    q_grid: tuple[int, ...] = (1,)
+    k_grid: tuple[int, ...] = (1,)
     if isinstance(p, Mechanism):
-        program, q_grid, k_grid = _channel(p), (1,), (1,)
+        program = _channel(p)
     else:
         op = compile(p, grid=grid, kv_grid=kv_grid, prefix=prefix, pad=pad, heads=heads)
         if op.axes is None or op.grid is None or None in (*op.grid, *(op.kv_grid or ())):
@@ -82,8 +86,12 @@ def refusals(program: ir.Program) -> list[str]:
     """What the printers do not lower of a program, a line for each that refuses; nothing is printed or built."""
     from attnc.codegen import cpp, triton_plan
 
+    asked: tuple[Callable[[], None], ...] = (
+        lambda: triton_plan.check(program),
+        lambda: cpp.refuse(cpp.Spec(program, 32, 32, "float32")),
+    )
     said = []
-    for ask in (lambda: triton_plan.check(program), lambda: cpp.refuse(cpp.Spec(program, 32, 32, "float32"))):
+    for ask in asked:
         try:
             ask()
         except UnsupportedError as e:
