@@ -80,6 +80,26 @@ def draw(
     return out
 
 
+def thumbnail(p: Pattern, *, grid: GridLike, query: tuple[int, ...], path: str | Path, heads: int = 1, head: int = 0) -> Path:
+    """A small picture for tables: the keys of one query of a 2-D grid, without text. Arguments as for `draw`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    s = subject(p, grid=grid, heads=heads)
+    g = s.geometry
+    assert g is not None
+    figure = Figure(figsize=(1.3, 1.3), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    ax = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    _grid_panel(ax, g, _keys_of(g, _query(p.name, g, query), head, heads), None, s)
+    ax.plot([query[1]], [query[0]], marker="o", markersize=4.5, color=QUERY, markeredgecolor="white", markeredgewidth=0.7, zorder=5)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    out = Path(path)
+    figure.savefig(out, metadata={"Software": None})
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------- facts
 def _query(name: str, g: Geometry, query: tuple[int, ...] | int | None) -> tuple[int, ...]:
     if query is None:

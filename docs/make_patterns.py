@@ -1,0 +1,99 @@
+"""Writes docs/patterns.md and its pictures from the library itself: `python docs/make_patterns.py`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import attnc
+from attnc import patterns
+from attnc.report.draw import thumbnail
+from attnc.report.subject import subject
+
+HERE = Path(__file__).parent
+GRID, QUERY = (28, 28), (11, 12)
+
+# where the first sentence of the docstring does not say what the arguments do
+MEANINGS = {
+    "window(7, shift=3)": "Windows whose borders lie at 3 mod 7: what Swin's roll by -3 with its mask computes, with neither.",
+    "neighborhood(7, dilation=3)": "The neighbourhood among tokens 3 apart (DiNAT).",
+    "neighborhood(7, stride=4)": "Groups of 4 queries share the window of their middle one (GNA).",
+    "neighborhood(7, causal=True)": "The last 7 keys up to the query, on every axis.",
+}
+# the call as a user writes it, the pattern, options of the picture
+SHOWN: list[tuple[str, Any, dict[str, int]]] = [
+    ("full()", patterns.full(), {}),
+    ("window(7)", patterns.window(7), {}),
+    ("window(7, shift=3)", patterns.window(7, shift=3), {}),
+    ("blocks((14, 4))", patterns.blocks((14, 4)), {}),
+    ("neighborhood(7)", patterns.neighborhood(7), {}),
+    ("neighborhood(7, dilation=3)", patterns.neighborhood(7, dilation=3), {}),
+    ("neighborhood(7, stride=4)", patterns.neighborhood(7, stride=4), {}),
+    ("neighborhood(7, causal=True)", patterns.neighborhood(7, causal=True), {}),
+    ("dilated(5, 2)", patterns.dilated(5, 2), {}),
+    ("dilated_blocks(4, 3)", patterns.dilated_blocks(4, 3), {}),
+    ("grid(7)", patterns.grid(7), {}),
+    ('axial("x")', patterns.axial("x"), {}),
+    ('strip("y", 4)', patterns.strip("y", 4), {}),
+    ("cross(4)", patterns.cross(4), {}),
+    ("causal()", patterns.causal(), {}),
+    ("band(2, 5)", patterns.band(2, 5), {}),
+    ("per_head([window(7), grid(7)])", patterns.per_head([patterns.window(7), patterns.grid(7)]), {"heads": 4, "head": 3}),
+]
+
+HEAD = """# The library of patterns
+
+Written by `python docs/make_patterns.py`. Each picture shows the keys (blue) of one query (red) on a {grid} grid; *share* is what
+the pattern allows of the dense score elements there, *strategy* is how it runs (`attnc.explain(p, grid=...)` says why, axis by
+axis). Every pattern works on a grid of any rank unless it names an axis. Sizes are an int, or one per axis; sizes that do not
+divide the grid are legal and mean what the formula says, and `pad="multiple"` turns the missing rows into real, virtual keys.
+
+`bias="relative"` (where a pattern takes it) adds a runtime table `bias` `[H or 1, 2s-1, ...]` at query - key + s - 1, in units of
+the dilation; `bias="absolute"` a table `[H or 1, s*s, s*s]` at the places of query and key in their group.
+
+| pattern | meaning | strategy | share | keys of a query |
+|---|---|---|---|---|
+"""
+
+TAIL = """
+## Mechanisms
+
+| mechanism | meaning |
+|---|---|
+| `channel()` | {channel} |
+
+A pattern is a function of two points, so what is missing here is usually a few lines of your own: see [language.md](language.md).
+"""
+
+
+def sentence(text: str) -> str:
+    """The first sentence of a docstring, on one line."""
+    line = " ".join(text.split("\n\n", maxsplit=1)[0].split())
+    return re.split(r"(?<!al)(?<=\.) ", line)[0].replace("|", "\\|")
+
+
+def row(call: str, p: attnc.Pattern, options: dict[str, int]) -> str:
+    """One line of the table, and its picture."""
+    name = call.split("(", maxsplit=1)[0]
+    slug = re.sub(r"\W+", "_", call).strip("_")
+    thumbnail(p, grid=GRID, query=QUERY, path=HERE / "img" / f"{slug}.png", **options)
+    s = subject(p, grid=GRID, heads=options.get("heads", 1))
+    allowed = s.allowed()
+    assert allowed is not None
+    share = f"{100 * allowed / s.dense():.1f} %"
+    meaning = MEANINGS.get(call) or sentence(inspect.getdoc(getattr(patterns, name)) or "")
+    return f"| `{call}` | {meaning} | {s.strategy} | {share} | ![{call}](img/{slug}.png) |\n"
+
+
+def main() -> None:
+    (HERE / "img").mkdir(exist_ok=True)
+    rows = "".join(row(*each) for each in SHOWN)
+    channel = sentence(inspect.getdoc(patterns.channel) or "")
+    text = HEAD.format(grid="x".join(map(str, GRID))) + rows + TAIL.format(channel=channel)
+    (HERE / "patterns.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
