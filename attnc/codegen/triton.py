@@ -11,15 +11,13 @@ import textwrap
 from attnc import ir
 from attnc.analysis.structure import analyse
 from attnc.codegen.triton_host import Host
-from attnc.codegen.triton_kernels import Kernel, Module
+from attnc.codegen.triton_kernels import Kernel, Module, can_fuse
 from attnc.codegen.triton_plan import Spec, check, dense_spec, tile_text
-from attnc.codegen.triton_tables import delta_kernel, table_kernel
+from attnc.codegen.triton_tables import table_kernel
 from attnc.schedule.geometry import geometry
 from attnc.schedule.tiles import Tiles, issued, tiles
 
 HEAD = '''\
-from __future__ import annotations
-
 import math
 import os
 
@@ -56,12 +54,14 @@ def make_spec(
 
 def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str = "") -> str:
     """The module's text."""
-    module = Module()
-    t = spec.tiles
-    forward, dq = Kernel(spec, "forward", t.forward, module), Kernel(spec, "backward_dq", t.dq, module)
-    kernels, extra = [forward, dq, Kernel(spec, "backward_dkv", t.dkv, module)], []
-    if spec.learned and dq.registers:
-        extra.append(table_kernel(spec, dq, module))
+    module, t, extra = Module(), spec.tiles, []
+    kernels = [Kernel(spec, "forward", t.forward, module)]
+    fused = can_fuse(spec, t.dq, module)
+    if not fused:
+        kernels.append(Kernel(spec, "backward_dq", t.dq, module))
+    kernels.append(Kernel(spec, "backward_dkv", t.dq if fused else t.dkv, module, fused=fused))
+    if spec.learned and kernels[1].registers:
+        extra.append(table_kernel(spec, kernels[1], module))
     elif spec.learned:
         kernels.append(Kernel(spec, "backward_table", t.dq, module))
     flat: list[Kernel] = []
@@ -72,10 +72,15 @@ def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str
         if spec.program.keys.prefix:
             flat.append(Kernel(dense, "backward_dkv", t.flat, module, "prefix_"))
     host = Host(spec, kernels, flat)
-    parts = [docstring(spec, heads, dtype, target), HEAD]
+    grids = ""
+    if spec.geometry is not None:
+        grids = f"GRID = {spec.geometry.q_grid!r}\n"
+        if not spec.program.same_grid:
+            grids += f"KV_GRID = {spec.geometry.k_grid!r}\n"
+    parts = [docstring(spec, heads, dtype, target) + "\n\n" + HEAD + grids]
     parts += module.functions.values()
     parts += [k.text(static=spec.geometry is not None) for k in kernels]
-    parts += [delta_kernel(spec), *extra]
+    parts += extra
     parts += [k.text(static=False) for k in flat]
     parts.append(host.text())
     return "\n\n".join(p.strip("\n") + "\n" for p in parts)
@@ -97,8 +102,10 @@ def docstring(spec: Spec, heads: int | None, dtype: str, target: str) -> str:
     forms = ", ".join(f"{n}: {f.kind}" for n, f in zip(spec.axes, spec.structure.axes, strict=True))
     lines.append(f"strategy: {spec.structure.strategy} ({forms})")
     t = spec.tiles
+    shown: dict[str, list[str]] = {}
     for name, tile in (("forward", t.forward), ("dq", t.dq), ("dk, dv", t.dkv)):
-        lines.append(f"tile:     {name}: {tile_text(tile)}, {tile.warps} warp{'s' if tile.warps > 1 else ''}")
+        shown.setdefault(f"{tile_text(tile)}, {tile.warps} warp{'s' if tile.warps > 1 else ''}", []).append(name)
+    lines += [f"tile:     {', '.join(names)}: {text}" for text, names in shown.items()]
     if g is not None and not any(n.op in ("load", "batch") for n in ir.walk(spec.structure.residual)):
         most = heads or 1
         allowed = g.allowed(most)

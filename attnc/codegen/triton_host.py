@@ -11,21 +11,13 @@ from attnc.analysis.evaluate import evaluate
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec, lanes
-from attnc.codegen.triton_tables import DELTA_ROWS
 from attnc.schedule.geometry import Geometry
 
 STRIDES = '''\
 def strides(t, grid):
     """Element strides: batch, head, one per axis, channel; of [B, H, N, D] or [B, H, *grid, D]."""
-    if t.dim() == len(grid) + 3:
-        return t.stride()
-    batch, head, token, channel = t.stride()
-    return (batch, head, *(token * math.prod(grid[i + 1 :]) for i in range(len(grid))), channel)
-'''
-FLAT_STRIDES = '''\
-def strides(t, grid):
-    """Element strides: batch, head, token, channel; of [B, H, N, D]."""
-    return t.stride()
+    s, axes = t.stride(), range(len(grid))
+    return s if t.dim() == len(grid) + 3 else (*s[:2], *(s[2] * math.prod(grid[i + 1 :]) for i in axes), s[3])
 '''
 LIKE = '''\
 def like(t, channels):
@@ -102,44 +94,50 @@ class Host:
 
     def value(self, name: str, k: Kernel) -> str:
         """Host expression of a kernel argument."""
-        grid = "kv_grid" if not self.spec.program.same_grid else "grid"
-        tensors = {"q": "q", "k": "k", "v": "v", "o": "out", "g": "grad_out", "dq": "dq", "dk": "dk", "dv": "dv"}
+        tensors = {"Q": "q", "K": "k", "V": "v", "O": "out", "G": "grad_out", "DQ": "dq", "DK": "dk", "DV": "dv"}
         prefix = k.prefix != ""
-        if name.lower() in tensors and name not in ("N",):
-            t = tensors[name.lower()]
+        if name in tensors:
+            t = tensors[name]
+            if k.fused and t in ("dk", "dv"):
+                return f"{t}_heads"
             if not self.spec.prefix:
                 return t
-            rows = {"forward": ("q", "o"), "backward_dq": ("q", "g", "dq"), "backward_dkv": ("k", "v", "dk", "dv")}.get(k.kind, ())
-            return self.part(t, "all" if prefix and name.lower() not in rows else "prefix" if prefix else "grid")
+            mine = k.side == ("k" if t in ("k", "v", "dk", "dv") else "q")
+            return self.part(t, "grid" if not prefix else "prefix" if mine else "all")
+        if name == "st":
+            shown = [tensors[t.upper()] for t in k.tensors]
+            if k.fused:
+                shown = [f"{t}_heads" if t in ("dk", "dv") else t for t in shown]
+            if prefix or (self.spec.program.same_grid and not self.spec.prefix and self.rank_one):
+                return f"tuple(t.stride() for t in ({', '.join(shown)}))"
+            if self.spec.program.same_grid:
+                return f"tuple(strides(t, grid) for t in ({', '.join(shown)}))"
+            each = (f"strides({t}, {'kv_grid' if t in ('k', 'v', 'dk', 'dv') else 'grid'})" for t in shown)
+            return f"({', '.join(each)})"
+        if name == "pst":
+            columns = ("q", "grad_out") if k.side == "k" else ("k", "v")
+            return f"({', '.join(f'{t}.stride()' for t in columns)})"
+        if name in ("Kp", "Vp", "Qp", "Gp"):
+            return self.part(tensors[name[0]], "prefix")
         if name.endswith("_st"):
             stem = name.removesuffix("_st")
-            if stem in tensors:
-                side = grid if stem in ("k", "v", "dk", "dv") else "grid"
-                return f"{tensors[stem]}.stride()" if prefix else f"strides({tensors[stem]}, {side})"
-            if stem.endswith("p") and stem[:-1] in tensors:
-                return f"{tensors[stem[:-1]]}.stride()"
-            if stem.startswith("d_"):
-                return f"table_strides({stem})"
-            return f"table_strides(tables[{stem!r}])"
-        if name in ("Kp", "Vp", "Qp", "Gp"):
-            return self.part(tensors[name[0].lower()], "prefix")
+            return f"table_strides({stem})" if stem.startswith("d_") else f'table_strides(tables["{stem}"])'
         if name.endswith("_table"):
-            return f"tables[{name.removesuffix('_table')!r}]"
-        if self.spec.prefix and name in ("Lse", "Lse2", "Delta"):
-            low = name.lower()
-            if not prefix:
-                return f"{low}[:, :, {self.spec.program.queries.prefix}:]"
-            return low
+            return 'tables["' + name.removesuffix("_table") + '"]'
+        if self.spec.prefix and name in ("Lse", "Lse2", "Delta", "GLse"):
+            low, n = name.lower(), self.spec.program.queries.prefix
+            if name == "GLse":
+                return f"None if grad_lse is None else grad_lse[:, :, {n}:]" if n and not prefix else "grad_lse"
+            return f"{low}[:, :, {n}:]" if n and not prefix else low
         if name == "P":
             return str(self.spec.program.keys.prefix if k.side == "q" else self.spec.program.queries.prefix)
         if prefix and name == "NX":
             return str(self.spec.program.queries.prefix) if k.side == "q" else "q.shape[2]"
         if prefix and name == "MX":
             return "k.shape[2]" if k.side == "q" else str(self.spec.program.keys.prefix)
-        return {
-            "Lse": "lse", "Lse2": "lse2", "Delta": "delta", "c": "scale * math.log2(math.e)", "GROUP": "H // HK", "PRECISION": "precision()",
-            "PER": f"{k.tile.batch}", "Size": "size", "Unit": "unit", "DPad_k": "dpad_k", "DPad_v": "dpad_v",
-        }.get(name, name.lower() if name.startswith("Partial") else name)
+        known = {"GLse": "grad_lse", "c": "scale * math.log2(math.e)", "GROUP": "H // HK", "PRECISION": "precision()"}
+        lower = ("Lse", "Lse2", "Delta", "Size", "Unit", "Partial", "DPad_k", "DPad_v")
+        return known.get(name, "per" if name == "PER" else name.lower() if name in lower else name)
 
     def part(self, t: str, which: str) -> str:
         """A tensor's rows: all, prefix tokens, or the grid."""
@@ -152,29 +150,27 @@ class Host:
     def launch(self, k: Kernel) -> list[str]:
         """Lines that launch a kernel."""
         heads = "HK" if k.side == "k" else "H"
-        batch = f"triton.cdiv(B, {k.tile.batch})" if k.batched else "B"
+        batch = "triton.cdiv(B, per)" if k.batched else "B"
         parts = f"parts = {self.parts(k)}"
         if k.prefix:
             length = self.spec.program.queries.prefix if k.side == "q" else self.spec.program.keys.prefix
-            parts = f"parts = ({-(-length // k.tile.rows[0])},)"
+            parts = f"parts = ({-(-length // k.tile_choice.rows[0])},)"
         values = [self.value(a, k) for a, _ in k.arguments()]
         call = f"{k.name}[(math.prod(parts), {heads}, {batch})]("
-        body = textwrap.wrap(", ".join(values) + f", num_warps={k.tile.warps}, num_stages={k.tile.stages},", 96, break_long_words=False)
-        return [parts, call, *[f"    {line}" for line in body], ")"]
+        body = textwrap.wrap(", ".join(values) + f", num_warps={k.tile_choice.warps}, num_stages={k.tile_choice.stages},", 106, break_long_words=False)
+        per = self.per(k) if k.batched and not (self.spec.learned and k.fused) else []
+        return [*per, parts, call, *[f"    {line}" for line in body], ")"]
 
     # ---------------------------------------------------------------------------------------------------------------- functions
     def text(self) -> str:
         """All functions."""
         parts = []
         spec = self.spec
-        g = spec.geometry
-        if g is not None:
-            lines = [f"GRID = {g.q_grid!r}"]
-            if not spec.program.same_grid:
-                lines.append(f"KV_GRID = {g.k_grid!r}")
-            parts.append("\n".join(lines))
-        parts.append(FLAT_STRIDES if self.rank_one else STRIDES)
-        parts += [LIKE, PRECISION]
+        if not self.rank_one:
+            parts.append(STRIDES)
+        if spec.head_dim != spec.value_dim:
+            parts.append(LIKE)
+        parts.append(PRECISION)
         if self.tables or self.pads:
             parts.append(TABLE_STRIDES)
         parts += [self.forward(), self.backward(), self.function(), self.attention()]
@@ -190,8 +186,12 @@ class Host:
 
     def common(self) -> list[str]:
         """Lines that both directions begin with."""
-        out = ["B, H, HK, N = q.shape[0], q.shape[1], k.shape[1], math.prod(q.shape[2:-1])"]
-        out += self.sizes()
+        first = "B, H, HK, N = q.shape[0], q.shape[1], k.shape[1], math.prod(q.shape[2:-1])"
+        sizes = self.sizes()
+        if len(sizes) == 1 and sizes[0].endswith(" = grid"):  # one line for all names
+            left, right = first.split(" = ")
+            first, sizes = f"{left}, ({sizes[0].removesuffix(' = grid')}) = {right}, grid", []
+        out = [first, *sizes]
         if self.rank_one and not self.spec.prefix:
             out.append("q, k, v = (t.flatten(2, -2) for t in (q, k, v))")
         return out
@@ -200,11 +200,11 @@ class Host:
         out = [f"def run_forward({self.signature('q, k, v, tables, scale')}):"]
         body = ['"""out, and lse (natural log, float32 [B, H, N], -inf for a row without keys)."""']
         shape = self.rank_one and not self.spec.prefix
-        body += [f"out = like(q, {self.spec.value_dim})"] if not shape else [f"shaped = out = like(q, {self.spec.value_dim})"]
+        body += [f"out = {self.empty('q', self.spec.value_dim)}"] if not shape else [f"shaped = out = {self.empty('q', self.spec.value_dim)}"]
         body += self.common()
         if shape:
             body.append("out = out.view(B, H, N, -1) if out.dim() == 4 else out.flatten(2, -2)")
-        body.append("lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)")
+        body.append("lse = torch.empty(B, H, N, device=q.device)")
         body += self.launch(self.kernels["forward"])
         if "forward" in self.flat:
             body += self.launch(self.flat["forward"])
@@ -212,71 +212,85 @@ class Host:
         return "\n".join(out + [f"    {line}" for line in body])
 
     def backward(self) -> str:
-        spec = self.spec
+        """The function that launches the backward kernels."""
+        spec, device = self.spec, "device=q.device"
         out = [f"def run_backward({self.signature('q, k, v, out, lse, grad_out, grad_lse, tables, scale')}):"]
-        body = ['"""Gradients of q, k, v and of the tables by name; grad_lse may be None."""']
+        body = ['"""Gradients of q, k, v and of the tables by name; grad_lse is contiguous or None."""']
         shape = self.rank_one and not spec.prefix
-        if shape:
-            body.append(f"gradients = dq, dk, dv = like(q, {spec.head_dim}), like(k, {spec.head_dim}), like(v, {spec.value_dim})")
-        else:
-            body.append(f"dq, dk, dv = like(q, {spec.head_dim}), like(k, {spec.head_dim}), like(v, {spec.value_dim})")
+        fresh = ", ".join(self.empty(t, d) for t, d in (("q", spec.head_dim), ("k", spec.head_dim), ("v", spec.value_dim)))
+        body.append(f"{'gradients = ' if shape else ''}dq, dk, dv = {fresh}")
         body += self.common()
         if shape:
             body.append("out, grad_out, dq, dk, dv = (t.flatten(2, -2) for t in (out, grad_out, dq, dk, dv))")
-        body.append("delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
-        body.append("grad_lse = None if grad_lse is None else grad_lse.contiguous()")
-        lengths = [] if spec.prefix else [s.real_queries for s in spec.names]
-        st = (lambda t: f"{t}.stride()") if spec.prefix else (lambda t: f"strides({t}, grid)")
-        extra = "".join(f", {n}" for n in lengths)
-        body.append(f"backward_delta[(triton.cdiv(N, {DELTA_ROWS}), H, B)](")
-        body.append(f"    out, grad_out, lse, grad_lse, delta, lse2, {st('out')}, {st('grad_out')}, H, N{extra},")
-        body.append(")")
-        dq = self.kernels["backward_dq"]
-        device = "device=q.device"
+        fused = self.kernels["backward_dkv"].fused
+        dq = self.kernels["backward_dkv" if fused else "backward_dq"]
         if spec.learned:
-            programs = f"(triton.cdiv(B, {dq.tile.batch}), H, math.prod({self.parts(dq)})" if dq.batched else f"(B, H, math.prod({self.parts(dq)})"
-            if dq.registers:
-                body.append(f"partial_0 = torch.empty({programs}, {dq.bm * dq.bn}), {device})")
-            else:
-                body.append(f"size = torch.empty({programs}), {device})")
-        body += self.launch(dq)
-        if "backward_dq" in self.flat:
-            body += self.launch(self.flat["backward_dq"])
-        dkv = self.kernels["backward_dkv"]
-        if spec.padded:
-            body.append(f"programs = (B, HK, math.prod({self.parts(dkv)}))")
-            body.append(f"dpad_k, dpad_v = (torch.empty(*programs, n, {device}) for n in ({spec.head_dim}, {spec.value_dim}))")
-        body += self.launch(dkv)
-        if "backward_dkv" in self.flat:
-            body += self.launch(self.flat["backward_dkv"])
-        body.append("found = {}")
+            batch = "triton.cdiv(B, per)" if dq.batched else "B"
+            if dq.batched:
+                body += self.per(dq)
+            name, last = ("partial", f", {dq.bm * dq.bn}") if dq.registers else ("size", "")
+            body.append(f"{name} = torch.empty({batch}, H, math.prod({self.parts(dq)}){last}, {device})")
+        if fused:
+            body.append("# where query heads share a key head, each writes its own share first")
+            body.append("dk_heads, dv_heads = dk, dv")
+            with_heads = "torch.empty(B, H, *t.shape[2:], dtype=torch.float32, device=q.device)"
+            body += ["if H != HK:", f"    dk_heads, dv_heads = ({with_heads} for t in (dk, dv))"]
+            body += self.launch(dq)
+            body += ["if H != HK:", "    for t, heads in ((dk, dk_heads), (dv, dv_heads)):"]
+            body.append("        t.copy_(heads.unflatten(1, (HK, H // HK)).sum(2))")
+        else:
+            body.append("delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
+            body += self.launch(dq)
+            if "backward_dq" in self.flat:
+                body += self.launch(self.flat["backward_dq"])
+            dkv = self.kernels["backward_dkv"]
+            if spec.padded:
+                body.append(f"programs = (B, HK, math.prod({self.parts(dkv)}))")
+                body.append(f"dpad_k, dpad_v = (torch.empty(*programs, n, {device}) for n in ({spec.head_dim}, {spec.value_dim}))")
+            body += self.launch(dkv)
+            if "backward_dkv" in self.flat:
+                body += self.launch(self.flat["backward_dkv"])
+        found = "found"
+        if spec.learned or spec.padded:
+            body.append("found = {}")
+        else:
+            found = "{}"
         if spec.learned:
             body += self.register_tables(dq) if dq.registers else self.atomic_tables()
         if spec.padded:
-            body.append("for name, part in ((\"pad_k\", dpad_k), (\"pad_v\", dpad_v)):")
+            body.append('for name, part in (("pad_k", dpad_k), ("pad_v", dpad_v)):')
             body.append("    found[name] = part.sum((0, 2)).sum_to_size(tables[name].shape)")
-        body.append("return *gradients, found" if shape else "return dq, dk, dv, found")
+        body.append(f"return *gradients, {found}" if shape else f"return dq, dk, dv, {found}")
         return "\n".join(out + [f"    {line}" for line in body])
+
+    def per(self, k: Kernel) -> list[str]:
+        """How many batch items one program walks: several where that leaves programs enough."""
+        return [f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // 1024))  # batch items of one program"]
+
+    def empty(self, t: str, dim: int) -> str:
+        """A new tensor in the memory order of t."""
+        have = self.spec.value_dim if t == "v" else self.spec.head_dim
+        return f"torch.empty_like({t})" if have == dim else f"like({t}, {dim})"
 
     def register_tables(self, dq: Kernel) -> list[str]:
         (n,) = self.spec.learned
         name = n.args[0]
         sizes = [a for a in table_arguments(self.spec, dq)]
         head = next((d for d, e in enumerate(n.children) if e == ir.HEAD), None)
-        shape = f"tables[{name!r}].shape"
+        shape = f'tables["{name}"].shape'
         out = [f"shape = {shape}"]
         kept = "shape" if head is None else f"(*shape[:{head}], *shape[{head + 1}:])" if head else "shape[1:]"
         out.append(f"grad = torch.empty(H, *{kept}, {'device=q.device'})" if kept != "shape" else "grad = torch.empty(H, *shape, device=q.device)")
-        st = "table_strides(grad[0])" if head is None else f"(*table_strides(grad[0])[:{head}], 0, *table_strides(grad[0])[{head}:])"
+        st = "table_strides(grad[0])" if head is None else ("(0, *table_strides(grad[0]))" if not head else f"(*table_strides(grad[0])[:{head}], 0, *table_strides(grad[0])[{head}:])")
         out.append("entries = grad[0].numel()")
         out.append("backward_table[(triton.cdiv(entries, 32), H)](")
-        out.append(f"    partial_0.sum((0, 2)), grad, {st}, entries{''.join(f', {s}' for s in sizes)},")
+        out.append(f"    partial.sum((0, 2)), grad, {st}, entries{''.join(f', {s}' for s in sizes)},")
         out.append(")")
         if head is None:
-            out.append(f"found[{name!r}] = grad.sum(0)")
+            out.append(f"found[\"{name}\"] = grad.sum(0)")
         else:
             moved = "grad" if head == 0 else f"grad.movedim(0, {head})"
-            out.append(f"found[{name!r}] = {moved}.sum_to_size(shape)")
+            out.append(f"found[\"{name}\"] = {moved}.sum_to_size(shape)")
         return out
 
     def atomic_tables(self) -> list[str]:
@@ -285,36 +299,35 @@ class Host:
         out = ["# integers add up to the same sum in any order; `size` bounds what one entry can collect"]
         out.append("unit = 2.0**61 / size.sum().clamp(min=1e-30)")
         for name in names:
-            out.append(f"d_{name} = torch.zeros(tables[{name!r}].shape, dtype=torch.int64, device=q.device)")
+            out.append(f"d_{name} = torch.zeros(tables[\"{name}\"].shape, dtype=torch.int64, device=q.device)")
         out += self.launch(self.kernels["backward_table"])
-        out += [f"found[{name!r}] = (d_{name}.double() / unit).float()" for name in names]
+        out += [f"found[\"{name}\"] = (d_{name}.double() / unit).float()" for name in names]
         return out
 
     def function(self) -> str:
-        known = self.spec.geometry is not None
-        grids = [] if known else ["grid"] + ([] if self.spec.program.same_grid else ["kv_grid"])
-        extra = "".join(f", {g}" for g in grids)
-        args = f"ctx, q, k, v, scale{extra}, names, *tables"
-        none = ", ".join(["None"] * (2 + len(grids)))
-        grids_tuple = f"({', '.join(grids)}{',' if len(grids) == 1 else ''})"
-        pieces = f"*{grids_tuple}" if grids else ""
-        sep = ", " if pieces else ""
+        """The autograd function."""
+        grids = [] if self.spec.geometry is not None else ["grid"] + ([] if self.spec.program.same_grid else ["kv_grid"])
+        names = [*self.tables, *self.pads]
+        rest = ["scale", *grids]
+        args = "".join(f", {x}" for x in (*rest, *names))
+        named = f"dict({', '.join(f'{n}={n}' for n in names)})"
+        tail = "".join(f", {g}" for g in grids)
+        gradients = "".join(f", found.get(\"{n}\")" for n in names)
+        saved = "".join(f", {n}" for n in names)
         return f'''\
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward({args}):
-        out, lse = run_forward(q, k, v, dict(zip(names, tables)), scale{sep}{pieces})
-        ctx.save_for_backward(q, k, v, out, lse, *tables)
-        ctx.rest = scale, names{f", {grids_tuple}" if grids else ""}
+    def forward(ctx, q, k, v{args}):
+        out, lse = run_forward(q, k, v, {named}, scale{tail})
+        ctx.save_for_backward(q, k, v, out, lse{saved})
+        ctx.rest = ({', '.join(rest)},)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        (q, k, v, out, lse, *tables), (scale, names{", grids" if grids else ""}) = ctx.saved_tensors, ctx.rest
-        named = dict(zip(names, tables))
-        dq, dk, dv, found = run_backward(q, k, v, out, lse, grad_out, None, named, scale{", *grids" if grids else ""})
-        gradients = (found[n].to(t.dtype) if n in found else None for n, t in named.items())
-        return dq, dk, dv, {none}, *gradients
+        q, k, v, out, lse{saved} = ctx.saved_tensors
+        dq, dk, dv, {'found' if names else '_'} = run_backward(q, k, v, out, lse, grad_out, None, {named}, *ctx.rest)
+        return dq, dk, dv, {', '.join(['None'] * len(rest))}{gradients}
 '''
 
     def attention(self) -> str:
@@ -334,12 +347,11 @@ class _Attention(torch.autograd.Function):
         lines.append(f"    for name, t, n, width in ((\"q\", q, {n_q}, {d}), (\"k\", k, {n_k}, {d}), (\"v\", v, {n_k}, {dv})):")
         lines.append("        if t.dim() < 4 or math.prod(t.shape[2:-1]) != n or t.shape[-1] != width:")
         lines.append('            raise ValueError(f"{name} has shape {tuple(t.shape)}; this module wants [B, H, {n}, {width}]")')
-        lines.append("    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:")
-        lines.append('        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch or heads")')
+        lines.append("    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[0] > 65535:")
+        text = "q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one batch (at most 65535) and matching heads are wanted"
+        lines.append(f'        raise ValueError(f"{text}")')
         lines.append("    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):")
         lines.append('        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; this module wants one of float16, bfloat16, float32")')
-        lines.append("    if q.shape[0] > 65535:")
-        lines.append('        raise ValueError(f"batch {q.shape[0]} is more than one launch holds (65535); split it")')
         lines.append(f"    scale = {d} ** -0.5 if scale is None else float(scale)")
         if spec.plain and spec.bias is not None:
             lines.append("    if not scale > 0:")
@@ -351,10 +363,8 @@ class _Attention(torch.autograd.Function):
             lines.append(f"        {name} = q.new_zeros(k.shape[1], {width})")
             lines.append(f"    if {name}.dim() != 2 or {name}.shape[0] not in (1, k.shape[1]) or {name}.shape[1] != {width}:")
             lines.append(f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [HK or 1, {width}]")')
-        names = [*self.tables, *self.pads]
-        tuple_text = f"({', '.join(repr(n) for n in names)}{',' if len(names) == 1 else ''})"
-        rest = "".join(f", {n}" for n in names)
-        lines.append(f"    return _Attention.apply(q, k, v, scale{''.join(f', {x}' for x in grids)}, {tuple_text}{rest})")
+        rest = "".join(f", {n}" for n in (*grids, *self.tables, *self.pads))
+        lines.append(f"    return _Attention.apply(q, k, v, scale{rest})")
         return "\n".join(lines)
 
     def table_checks(self, name: str) -> list[str]:

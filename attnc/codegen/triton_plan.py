@@ -181,7 +181,7 @@ class AxisPlan:
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
 
 
-def _symmetric(form: AxisForm) -> bool:
+def symmetric(form: AxisForm) -> bool:
     """Queries of a key are the keys of a query: the same blocks seen from the other side."""
     if form.inverse_lo is None or form.inverse_hi is None:
         return False
@@ -215,7 +215,7 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
         return AxisPlan(axis, name, rows, chunk, form.split, lo, hi, columns, w.one_box, w.exact, w.most <= 1, w.overruns,
                         w.full > 0, w.partial > 0 and not w.exact, begin, w.one_box and group)
     block = int(form.block.args[0]) if form.block is not None and form.block.op == "const" else 0
-    same = side == "q" or _symmetric(form)
+    same = side == "q" or symmetric(form)
     inside = bool(block) and block % rows == 0 and same
     whole = spec.padded and side == "k"  # columns are cut to the real queries
     one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside)
@@ -323,4 +323,4 @@ def tile_invariant(spec: Spec, plans: tuple[AxisPlan, ...]) -> bool:
     return True
 
 
-__all__ = ["J", "R", "AxisPlan", "Spec", "check", "dense_spec", "lanes", "order", "plan_axis", "tile_invariant", "terms", "tile_text", "whole_groups"]
+__all__ = ["J", "R", "AxisPlan", "Spec", "check", "dense_spec", "lanes", "order", "plan_axis", "symmetric", "tile_invariant", "terms", "tile_text", "whole_groups"]

@@ -1,47 +1,11 @@
-"""Helper kernels of the backward pass: delta, and the second stage of table gradients."""
+"""The second stage of table gradients: from one summed tile per head to the table."""
 
 from __future__ import annotations
 
 from attnc import ir
 from attnc.codegen import triton_expr
-from attnc.codegen.triton_kernels import Kernel, Module, used
-from attnc.codegen.triton_plan import AxisPlan, Spec, lanes
-
-DELTA_ROWS = 64
-
-
-def delta_kernel(spec: Spec) -> str:
-    """rowsum(out * grad_out) - grad_lse, and the LSE in base 2; over all tokens, prefix tokens included."""
-    lengths = ["N"] if spec.prefix else [s.real_queries for s in spec.names]
-    at, lines = "at", []
-    for i in range(len(lengths) - 1, -1, -1):
-        part = at
-        lines.append((i, f"{part} % {lengths[i]}" if i else part))
-        at = f"{at} // {lengths[i]}"
-    offset = {t: " + ".join(f"({text}) * {t}_st[{i + 2}]" for i, text in sorted(lines)) for t in ("o", "g")}
-    last, dim = len(lengths) + 2, spec.value_dim
-    more = "" if lanes(dim) == dim else f" & (e < {dim})[None, :]"
-    sizes = [n for n in dict.fromkeys(lengths) if n != "N"]
-    params = ", ".join(["O", "G", "Lse", "GLse", "Delta", "Lse2", "o_st", "g_st", "H", "N", *sizes])
-    return f'''\
-@triton.jit
-def backward_delta({params}):
-    """delta = rowsum(out * grad_out) - grad_lse per row, and the LSE in base 2 (0 for a row without keys)."""
-    at, e = tl.program_id(0) * {DELTA_ROWS} + tl.arange(0, {DELTA_ROWS}), tl.arange(0, {lanes(dim)})
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    live = at < N
-    o_at = ({offset["o"]}).to(tl.int64)[:, None] + e[None, :] * o_st[{last}]
-    g_at = ({offset["g"]}).to(tl.int64)[:, None] + e[None, :] * g_st[{last}]
-    o = read(O + (b * o_st[0] + h * o_st[1]) + o_at, live[:, None]{more})
-    g = read(G + (b * g_st[0] + h * g_st[1]) + g_at, live[:, None]{more})
-    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
-    token = (b * H + h) * N + at
-    if GLse is not None:
-        delta -= tl.load(GLse + token, mask=live, other=0.0)
-    lse = tl.load(Lse + token, mask=live, other=0.0)
-    tl.store(Delta + token, delta, mask=live)
-    tl.store(Lse2 + token, tl.where(lse > float("-inf"), lse * LOG2E, 0.0), mask=live)
-'''
+from attnc.codegen.triton_kernels import Kernel, Module, mentions
+from attnc.codegen.triton_plan import AxisPlan, Spec
 
 
 def _table_lines(spec: Spec, dq: Kernel, module: Module) -> tuple[list[str], list[str], list[str], list[str]]:
@@ -74,7 +38,7 @@ def _table_lines(spec: Spec, dq: Kernel, module: Module) -> tuple[list[str], lis
 def table_sizes(spec: Spec, dq: Kernel) -> list[str]:
     """Sizes that the table kernel takes, in its order."""
     spoken = " ".join(line for lines in _table_lines(spec, dq, Module()) for line in lines)
-    return [s for s in dict.fromkeys(spec.size_names.values()) if used(s, spoken)]
+    return [s for s in dict.fromkeys(spec.size_names.values()) if mentions(s, spoken)]
 
 
 def table_kernel(spec: Spec, dq: Kernel, module: Module) -> str:

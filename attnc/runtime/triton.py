@@ -106,6 +106,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """See runtime.call.Call."""
     module, grids = _prepare(call, q, v)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, found = module.run_backward(q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids)
     return dq, dk, dv, found
 

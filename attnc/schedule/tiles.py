@@ -64,6 +64,7 @@ class Walk:
     most: int  # chunks of one program at most
     full: int  # chunks in which every row sees every column
     partial: int
+    left: int  # of these, the ones before the first full chunk
     overruns: bool  # some chunk reaches beyond the axis even after it is moved back inside
     exact: bool  # chunks never hold a column outside the rows' common interval
     one_box: bool  # the rows of a tile always share one interval
@@ -126,6 +127,7 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
         most=int(steps.max(initial=0)),
         full=int(full.sum()),
         partial=int((steps - full).sum()),
+        left=int(skip.sum()),
         overruns=bool((moved + np.maximum(steps, 1) * chunk > count).any()),
         exact=exact,
         one_box=same,
@@ -209,7 +211,7 @@ def choose(g: Geometry, width: int, side: Side = "q", itemsize: int = 2) -> Tile
         rows = [t for t in _powers(most) if t < 2 * length]
         if axis.block:
             rows += [t for t in range(1, min(axis.block, most) + 1) if axis.block % t == 0]
-        chunk = [c for c in _powers(most) if c < 2 * max(span, 1) + 2 * max(rows)]
+        chunk = [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]
         per_axis.append((sorted(set(rows)), chunk))
     best: tuple[float, Tile] | None = None
     for rows_ in itertools.product(*[r for r, _ in per_axis]):

@@ -1,0 +1,422 @@
+"""Prints where a program's rows and columns lie: device functions for tiles, interval ends, row pointers and masks.
+
+Names in the printed text: `y0, x0` are a tile's origin, `ya` and `yb` its first and last row, `cy, cx` a chunk's origin, `y_from, y_to`
+the box of columns the tile sees; all are indices inside the residue class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from attnc import ir
+from attnc.analysis.forms import J, R
+from attnc.codegen import triton_expr
+from attnc.codegen.triton_plan import AxisPlan, Spec
+from attnc.schedule.tiles import Side
+
+INF = 'float("-inf")'
+
+
+@dataclass
+class Module:
+    """Small device functions that a module's kernels share, each printed once."""
+
+    functions: dict[str, str] = field(default_factory=dict)
+
+    def use(self, stem: str, text: str, *others: str) -> str:
+        """A function whose text holds `@` for its name; one with the same text is shared, a different one gets another name."""
+        for known, have in self.functions.items():
+            if have == text.replace("@@", known):
+                return known
+        for name in (stem, *others, *(f"{stem}{i}" for i in range(2, 99))):
+            if name not in self.functions:
+                self.functions[name] = text.replace("@@", name)
+                return name
+        raise AssertionError(stem)
+
+    def scan(self, text: str) -> str:
+        """Note the helper functions that a printed expression calls."""
+        for name, source in triton_expr.FUNCTIONS.items():
+            if f"{name}(" in text:
+                self.functions.setdefault(name, source)
+        return text
+
+
+def mentions(name: str, body: str) -> bool:
+    """Whether printed text mentions a name."""
+    return re.search(rf"\b{re.escape(name)}\b", body) is not None
+
+
+class Shapes:
+    """The geometry half of a kernel printer: one side's rows, the other side's columns."""
+
+    def __init__(self, spec: Spec, side: Side, plans: tuple[AxisPlan, ...], bm: int, bn: int, module: Module) -> None:
+        self.spec, self.side, self.plans, self.bm, self.bn, self.module = spec, side, plans, bm, bn, module
+        self.other: Side = "q" if side == "k" else "k"
+        self.lines: list[str] = []
+        self.depth = 1
+        self.vector = all(p.one_box for p in plans)  # one interval for all rows: a mask is one row of columns
+        self.moves = any(p.start != ir.ZERO or p.split != ir.ONE or self.bound(p, side)[0] != "0" for p in plans)
+
+    # ------------------------------------------------------------------------------------------------------------------ writing
+    def put(self, *lines: str) -> None:
+        """Lines at the present depth."""
+        self.lines += ["    " * self.depth + line for line in lines]
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """An indented block."""
+        self.put(head)
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+    def expr(self, e: ir.Expr, names: dict[ir.Expr, str]) -> str:
+        """An index expression over sizes and the names given."""
+        return self.module.scan(triton_expr.text(e, {**self.spec.size_names, **names}))
+
+    # -------------------------------------------------------------------------------------------------------------- coordinates
+    @staticmethod
+    def residue(p: AxisPlan) -> str:
+        """The residue class's variable, or "0"."""
+        return "0" if p.split == ir.ONE else f"r{p.name}"
+
+    @staticmethod
+    def split(p: AxisPlan) -> str:
+        """The split as text; a variable where it is an expression of sizes."""
+        return str(p.split.args[0]) if p.split.op == "const" else f"split_{p.name}"
+
+    def times_split(self, what: str, p: AxisPlan) -> str:
+        """An index inside the class as a distance on the axis."""
+        if p.split == ir.ONE or what == "0":
+            return what
+        return f"({what}) * {self.split(p)}" if " " in what else f"{what} * {self.split(p)}"
+
+    def coordinate(self, what: str, p: AxisPlan, side: Side, *, real: bool = False) -> str:
+        """Extended coordinate (or position on the real axis) of an index inside the class."""
+        out = self.times_split(what, p) + ("" if p.split == ir.ONE else f" + {self.residue(p)}")
+        before = self.spec.before(p.axis, side)
+        return f"{out} - {before}" if real and before else out
+
+    def bound(self, p: AxisPlan, side: Side) -> tuple[str, str]:
+        """First index inside the class and the one past the last: real queries, all keys (virtual ones too)."""
+        sizes, before = self.spec.names[p.axis], self.spec.before(p.axis, side)
+        length = sizes.real_queries if side == "q" else sizes.keys
+        begin = side == "q" and before
+        if p.split == ir.ONE:
+            return (str(before), f"{length} + {before}") if begin else ("0", length)
+        m, r = self.split(p), self.residue(p)
+        less = f"{m} - 1" if p.split.op != "const" else str(p.split.args[0] - 1)
+        if begin:
+            return f"({before} - {r} + {less}) // {m}", f"({length} + {before} - {r} + {less}) // {m}"
+        return "0", f"({length} - {r} + {less}) // {m}"
+
+    def first(self, p: AxisPlan) -> str:
+        """The tile's first row."""
+        return f"{p.name}a" if self.moves else f"{p.name}0"
+
+    def row(self, p: AxisPlan) -> str:
+        """The tile's rows along an axis: a vector, or a scalar where there is one."""
+        return f"{self.side}{p.name}" if p.rows > 1 else self.first(p)
+
+    def digits(self) -> list[tuple[str, AxisPlan]]:
+        """How program_id(0) is read, slowest first: residues, then tiles."""
+        return [("class", p) for p in self.plans if p.split != ir.ONE] + [("tile", p) for p in self.plans]
+
+    # --------------------------------------------------------------------------------------------------------------------- tiles
+    def tile(self) -> None:
+        """Print the call of a function that locates a program's tile."""
+        digits, put = self.digits(), []
+        for p in self.plans:
+            if p.split.op != "const":
+                put.append(f"split_{p.name} = {self.expr(p.split, {})}")
+        put.append("pid, m = tl.program_id(0), tl.arange(0, BM)")
+        for n in range(len(digits) - 1, -1, -1):
+            what, p = digits[n]
+            digit = f"pid % parts[{n}]" if n else "pid"
+            if what == "class":
+                put.append(f"r{p.name} = {digit}")
+            else:
+                start, size = self.expr(p.start, {}), f"T{p.name.upper()}"
+                put.append(f"{p.name}0 = {digit} * {size}" if start == "0" else f"{p.name}0 = {start} + {digit} * {size}")
+            if n:
+                put.append(f"pid = pid // parts[{n}]")
+        if len(digits) <= 2 and all(what == "tile" for what, _ in digits):
+            at = ["tl.program_id(0)"] if len(digits) == 1 else ["pid // parts[1]", "pid % parts[1]"]
+            origins = []
+            for text, (_, p) in zip(at, digits, strict=True):
+                start, size = self.expr(p.start, {}), f"T{p.name.upper()}"
+                origins.append(f"{text} * {size}" if start == "0" else f"{start} + {text} * {size}")
+            put = ["pid, m = tl.program_id(0), tl.arange(0, BM)"] if len(digits) > 1 else ["m = tl.arange(0, BM)"]
+            put.append(f"{', '.join(f'{p.name}0' for _, p in digits)} = {', '.join(origins)}")
+        live: list[str] = []
+        ends, leads, inner = [], [], []
+        for i, p in enumerate(self.plans):
+            n, t, (first, beyond) = p.name, f"T{p.name.upper()}", self.bound(p, self.side)
+            ends.append((f"{n}b", f"tl.minimum({n}0 + {t}, {beyond}) - 1"))
+            after = " * ".join(f"T{q.name.upper()}" for q in self.plans[i + 1 :])
+            part = "m" if not after else f"m // {after}" if " " not in after else f"m // ({after})"
+            raw = f"{n}0 + {part}" + (f" % {t}" if i else "")
+            inside = f"tl.minimum({raw}, {n}b)"
+            if self.moves:
+                leads.append((f"{n}a", f"tl.minimum(tl.maximum({n}0, {first}), {n}b)"))
+                inside = f"tl.maximum({inside}, {n}a)"
+            inner.append((n, inside))
+            live.append(f"({n} == {raw})")
+        for named in (ends, leads, inner):
+            if named:
+                put.append(f"{', '.join(a for a, _ in named)} = {', '.join(b for _, b in named)}")
+        names = [p.name for p in self.plans]
+        back = [f"r{p.name}" for p in self.plans if p.split != ir.ONE] + [f"{n}0" for n in names]
+        back += [f"{n}a" for n in names] if self.moves else []
+        back += [f"{n}b" for n in names]
+        put.append(f"return {', '.join([*back, *names, ' & '.join(live)])}")
+        body = "\n".join(f"    {line}" for line in put)
+        sizes = [s for s in self.size_arguments() if mentions(s, body)]
+        lengths = [f"T{n.upper()}" for n in names]
+        params = ["parts", *sizes, *[f"{x}: tl.constexpr" for x in (*lengths, "BM")]]
+        what = "origin, " + ("first, " if self.moves else "") + "last row and all rows per axis, and which rows exist"
+        doc = f"This program's tile: {'residues, ' if len(back) > 3 * len(names) or any(b[0] == 'r' for b in back) else ''}{what}."
+        text = f'@triton.jit\ndef @@({", ".join(params)}):\n    """{doc}"""\n{body}\n'
+        name = self.module.use("tile", text, "key_tile")
+        for p in self.plans:
+            if p.split.op != "const":
+                self.put(f"split_{p.name} = {self.expr(p.split, {})}")
+        targets = [*back, *[f"{self.side}{n}" for n in names], "live"]
+        values = ["parts", *sizes, *[str(p.rows) for p in self.plans], str(self.bm)]
+        self.put(f"{', '.join(targets)} = {name}({', '.join(values)})")
+
+    def size_arguments(self) -> list[str]:
+        """Names of all lengths, once each."""
+        return list(dict.fromkeys(s for n in self.spec.names for s in (n.queries, n.keys, n.real_queries, n.real_keys)))
+
+    # ---------------------------------------------------------------------------------------------------------------------- ends
+    def ends(self, p: AxisPlan, at: str, side: Side | None = None) -> tuple[str, str, str]:
+        """(call of a function that gives both ends, lo, hi) of row `at`; the call is "" where the ends are plain text."""
+        form = self.spec.structure.axes[p.axis]
+        side = side or self.side
+        low, high = (form.lo, form.hi) if p.columns else (p.lo, p.hi)
+        if all(e == J or J not in ir.walk(e) for e in (low, high)):
+            names = {R: self.residue(p), J: at}
+            return "", self.expr(low, names), self.expr(high, names)
+        leaves = [n for n in dict.fromkeys((*ir.walk(low), *ir.walk(high))) if n.op == "size"]
+        own = [n for n in leaves if n.args[1] == p.axis]
+        short = {n: "n" if len({self.spec.size_names[x] for x in own}) == 1 else self.spec.size_names[n] for n in own}
+        args = [("r", self.residue(p))] if any(n == R for e in (low, high) for n in ir.walk(e)) else []
+        args += dict.fromkeys((short.get(n, self.spec.size_names[n]), self.spec.size_names[n]) for n in leaves)
+        names = {**self.spec.size_names, **short, J: "j", R: "r"}
+        body = ", ".join(self.module.scan(triton_expr.text(e, names)) for e in (low, high))
+        mine, theirs = ("query", "key") if side == "q" else ("key", "query")
+        inside = "" if p.split == ir.ONE else ", all inside its residue class"
+        doc = f"First and last {theirs} that {mine} j sees on an axis{inside}." if side == "q" else f"First and last {theirs} that sees {mine} j on an axis{inside}."
+        params = ", ".join(["j", *[a for a, _ in args]])
+        if len(body) > 95:
+            each = [self.module.scan(triton_expr.text(e, names)) for e in (low, high)]
+            body = "first, last"
+            signature, end = f"@triton.jit\ndef @@({params}):\n", f"    first = {each[0]}\n    last = {each[1]}\n    return first, last\n"
+        else:
+            signature, end = f"@triton.jit\ndef @@({params}):\n", f"    return {body}\n"
+        stem = "keys" if side == "q" else "queries"
+        text = f'{signature}    """{doc}"""\n{end}'
+        for known, have in self.module.functions.items():  # a symmetric relation needs one function for both sides
+            if have.startswith(signature.replace("@@", known)) and have.endswith(end):
+                return f"{known}({', '.join([at, *[b for _, b in args]])})", "", ""
+        name = self.module.use(stem, text, f"{stem}_{p.name}")
+        return f"{name}({', '.join([at, *[b for _, b in args]])})", "", ""
+
+    def clipped(self, p: AxisPlan) -> bool:
+        """Columns are real queries, while the ends count virtual ones too."""
+        return self.spec.padded and self.side == "k" and not p.columns
+
+    def box(self) -> None:
+        """Print the columns that the tile sees, and the interval of each row where rows differ."""
+        for p in self.plans:
+            low, past = self.box_of(p)
+            named = [(f"{p.name}_from", low)] if self.keeps_from(p) else []
+            self.together(named + ([(f"{p.name}_to", past)] if self.keeps_to(p) else []))
+        for p in self.plans:
+            if not p.one_box and not p.columns:
+                call, low, high = self.ends(p, self.row(p))
+                n = p.name
+                self.put(f"{n}_lo, {n}_hi = {call or f'{low}, {high}'}")
+                if self.clipped(p):
+                    first, beyond = self.bound(p, self.other)
+                    self.put(f"{n}_lo, {n}_hi = tl.maximum({n}_lo, {first}), tl.minimum({n}_hi, {beyond} - 1)")
+
+    def keeps_from(self, p: AxisPlan) -> bool:
+        """The first column of the box is needed by name."""
+        raise NotImplementedError
+
+    def keeps_to(self, p: AxisPlan) -> bool:
+        """The end of the box is needed by name."""
+        raise NotImplementedError
+
+    def together(self, named: list[tuple[str, str]]) -> None:
+        """Print one assignment to several names."""
+        if named:
+            line = f"{', '.join(a for a, _ in named)} = {', '.join(b for _, b in named)}"
+            if len(line) > 104 and len(named) > 1:
+                self.put(*[f"{a} = {b}" for a, b in named])
+            else:
+                self.put(line)
+
+    def box_of(self, p: AxisPlan) -> tuple[str, str]:
+        """First column that the tile sees along an axis, and the one past the last."""
+        low, beyond = self.bound(p, self.other)
+        if p.columns:
+            return low, beyond
+        last = f"{p.name}b" if p.rows > 1 else self.first(p)
+        call, low_text, _ = self.ends(p, self.first(p))
+        call_last, _, high_text = self.ends(p, last)
+        low_text, high_text = (f"{call}[0]", f"{call_last}[1]") if call else (low_text, high_text)
+        past = high_text.removesuffix(" - 1") if high_text.endswith(" - 1") else f"{high_text} + 1"
+        if self.clipped(p):
+            past = f"tl.minimum({past}, {beyond})"
+            low_text = low_text if low == "0" else f"tl.maximum({low_text}, {low})"
+        return low_text, past
+
+    def low_is_zero(self, p: AxisPlan) -> bool:
+        """Rows see from the first column on."""
+        return p.lo == ir.ZERO and not self.clipped(p)
+
+    # -------------------------------------------------------------------------------------------------------------------- columns
+    def column_parts(self) -> list[str]:
+        """Index of each column inside its chunk along every axis."""
+        out, after = [], 1
+        for p in self.plans:
+            after *= p.chunk
+        for i, p in enumerate(self.plans):
+            after //= p.chunk
+            part = "n" if after == 1 else f"n // {after}"
+            if any(q.chunk > 1 for q in self.plans[:i]):
+                part += f" % {p.chunk}"
+            out.append(part if p.chunk > 1 else "0")
+        if all(x == "0" for x in out):
+            out[-1] = "n * 0"
+        return out
+
+    def chunk_count(self) -> int:
+        """Columns of a chunk, before they are padded to registers."""
+        n = 1
+        for p in self.plans:
+            n *= p.chunk
+        return n
+
+    def columns(self, plans: tuple[AxisPlan, ...] | list[AxisPlan]) -> None:
+        """Print indices of all columns of the chunk along some axes."""
+        parts = self.column_parts()
+        self.together([(f"{self.other}{p.name}", f"c{p.name} + {parts[p.axis] if parts[p.axis] != '0' else 'n * 0'}") for p in plans])
+
+    def mask_call(self, additive: bool) -> str:
+        """Call of a function that compares a chunk's columns with the rows' intervals, axis by axis; None of them exact."""
+        shown, body, params = [p for p in self.plans if not p.exact], [], []
+        rank = len(self.plans)
+        body.append(
+            f"{', '.join(p.name for p in shown)} = {', '.join(f'c{p.name} + tl.arange(0, K{p.name.upper()})' for p in shown)}"
+        )
+        pieces = []
+        for p in shown:
+            n = p.name
+            lift = ["None"] * rank
+            lift[p.axis] = ":"
+            params.append(f"c{n}")
+            if p.columns:
+                row, across = (f"{n}_row[:, None]", "[None, :]") if p.rows > 1 else (f"{n}_row", "")
+                call, low, high = self.ends(p, n, "q")
+                low, high = (f"{call}[0]", f"{call}[1]") if call else (low, high)
+                low, high = (f"{x}{across}" if mentions(n, x) else x for x in (low, high))
+                test = f"({low} <= {row}) & ({row} <= {high}) & ({n} < {n}_to){across}"
+                params += [f"{n}_row", f"{n}_to", *[s for s in self.size_arguments() if mentions(s, call or f"{low} {high}")]]
+                rows = p.rows > 1
+            elif p.one_box:
+                test, rows = f"{n} < {n}_to", False
+                params.append(f"{n}_to")
+            else:
+                test = f"({n}[None, :] <= {n}_hi[:, None])"
+                test = test if self.low_is_zero(p) else f"({n}[None, :] >= {n}_lo[:, None]) & {test}"
+                params += [f"{n}_hi"] if self.low_is_zero(p) else [f"{n}_lo", f"{n}_hi"]
+                rows = True
+            pieces.append((p, test, f"[{':' if rows else 'None'}, {', '.join(lift)}]"))
+        shape = "[BM, " + ", ".join(f"K{p.name.upper()}" for p in self.plans) + "]"
+        last = len(pieces) - 1 if additive and len(pieces) > 1 else -1
+        for i, (p, test, _) in enumerate(pieces):
+            body.append(f"{p.name}_bias = tl.where({test}, 0.0, {INF})" if i == last else f"{p.name}_ok = {test}")
+        lifted = " & ".join(f"{p.name}_ok{lift}" for i, (p, _, lift) in enumerate(pieces) if i != last)
+        result = lifted
+        if additive:
+            inside = "0.0" if last < 0 else f"{pieces[last][0].name}_bias{pieces[last][2]}"
+            result = f"tl.where({lifted}, {inside}, {INF})"
+        spread = len(pieces) < rank or len([1 for p, _, lift in pieces if lift.startswith("[:")]) == 0
+        if spread or len(pieces) == 1 or not additive:
+            result = f"tl.broadcast_to({result}, {shape})"
+        body.append(f"return {result}.reshape(BM, BN)")
+        text = "\n".join(f"    {line}" for line in body)
+        lengths = [f"K{p.name.upper()}" for p in self.plans]
+        doc = "0 where a chunk's columns lie in a row's interval on every axis, else -inf." if additive else "Whether a chunk's columns lie in a row's interval on every axis."
+        params += [self.residue(p) for p in shown if p.split != ir.ONE and mentions(self.residue(p), "\n".join(body))]
+        params = list(dict.fromkeys(params))
+        sign = [*params, *[f"{x}: tl.constexpr" for x in (*lengths, "BM", "BN")]]
+        name = self.module.use(
+            "mask" if additive else "visible", f'@triton.jit\ndef @@({", ".join(sign)}):\n    """{doc}"""\n{text}\n', "query_mask" if additive else "visible_queries"
+        )
+        at = {f"{p.name}_row": self.row(p) for p in self.plans}
+        values = [at.get(x, x) for x in params] + [str(p.chunk) for p in self.plans] + [str(self.bm), str(self.bn)]
+        return f"{name}({', '.join(values)})"
+
+    # ----------------------------------------------------------------------------------------------------------------------- rows
+    def rows(self, pointer: str, strides: str, head: str, origin: list[str], inside: list[str], lanes: int) -> str:
+        """Pointers to rows of channels of one tensor."""
+        axes = list(self.spec.axes)
+        far = " + ".join(f"tl.cast({a}, tl.int64) * st[{i + 2}]" for i, a in enumerate(axes))
+        near = " + ".join(f"d{a} * st[{i + 2}]" for i, a in enumerate(axes))
+        text = (
+            f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
+            f'    """Pointers to channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
+            f"    token = base + (b * st[0] + h * st[1] + {far})\n"
+            f"    return token + ({near})[:, None] + tl.arange(0, LANES)[None, :] * st[{len(axes) + 2}]\n"
+        )
+        name = self.module.use("rows", text, "rows_flat")
+        return f"{name}({', '.join([pointer, strides, 'b', head, *origin, *inside, str(lanes)])})"
+
+    def own_rows(self, pointer: str, strides: str, head: str, lanes: int) -> str:
+        """Pointers to the tile's rows."""
+        origin, inside = [], []
+        for p in self.plans:
+            origin.append(self.coordinate(f"{p.name}0" if p.rows > 1 else self.first(p), p, self.side, real=True))
+            inside.append(self.times_split(f"{self.side}{p.name} - {p.name}0", p) if p.rows > 1 else "0")
+        if all(x == "0" for x in inside):
+            inside[-1] = "tl.arange(0, %d) * 0" % self.bm
+        return self.rows(pointer, strides, head, origin, inside, lanes)
+
+    def chunk_rows(self, pointer: str, strides: str, head: str, lanes: int) -> str:
+        """Pointers to the chunk's rows."""
+        origin = [self.coordinate(f"c{p.name}", p, self.other, real=True) for p in self.plans]
+        inside = [self.times_split(part, p) for part, p in zip(self.column_parts(), self.plans, strict=True)]
+        return self.rows(pointer, strides, head, origin, inside, lanes)
+
+    def token(self, parts: list[str], side: Side) -> str:
+        """Row-major number of a token on the real grid, from its coordinates per axis."""
+        out = ""
+        for at, p in zip(parts, self.plans, strict=True):
+            length = self.spec.names[p.axis].real_queries
+            head = out if " " not in out else f"({out})"
+            out = at if not out else f"{head} * {length} + {at}"
+        return out
+
+    def row_token(self) -> str:
+        """Token numbers of the tile's rows."""
+        out = self.token([self.coordinate(self.row(p), p, self.side, real=True) for p in self.plans], self.side)
+        return out if any(p.rows > 1 for p in self.plans) else f"{out} + tl.arange(0, {self.bm}) * 0"
+
+    def real_keys(self, at: list[str]) -> str:
+        """Condition that a key exists, from its indices; the others are virtual."""
+        tests = []
+        for what, p in zip(at, self.plans, strict=True):
+            where = self.coordinate(what, p, "k", real=True)
+            if self.spec.before(p.axis, "k"):
+                tests.append(f"({where} >= 0)")
+            tests.append(f"({where} < {self.spec.names[p.axis].real_keys})")
+        return " & ".join(tests)
