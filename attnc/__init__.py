@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from attnc import models, patterns
 from attnc.errors import AttncError, BuildError, CacheError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.functions import (
     BATCH,
@@ -40,7 +41,6 @@ from attnc.lang.pattern import Pattern, pattern
 from attnc.lang.symbols import Table
 
 if TYPE_CHECKING:
-    from attnc import models, patterns
     from attnc.compiler import Operator, compile, mask, reference
     from attnc.report.draw import draw
     from attnc.report.emit import emit
@@ -94,8 +94,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("patterns", "models"):
-        return importlib.import_module(f"attnc.{name}")
     if name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value  # a submodule of the same name must not shadow the function
