@@ -257,6 +257,9 @@ TABLES: list[tuple[str, Callable[..., Any], Callable[..., Any], int, int | None]
     ("outside the relation only", lambda q, k: q.index < 4, lambda q, k: attnc.where(q.index < 4, q.index, 99), 4, None),
     ("a diagonal over both axes", lambda q, k: q.y + q.x == k.y + k.x, lambda q, k: q.y + q.x - k.y - k.x, 2, None),
     ("a diagonal, off by one", lambda q, k: q.y + q.x == k.y + k.x + 1, lambda q, k: q.y + q.x - k.y - k.x - 2, 2, -1),
+    ("a diagonal, along one axis", lambda q, k: (q.y + q.x == k.y + k.x) & (q.y <= 1), lambda q, k: q.y + k.y, 6, None),
+    ("a diagonal, along one axis, too few", lambda q, k: (q.y + q.x == k.y + k.x) & (q.y <= 1), lambda q, k: q.y + k.y, 5, 5),
+    ("heads beside", lambda q, k: (attnc.HEAD == 0) & (q.x == k.x) & (q.x < 2), lambda q, k: q.x * (attnc.HEAD + 1), 2, None),
     ("no pair at all", lambda q, k: q.x < 0, lambda q, k: q.x - 100, 2, None),
 ]
 

@@ -169,6 +169,8 @@ def nondecreasing(e: sp.Expr, x: sp.Symbol) -> bool:
         return all(nondecreasing(a, x) for a in e.args)
     if e.is_Mul:
         c, rest = e.as_independent(x)
+        if rest.is_Mul:  # several factors that read x
+            return bool(c.is_nonnegative) and all(a.is_nonnegative and nondecreasing(a, x) for a in rest.args)
         return bool(c.is_nonnegative) and nondecreasing(rest, x)
     return isinstance(e, FloorDiv) and not e.args[1].has(x) and nondecreasing(e.args[0], x)
 
@@ -207,7 +209,7 @@ def _invert(f: sp.Expr, x: sp.Symbol, bound: sp.Expr, never: sp.Expr, always: sp
             return _invert(inside[0], x, sp.expand(bound - sp.Add(*outside)), never, always, at_most=at_most)
     if f.is_Mul:
         c, rest = f.as_independent(x)
-        if c.is_positive:
+        if c.is_positive and not rest.is_Mul:
             return _invert(rest, x, FloorDiv(bound if at_most else bound + c - 1, c), never, always, at_most=at_most)
     if isinstance(f, FloorDiv) and not f.args[1].has(x):
         u, s = f.args

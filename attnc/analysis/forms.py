@@ -107,6 +107,8 @@ def _bounds(x: sp.Expr, i: sp.Symbol, bound: sp.Expr, *, upper: bool) -> list[tu
         raise _Unrecognised
     if x.is_Mul:
         c, rest = x.as_independent(i)
+        if rest.is_Mul:  # several factors that read the key
+            raise _Unrecognised
         if c.is_positive:
             return _bounds(rest, i, FloorDiv(bound if upper else bound + c - 1, c), upper=upper)
         if c.is_negative:
@@ -163,7 +165,7 @@ def recognise(
         elif split == 1 or split == m:
             split = m
         elif split.is_Integer and m.is_Integer:
-            split = sp.ilcm(split, m)
+            split = sp.Integer(sp.ilcm(split, m))
         else:
             rest.append(c)
     nq, nk = length(size_roles[0], axis, split), length(size_roles[1], axis, split)

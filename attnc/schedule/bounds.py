@@ -116,8 +116,7 @@ class Box:
         if not len(q):
             return NOTHING
         cq, ck = ir.coord("q", number), ir.coord("k", number)
-        mine = [g for g in guards if {a for _, a in _leaves(g, "coord")} == {number} and not _leaves(g, "load")]
-        mine = [g for g in mine if not any(n.op in ("head", "batch", "load") for n in ir.walk(g))]
+        mine = [g for g in guards if _one_axis(g) and _leaves(g, "coord") <= {("q", number), ("k", number)}]
         step = 1 if self.everywhere else axis.split
         if not mine:
             way = _monotone(e, "k")
@@ -182,6 +181,11 @@ class Box:
                 yes, no = parts[1], parts[2]
                 return Range(min(yes.low, no.low), max(yes.high, no.high))
         return ANY
+
+
+def _one_axis(e: ir.Expr) -> bool:
+    """A condition on the coordinates of one axis."""
+    return len({a for _, a in _leaves(e, "coord")}) == 1 and not any(n.op in ("load", "head", "batch") for n in ir.walk(e))
 
 
 def _places(e: ir.Expr) -> set[Any]:
@@ -280,7 +284,9 @@ def check(
     conditions = ir.conjuncts(g.structure.residual)
     for number, e in enumerate(spoken):
         for load, inside in _loads(e):
-            guards = inside + (conditions if number else ())
+            guards = inside + conditions
+            # values along one axis are attained where no condition ties that axis to another, to the head or to a table's values
+            certain = all(_one_axis(c) for c in guards if number or not _leaves(c, "load"))
             for d, index in enumerate(load.children):
                 fits = tables[load.args[0]][d]
                 where = f"pattern {a.name}: the table {load.args[0]!r} has shape {tables[load.args[0]]}"
@@ -294,7 +300,7 @@ def check(
                 if r.low > r.high or (r.low >= 0 and r.high < fits):
                     continue
                 found = None
-                if r.tight:
+                if r.tight and certain:
                     found = int(r.low) if r.low < 0 else int(r.high)
                 elif number:
                     found = _attained(g, load, guards, d, heads, batch, fits)

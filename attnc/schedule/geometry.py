@@ -37,7 +37,7 @@ class Axis:
     before_queries: int
     before_keys: int
     split: int
-    lo: Ints  # [classes, ceil(queries / split)]
+    lo: Ints  # [split, ceil(queries / split)]
     hi: Ints
     block: int  # tokens (of a residue class) per block where the ends are piecewise constant, 0 elsewhere
     shift: int  # blocks start at j = shift (mod block)
@@ -53,7 +53,7 @@ class Axis:
 
     @cached_property
     def inverse_lo(self) -> Ints:
-        """Least query index that sees key i: [classes, ceil(keys / split)]."""
+        """Least query index that sees key i: [split, ceil(keys / split)]."""
         return self._inverse()[0]
 
     @cached_property
@@ -63,7 +63,7 @@ class Axis:
 
     def _inverse(self) -> tuple[Ints, Ints]:
         per = -(-self.keys // self.split)
-        first, last = np.zeros((self.classes, per), np.int32), np.full((self.classes, per), -1, np.int32)
+        first, last = np.zeros((self.split, per), np.int32), np.full((self.split, per), -1, np.int32)
         i = np.arange(per)
         for r in range(self.classes):
             n = self.count(self.queries, r)
@@ -189,12 +189,12 @@ def _extended(tokens: ir.Tokens, grid: tuple[int, ...]) -> tuple[tuple[int, int]
 
 def _ends(form: AxisForm, axis: int, n_q: int, n_k: int, roles: tuple[ir.Role, ir.Role]) -> tuple[int, Ints, Ints]:
     leaves: dict[ir.Expr, Any] = {ir.size(roles[1], axis): n_k, ir.size(roles[0], axis): n_q}
-    split = int(evaluate(form.split, leaves, np))
+    # a split longer than the axis puts each token into a class of its own, as one of the axis's length does
+    split = min(int(evaluate(form.split, leaves, np)), max(n_q, n_k, LONGEST_TABLE))
     per = -(-n_q // split)
     leaves[ir.var("j")] = np.arange(per)[None, :]
-    classes = min(split, max(n_q, n_k))  # a split longer than the axis leaves most classes without a token
-    leaves[ir.var("r")] = np.arange(classes)[:, None]
-    lo, hi = (np.broadcast_to(evaluate(e, leaves, np), (classes, per)) for e in (form.lo, form.hi))
+    leaves[ir.var("r")] = np.arange(split)[:, None]
+    lo, hi = (np.broadcast_to(evaluate(e, leaves, np), (split, per)) for e in (form.lo, form.hi))
     last = -(-n_k // split)  # cut before narrowing: ends far outside the axis would wrap around into it
     return split, np.clip(lo, 0, last).astype(np.int32), np.clip(hi, -1, last - 1).astype(np.int32)
 
