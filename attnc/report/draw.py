@@ -345,7 +345,7 @@ def _title(figure: Any, s: Subject, g: Geometry, heads: int, head: int) -> None:
     sizes = " × ".join(map(str, g.q_grid)) + ("" if g.q_grid == g.k_grid else " over " + " × ".join(map(str, g.k_grid)))
     figure.text(0.045, 0.945, s.attend.name, fontsize=15, fontweight="bold", color=INK, va="center")
     parts = [f"grid {sizes}", f"strategy {s.strategy}", _share(s)]
-    if heads > 1:
+    if any(n.op == "head" for n in ir.walk(s.attend.relation)):
         parts.append(f"head {head} of {heads} shown")
     figure.text(0.045, 0.893, "   ·   ".join(p for p in parts if p), fontsize=10.5, color="#51606f", va="center")
 
