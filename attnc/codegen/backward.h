@@ -5,24 +5,89 @@ struct Segment {
     int64_t rows;                  // of its sums: prefix tokens first where it holds all keys
     int64_t piece[RANK], end[RANK];
 };
-struct Backward {
-    const Problem& P;
+// segments [from, to) of axis 0 (which overlap or follow each other) and segment `other[a]` of each other axis as one
+INLINE Segment segment_of(const Problem& P, int64_t from, int64_t to, const int64_t* other) {
+    Segment s;
+    for (int a = 0; a < RANK; a++) {
+        const int32_t *x = P.axes[a].segment + 5 * (a ? other[a] : from), *y = P.axes[a].segment + 5 * (a ? other[a] : to - 1);
+        s.piece[a] = x[0]; s.end[a] = y[1];
+        s.box.first[a] = x[2]; s.box.step[a] = x[3]; s.box.extent[a] = y[4] ? (y[2] - x[2]) / x[3] + y[4] : 0;
+    }
+    s.box.close();
+    s.rows = s.box.count + (P.whole ? P.k_prefix : 0);
+    return s;
+}
+struct Item {                  // one segment of one (batch, key head): its tiles, for each query head of the group
+    int64_t b, kv, tiles, each, count;
+    Segment segment;
+    bool alone;                // one tile: what it computes are the sums
+    void aim(const Problem& P, int64_t item, int64_t segments) {
+        int64_t rest = item / segments, s = item % segments, other[RANK];
+        for (int a = RANK - 1; a >= 0; s /= P.axes[a].segments, a--) other[a] = s % P.axes[a].segments;
+        b = HEADS_FIRST ? rest % P.batch : rest / P.kv_heads; kv = HEADS_FIRST ? rest / P.batch : rest % P.kv_heads;
+        segment = segment_of(P, other[0], other[0] + 1, other);
+        tiles = 1;
+        for (int a = 0; a < RANK; a++) tiles *= segment.end[a] - segment.piece[a];
+        each = tiles + (P.whole && other[0] == 0 ? (P.q_prefix + TILE - 1) / TILE : 0);
+        count = each * (P.heads / P.kv_heads);
+        alone = !P.split && !P.whole && count == 1 && segment.rows <= CHUNK;
+    }
+};
+struct Aimed {                 // a tile, its first chunk of keys, and where its rows lie
     Tile tile;
     Keys keys;
+    int64_t *q_offset, *out_offset, *grad_offset, *lse_offset, *grad_lse_offset, *dq_offset;
+    static size_t bytes() { return Tile::bytes() + Keys::bytes() + 6 * (TILE * 8 + 64); }
+    void allocate(Arena& arena) {
+        tile.allocate(arena); keys.allocate(arena);
+        for (int64_t** p : {&q_offset, &out_offset, &grad_offset, &lse_offset, &grad_lse_offset, &dq_offset}) *p = arena.take<int64_t>(TILE);
+    }
+    // tile number n of an item
+    void aim(const Problem& P, const Item& item, int64_t n) {
+        const int64_t h = item.kv * (P.heads / P.kv_heads) + n / item.each;
+        int64_t left = n % item.each, from = 0;
+        if (left < item.tiles) {
+            int64_t piece[RANK];
+            for (int a = RANK - 1; a >= 0; a--) {
+                const int64_t count = item.segment.end[a] - item.segment.piece[a];
+                piece[a] = item.segment.piece[a] + left % count;
+                left /= count;
+            }
+            tile.aim(P, item.b, h, piece);
+        } else {
+            from = (left - item.tiles) * TILE;
+            tile.aim_prefix(P, item.b, h, from, min(P.q_prefix, from + TILE));
+        }
+        tile.place(P, P.q_layout, from, q_offset);
+        tile.place(P, P.dq_layout, from, dq_offset);
+        tile.place(P, P.out_layout, from, out_offset);
+        tile.place(P, P.grad_out_layout, from, grad_offset);
+        tile.place(P, P.lse_layout, from, lse_offset);
+        if (P.grad_lse) tile.place(P, P.grad_lse_layout, from, grad_lse_offset);
+        keys.count = 0;
+        if (tile.chunks(P)) keys.aim(P, tile, 0);
+    }
+};
+struct Backward {
+    const Problem& P;
+    Aimed here, next;
+    Tile& tile = here.tile;
+    Keys& keys = here.keys;
     Loads loads;
     Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels k_panels, v_panels;
     real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *row_rest, *delta, *spare;
     double* table_sums[TABLES + 1];
-    int64_t *q_offset, *out_offset, *grad_offset, *lse_offset, *grad_lse_offset, *dq_offset, *sum_row;
+    int64_t* sum_row;
     int64_t stride;                // of rows of `weights` and `slopes`
+    int next_query, next_key, next_queries, next_keys, pace;       // what of the next tile was prefetched; rows at a time
 
     static constexpr int64_t WIDEST = CHUNK + 2 * L;
     Backward(const Problem& P, Arena& arena) : P(P) {
-        arena.reserve(Tile::bytes() + Keys::bytes() + LOADS * Expansion::bytes(true) + 64 * 32 + 8 * (6 * TILE + CHUNK)
+        arena.reserve(2 * Aimed::bytes() + LOADS * Expansion::bytes(true) + 64 * 32 + 8 * CHUNK
                       + sizeof(real) * (TILE * (2 * DP + VP + 3 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + (LOADS + 1) * (ROWS + 1))));
-        tile.allocate(arena); keys.allocate(arena);
+        here.allocate(arena); next.allocate(arena);
         for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, true);
         loads.expansion = expansions;
         loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
@@ -30,7 +95,6 @@ struct Backward {
         q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
         row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE);
         weights = arena.take<real>(TILE * WIDEST); slopes = arena.take<real>(TILE * WIDEST);
-        for (int64_t** p : {&q_offset, &out_offset, &grad_offset, &lse_offset, &grad_lse_offset, &dq_offset}) *p = arena.take<int64_t>(TILE);
         sum_row = arena.take<int64_t>(CHUNK);
         k = arena.take<real>(CHUNK * DP); k_panels.data = arena.take<real>(CHUNK * DP); dk = arena.take<real>(CHUNK * DP);
         v = arena.take<real>(CHUNK * VP); v_panels.data = arena.take<real>(CHUNK * VP); dv = arena.take<real>(CHUNK * VP);
@@ -90,15 +154,29 @@ struct Backward {
         for (int r = 0; r < m; r++) if (PLAIN_SCORE || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
         if (USES_SCORE || plain) multiply<D>(m, {slopes + i * stride + run.begin, stride, 1}, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
     }
-    // One tile: writes dq, adds to the segment's sums of dk and dv (`alone`: the sums are this tile's only).
-    void run(const Segment& segment, int64_t prefix_from, real* dk_sums, real* dv_sums, bool alone) {
+    // A few rows of the next tile at a time: all at once would fill the line buffers.
+    INLINE void look_ahead() {
+        for (int n = 0; n < pace && next_query < next_queries; n++, next_query++) {
+            prefetch<D>(P.q + next.q_offset[next_query], P.q_layout.channel);
+            prefetch<DV>(P.out + next.out_offset[next_query], P.out_layout.channel);
+            prefetch<DV>(P.grad_out + next.grad_offset[next_query], P.grad_out_layout.channel);
+            prefetch_for_writing<D>(P.dq + next.dq_offset[next_query], P.dq_layout.channel);
+        }
+        const element *next_k = P.k + next.tile.batch * P.k_layout.batch + next.tile.kv_head * P.k_layout.head;
+        const element *next_v = P.v + next.tile.batch * P.v_layout.batch + next.tile.kv_head * P.v_layout.head;
+        for (int n = 0; n < pace && next_key < next_keys; n++, next_key++) {
+            if (PADDED && !next.keys.real_key[next_key]) continue;
+            prefetch<D>(next_k + next.keys.k_offset[next_key], P.k_layout.channel);
+            prefetch<DV>(next_v + next.keys.v_offset[next_key], P.v_layout.channel);
+        }
+    }
+    // One tile: writes dq, adds to the segment's sums of dk and dv (`alone`: the sums are this tile's only). `more`: `next` follows.
+    void run(const Segment& segment, real* dk_sums, real* dv_sums, bool alone, bool more) {
+        const int64_t *q_offset = here.q_offset, *out_offset = here.out_offset, *grad_offset = here.grad_offset, *lse_offset = here.lse_offset, *dq_offset = here.dq_offset;
         numbers = numbers_of(P, tile);
-        tile.place(P, P.q_layout, prefix_from, q_offset);
-        tile.place(P, P.dq_layout, prefix_from, dq_offset);
-        tile.place(P, P.out_layout, prefix_from, out_offset);
-        tile.place(P, P.grad_out_layout, prefix_from, grad_offset);
-        tile.place(P, P.lse_layout, prefix_from, lse_offset);
-        if (P.grad_lse) tile.place(P, P.grad_lse_layout, prefix_from, grad_lse_offset);
+        next_query = next_key = 0;
+        next_queries = more ? next.tile.queries : 0; next_keys = more ? next.keys.count : 0;
+        pace = (max(next_queries, next_keys) * ROWS + 3 * tile.queries - 1) / (3 * tile.queries);
         memset(dq, 0, sizeof(real) * tile.queries * DP);
         for (int i = 0; i < tile.queries; i++) {
             load_query(P, P.q + q_offset[i], q + i * DP);
@@ -108,14 +186,14 @@ struct Backward {
             V dot{};
             for (int d = 0; d < VP; d += L) dot += load(out + d) * load(g + i * VP + d);
             const real lse = P.lse[lse_offset[i]];
-            delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? P.grad_lse[grad_lse_offset[i]] : 0);
+            delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? P.grad_lse[here.grad_lse_offset[i]] : 0);
             const double in_units = PLAIN_SCORE ? lse * 1.4426950408889634 : lse;
             row_lse[i] = lse == -INF ? INF : real(in_units);
             row_rest[i] = lse == -INF ? 0 : real(in_units - row_lse[i]);     // what rounding took: a weight depends on it
         }
         const int64_t kv = tile.kv_head;
         for (int64_t n = 0; n < tile.chunks(P); n++) {
-            keys.aim(P, tile, n);
+            if (n) keys.aim(P, tile, n);
             keys.gather<D>(P.k + tile.batch * P.k_layout.batch + kv * P.k_layout.head, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
             keys.gather<DV>(P.v + tile.batch * P.v_layout.batch + kv * P.v_layout.head, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             pack_panels<D>(k_panels, k, keys.count);
@@ -123,11 +201,21 @@ struct Backward {
             loads.aim(P, tile, keys, table_sums);
             stride = up(keys.count, L) + L;
             if (stride / L % 2 == 0) stride += L;      // rows that lie a power of two apart would share cache sets
-            for (int i = 0, m; i < tile.queries; i += m) { m = share(tile.queries - i, ROWS); rows(i, m); }
+            const bool last = n + 1 == tile.chunks(P);
+            for (int i = 0, m; i < tile.queries; i += m) {
+                m = share(tile.queries - i, ROWS);
+                rows(i, m);
+                if (last) look_ahead();
+            }
             const bool product = USES_SCORE || tile.prefix || keys.prefix;
             real *dk_here = alone ? dk_sums : dk, *dv_here = alone ? dv_sums : dv;
-            if (product) multiply<D>(keys.count, {slopes, 1, stride}, tile.queries, q, dk_here, false);
-            multiply<DV>(keys.count, {weights, 1, stride}, tile.queries, g, dv_here, false);
+            for (int j = 0, m; j < keys.count; j += m) {
+                m = share(keys.count - j, ROWS);
+                if (product) multiply<D>(m, {slopes + j, 1, stride}, tile.queries, q, dk_here + j * DP, false);
+                if (last) look_ahead();
+                multiply<DV>(m, {weights + j, 1, stride}, tile.queries, g, dv_here + j * VP, false);
+                if (last) look_ahead();
+            }
             if (alone) {
                 if (!product) memset(dk_here, 0, sizeof(real) * keys.count * DP);
                 continue;
@@ -187,25 +275,13 @@ struct Backward {
         }
     }
 };
-// segments [from, to) of axis 0 (which overlap or follow each other) and segment `other[a]` of each other axis as one
-INLINE Segment segment_of(const Problem& P, int64_t from, int64_t to, const int64_t* other) {
-    Segment s;
-    for (int a = 0; a < RANK; a++) {
-        const int32_t *x = P.axes[a].segment + 5 * (a ? other[a] : from), *y = P.axes[a].segment + 5 * (a ? other[a] : to - 1);
-        s.piece[a] = x[0]; s.end[a] = y[1];
-        s.box.first[a] = x[2]; s.box.step[a] = x[3]; s.box.extent[a] = y[4] ? (y[2] - x[2]) / x[3] + y[4] : 0;
-    }
-    s.box.close();
-    s.rows = s.box.count + (P.whole ? P.k_prefix : 0);
-    return s;
-}
 extern "C" void attend_backward(const Problem* problem) {
     const Problem& P = *problem;
     int64_t segments = 1, others = 1, table_size = 0;
     for (int a = 0; a < RANK; a++) segments *= P.axes[a].segments;
     for (int a = 1; a < RANK; a++) others *= P.axes[a].segments;
     for (int t = 0; t < TABLES; t++) table_size += up(P.tables[t].last + 1, L);
-    const int64_t items = P.batch * P.kv_heads * segments, group = P.heads / P.kv_heads;
+    const int64_t items = P.batch * P.kv_heads * segments;
     const int64_t sums = P.sum_rows * (DP + VP), pad_size = PADDED ? P.kv_heads * (DP + VP) : 0;
     // one thread's sums each of a segment (of every segment where they share keys), of the tables, of the virtual keys' rows
     real* all_sums = (real*)aligned_alloc(64, sizeof(real) * max<int64_t>(sums, L) * (P.split ? items : P.threads));
@@ -218,37 +294,28 @@ extern "C" void attend_backward(const Problem* problem) {
         Backward work(P, arena);
         double *tables = shared + thread * (table_size + pad_size), *pads = tables + table_size;
         for (int t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++) work.table_sums[t] = tables + at;
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < items; item++) {
-            int64_t rest = item / segments, s = item % segments, other[RANK];
-            for (int a = RANK - 1; a >= 0; s /= P.axes[a].segments, a--) other[a] = s % P.axes[a].segments;
-            const int64_t b = HEADS_FIRST ? rest % P.batch : rest / P.kv_heads, kv = HEADS_FIRST ? rest / P.batch : rest % P.kv_heads;
-            const Segment segment = segment_of(P, other[0], other[0] + 1, other);
+        const int64_t n = omp_get_num_threads(), stop = items * (thread + 1) / n;
+        Item now, then;
+        int64_t item = items * thread / n;
+        if (item < stop) { then.aim(P, item, segments); work.next.aim(P, then, 0); }
+        for (; item < stop; item++) {
+            now = then;
             real *dk = all_sums + (P.split ? item : thread) * sums, *dv = dk + P.sum_rows * DP;
-            int64_t tiles = 1;
-            for (int a = 0; a < RANK; a++) tiles *= segment.end[a] - segment.piece[a];
-            const bool alone = !P.split && !P.whole && tiles * group == 1 && segment.rows <= CHUNK;
-            if (!alone) { memset(dk, 0, sizeof(real) * segment.rows * DP); memset(dv, 0, sizeof(real) * segment.rows * VP); }
-            for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-                for (int64_t t = 0; t < tiles; t++) {
-                    int64_t piece[RANK], left = t;
-                    for (int a = RANK - 1; a >= 0; a--) {
-                        const int64_t n = segment.end[a] - segment.piece[a];
-                        piece[a] = segment.piece[a] + left % n;
-                        left /= n;
-                    }
-                    work.tile.aim(P, b, h, piece);
-                    work.run(segment, 0, dk, dv, alone);
-                }
-                if (P.whole && other[0] == 0) for (int64_t from = 0; from < P.q_prefix; from += TILE) {
-                    work.tile.aim_prefix(P, b, h, from, min(P.q_prefix, from + TILE));
-                    work.run(segment, from, dk, dv, false);
-                }
+            if (!now.alone) { memset(dk, 0, sizeof(real) * now.segment.rows * DP); memset(dv, 0, sizeof(real) * now.segment.rows * VP); }
+            for (int64_t t = 0; t < now.count; t++) {
+                const Aimed finished = work.here;
+                work.here = work.next;
+                work.next = finished;
+                const bool more = t + 1 < now.count || item + 1 < stop;
+                if (t + 1 < now.count) work.next.aim(P, now, t + 1);
+                else if (more) { then.aim(P, item + 1, segments); work.next.aim(P, then, 0); }
+                work.run(now.segment, dk, dv, now.alone, more);
             }
-            if (!P.split) work.finish(b, kv, segment, 0, segment.rows, dk, dv, pads);
+            if (!P.split) work.finish(now.b, now.kv, now.segment, 0, now.segment.rows, dk, dv, pads);
         }
         for (int l = 0; l < LOADS; l++) work.expansions[l].flush();
         if (P.split) {      // add up what the segments of one owner have for each key, in their order
+#pragma omp barrier
             const int64_t owners = P.axes[0].owners, prefix = P.whole ? P.k_prefix : 0;
             int64_t lines = 1;
             for (int64_t o = 0; o < owners; o++) {
