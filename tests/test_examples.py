@@ -96,3 +96,17 @@ def test_the_demo_s_meaning_is_the_reference(monkeypatch: pytest.MonkeyPatch) ->
                 expected = attnc.reference(attnc.patterns.channel(), layout="b h x d")(*wide, scale=rest[0])
             torch.testing.assert_close(c.meaning(), expected, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(c.eager().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_library_s_page_is_what_the_library_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "docs"))
+    import make_patterns
+
+    monkeypatch.setattr(make_patterns, "HERE", tmp_path)
+    make_patterns.main()
+    page = EXAMPLES.parent / "docs" / "patterns.md"
+    assert (tmp_path / "patterns.md").read_text() == page.read_text(), "run python docs/make_patterns.py"
+    pictures = {p.name for p in (tmp_path / "img").iterdir()}
+    assert pictures <= {p.name for p in (page.parent / "img").iterdir()}
+    documented = {name for name in attnc.patterns.__all__ if f"`{name}(" in page.read_text()}
+    assert documented == set(attnc.patterns.__all__)

@@ -174,7 +174,8 @@ def _mask(axes: Any, s: Subject, g: Geometry, head: int, heads: int) -> None:
     cmap, norm = _shades()
     if nq <= MOST_TOKENS and nk <= 2 * MOST_TOKENS:
         found = np.concatenate([_mask_rows(g, head, heads, rows) for rows in np.array_split(np.arange(nq), max(1, nq // 256))])
-        axes.imshow(_shrunk(found, 1024), cmap=cmap, norm=norm, interpolation="nearest", aspect="auto", extent=(0, nk, nq, 0))
+        style = {"interpolation": "antialiased", "interpolation_stage": "rgba"}  # finer than a pixel: shades, no moire
+        axes.imshow(_shrunk(found, 512), cmap=cmap, norm=norm, aspect="auto", extent=(0, nk, nq, 0), **style)
         axes.set_title("mask", fontsize=11, color=INK, pad=7)
     else:
         first = g.axes[0]
