@@ -57,6 +57,7 @@ SNAPSHOTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "same_block": (same_block(), GRID),
     "shifted_window": (patterns.window(7, shift=3, bias="relative"), GRID | {"heads": 3}),
     "padded_window": (patterns.window(7), {"grid": (107, 160), "pad": "multiple", "heads": 3}),
+    "band": (patterns.band(3, 3, bias="relative"), GRID | {"heads": 3}),
     "neighborhood": (patterns.neighborhood(7), GRID),
     "dilated": (patterns.dilated(7, 2), GRID),
     "axial": (patterns.axial("x"), GRID),

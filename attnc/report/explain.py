@@ -115,7 +115,7 @@ def _axes(s: Subject, p: Part) -> list[str]:
             pass  # nothing to invert
         elif form.inverse_lo is None or form.inverse_hi is None:
             body.append("    backward: the inverse has no closed form; two integer tables found by bisection of the ends")
-        elif proof.equivalence(form):
+        elif proof.symmetric(form):
             body.append("    backward: the queries of a key i are the keys of a query i")
         else:
             body.append(f"    backward: a key i is seen from j = {n.show(form.inverse_lo)}")

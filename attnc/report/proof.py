@@ -104,9 +104,15 @@ def conjuncts_of(s: Structure, relation: ir.Expr, rank: int, same_grid: bool) ->
     return tuple(tuple(c) for c in found)
 
 
-def equivalence(form: AxisForm) -> bool:
-    """Whether keys of a query are its own group: then the map seen from the keys is the same map."""
+def symmetric(form: AxisForm) -> bool:
+    """Whether the map seen from the keys is the same map."""
     if form.inverse_lo is None or form.inverse_hi is None:
         return False
     back = [ir.substitute(e, {ir.var("i"): ir.var("j")}) for e in (form.inverse_lo, form.inverse_hi)]
     return back == [form.lo, form.hi]
+
+
+def equivalence(form: AxisForm) -> bool:
+    """Whether the axis falls into groups whose members see each other and nobody else."""
+    groups = form.kind.split(" of ")[-1] in ("full", "residue", "point", "block", "shifted block")
+    return groups and symmetric(form)
