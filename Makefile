@@ -22,10 +22,10 @@ $(STAMP): Makefile pyproject.toml setup.py tools/torchvision_cpu.py
 	$(PY) tools/torchvision_cpu.py
 	touch $@
 
+# Several thread pools share the cores (torch's, the kernels', two test workers): waiting threads must sleep, not spin.
 demo: setup
-	$(PY) examples/demo.py
+	OMP_WAIT_POLICY=passive $(PY) examples/demo.py
 
-# Two workers and torch's own threads share the cores: waiting threads must sleep, not spin.
 test: setup
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal -q $(ARGS)
 	$(PY) tests/wheel_check.py
