@@ -13,14 +13,14 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
+from attnc.codegen import cpp_host
+from attnc.codegen.cpp import Spec, source
+from attnc.codegen.cpp_module import emit_cpu
 from attnc.errors import BuildError, UnsupportedError
 from attnc.lang import functions as fn
 from attnc.lang.functions import BATCH, HEAD, SCORE, where
 from attnc.lang.pattern import pattern
 from attnc.lang.symbols import Table
-from attnc.codegen import cpp_host
-from attnc.codegen.cpp import Spec, source
-from attnc.codegen.cpp_module import emit_cpu
 from attnc.runtime import cpp
 from attnc.runtime.call import Call
 from attnc.schedule.geometry import geometry
@@ -197,7 +197,7 @@ def meaning(program, q_grid, k_grid, q, k, v, scale, tables):
 
         def widen(t, row):
             row = row.expand(k.shape[1] // group, -1).repeat_interleave(group, 0)
-            out = row[None, :, None].expand(batch, heads, math.prod(big[1]), t.shape[-1]).reshape(batch, heads, *big[1], -1).clone()
+            out = row[None, :, None].expand(batch, heads, math.prod(big[1]), t.shape[-1]).clone().reshape(batch, heads, *big[1], -1)
             where_real = tuple(slice(b, b + n) for n, (b, _) in zip(k_grid, pads[1], strict=True))
             out[(slice(None), slice(None), *where_real)] = t.reshape(batch, heads, *k_grid, -1)
             return out.flatten(2, -2)
@@ -227,7 +227,8 @@ def meaning(program, q_grid, k_grid, q, k, v, scale, tables):
     score[:, :, qp:, kp:] = torch.as_tensor(value(a.score)).to(raw.dtype).expand(shape)
     score = score.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(score, -1)
-    weight = torch.where(allowed, torch.exp(score - lse.detach().masked_fill(lse.isinf(), 0)[..., None]), torch.zeros(())).to(raw.dtype)
+    shift = lse.detach().masked_fill(lse.isinf(), 0)[..., None]
+    weight = torch.where(allowed, torch.exp(score - shift), torch.zeros(())).to(raw.dtype)
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-300 if raw.dtype == torch.float64 else 1e-30)
     if a.post is not None:
         factor = torch.ones_like(raw)
@@ -247,8 +248,11 @@ def tensors(kind, batch, heads, tokens, dim, dtype, grid=None) -> Tensor:
     return torch.randn(batch, heads, tokens, dim).to(dtype)
 
 
-def check(p, grid=(9, 11), *, rank=None, k_grid=None, batch=2, heads=2, kv_heads=None, dim=8, value_dim=None, dtype=torch.float32,
-          kind="plain", tables=None, prefix=(0, 0), pad=None, multiple=None, scale=None, lse_gradient=True, backward=True, threads=None):  # fmt: skip
+def check(
+    p, grid=(9, 11), *, k_grid=None, batch=2, heads=2, kv_heads=None, dim=8, value_dim=None, dtype=torch.float32, kind="plain",
+    tables=None, prefix=(0, 0), pad=None, multiple=None, scale=None, lse_gradient=True,
+):  # fmt: skip
+    """Output, lse and every gradient of one call: errors against float64, as multiples of what plain eager code has."""
     torch.manual_seed(0)
     program = p if isinstance(p, ir.Program) else make_program(p, len(grid), prefix, pad, multiple)
     k_grid = k_grid or grid
@@ -290,7 +294,7 @@ def check(p, grid=(9, 11), *, rank=None, k_grid=None, batch=2, heads=2, kv_heads
         error = (got - true).masked_fill(same, 0).abs().max().item()
         eps = torch.finfo(dtype).eps
         size = true.masked_fill(true.isinf(), 0).abs().max().item()
-        eps *= 20 if dtype == torch.float64 else 1  # (there the reference is no better than we are)
+        eps *= 20 if dtype == torch.float64 else 2  # maxima over few elements scatter; float64's reference is no better than we are
         allowed = factor * max((eager - true).masked_fill(same | true.isinf(), 0).abs().nan_to_num(0).max().item(), eps * size)
         assert error <= allowed + 1e-300, f"{name}: error {error:.3g}, eager's {allowed / factor:.3g}, size {size:.3g}"
 
@@ -298,8 +302,6 @@ def check(p, grid=(9, 11), *, rank=None, k_grid=None, batch=2, heads=2, kv_heads
     close("lse", lse, true_lse, plain_lse, 2)
     empty = true_lse.isinf()
     assert (out[empty] == 0).all()
-    if not backward:
-        return
     grad_out = torch.randn(true_out.shape).to(dtype)
     grad_lse = torch.randn(lse.shape, dtype=low) if lse_gradient else None
 
@@ -357,6 +359,7 @@ def test_relation(name):
     check(p, sizes, **more)
 
 
+torch.manual_seed(0)  # of the tables below
 SCORES = {
     "relative bias": (biased(s=4), (8, 11), {"bias": R(2, 7, 7)}, {}),
     "relative bias shared by heads": (biased(s=4), (9, 11), {"bias": R(1, 7, 7).transpose(1, 2)}, {"kind": "packed"}),
@@ -422,7 +425,8 @@ def test_channel(case):
     eps = torch.finfo(dtype).eps
     for name, x, true, eager in zip(("out", "q", "k", "v"), got, meaning_of(torch.float64), meaning_of(dtype), strict=True):
         error, plain = (x.double() - true).abs().max().item(), (eager.double() - true).abs().max().item()
-        assert error <= 3 * max(plain, 5 * eps * true.abs().max().item() if dtype == torch.float64 else eps * true.abs().max().item()), name
+        rounding = (5 if dtype == torch.float64 else 1) * eps * true.abs().max().item()
+        assert error <= 3 * max(plain, rounding), name
     assert all(map(torch.equal, got[1:], cpp.channel_backward(q, k, v, scale, grad)))
 
 
@@ -489,7 +493,8 @@ def test_stand_alone_module(tmp_path):
     """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     out, bias_grad, other = torch.load(tmp_path / "out.pt")
-    call = Call(program, geometry(program, (6, 9), (6, 9)), 8**-0.5, {"bias": bias, "pad_k": torch.zeros(1, 8), "pad_v": torch.zeros(1, 8)})
+    tables = {"bias": bias, "pad_k": torch.zeros(1, 8), "pad_v": torch.zeros(1, 8)}
+    call = Call(program, geometry(program, (6, 9), (6, 9)), 8**-0.5, tables)
     expected, lse = cpp.forward(call, q, k, v)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(bias_grad, cpp.backward(call, q, k, v, expected, lse, 2 * expected, None)[3]["bias"])

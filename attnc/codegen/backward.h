@@ -74,6 +74,7 @@ struct Backward {
     Tile& tile = here.tile;
     Keys& keys = here.keys;
     Loads loads;
+    Masks masks;
     Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels k_panels, v_panels;
@@ -85,11 +86,12 @@ struct Backward {
 
     static constexpr int64_t WIDEST = CHUNK + 2 * L;
     Backward(const Problem& P, Arena& arena) : P(P) {
-        arena.reserve(2 * Aimed::bytes() + LOADS * Expansion::bytes(true) + 64 * 32 + 8 * CHUNK
+        arena.reserve(2 * Aimed::bytes() + Masks::bytes() + LOADS * Expansion::bytes(true) + 64 * 32 + 8 * CHUNK
                       + sizeof(real) * (TILE * (2 * DP + VP + 3 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + (LOADS + 1) * (ROWS + 1))));
         here.allocate(arena); next.allocate(arena);
         for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, true);
         loads.expansion = expansions;
+        masks.rows = arena.take<real>(Masks::MOST * CHUNK);
         loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
         spare = arena.take<real>((LOADS + 1) * CHUNK);
         q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
@@ -106,7 +108,7 @@ struct Backward {
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
         const V shift = splat(row_lse[i]), rest = splat(row_rest[i]), mean = splat(delta[i]), unit = unit_of(numbers);
-        each_score<PLAIN>(P, numbers, tile, keys, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
+        each_score<PLAIN>(P, numbers, tile, keys, masks, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
             const V e = exp2_vector(exponent(x, shift, unit) - rest);
             V dp = load(d + j), weight = e, post_dp = dp;
             if constexpr (!PLAIN && POST) {
@@ -198,6 +200,7 @@ struct Backward {
             keys.gather<DV>(P.v + tile.batch * P.v_layout.batch + kv * P.v_layout.head, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             pack_panels<D>(k_panels, k, keys.count);
             pack_panels<DV>(v_panels, v, keys.count);
+            masks.aim(tile, keys);
             loads.aim(P, tile, keys, table_sums);
             stride = up(keys.count, L) + L;
             if (stride / L % 2 == 0) stride += L;      // rows that lie a power of two apart would share cache sets

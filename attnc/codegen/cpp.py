@@ -102,7 +102,7 @@ def refuse(spec: Spec) -> None:
         if not 1 <= dim <= 256:
             raise UnsupportedError(f"pattern {a.name}: {name} {dim} is not between 1 and 256; {way}")
     if spec.dtype not in ELEMENTS:
-        raise UnsupportedError(f"pattern {a.name}: dtype {spec.dtype}; backend \"cpp\" takes {', '.join(ELEMENTS)}")
+        raise UnsupportedError(f'pattern {a.name}: dtype {spec.dtype}; backend "cpp" takes {", ".join(ELEMENTS)}')
 
 
 @lru_cache(maxsize=64)
@@ -210,8 +210,10 @@ def _term_structs(p: Printer, offsets: list[tuple[str, str, str | None]]) -> str
     pad = "".join(f" {n}[i] = {n}[0];" for n in key.values())
     out.append(f"    void allocate(Arena& arena) {{{take} }}\n")
     out.append(f"    void pad(int count) {{ for (int i = count; i < up(count, L); i++) {{{pad} }} }}\n}};\n")
-    out.append(f"// terms of the query at coordinates c, and its part of each table offset\n"
-               f"INLINE void query_terms({args}, QueryTerms& q, int64_t* offset) {{\n")
+    out.append(
+        f"// terms of the query at coordinates c, and its part of each table offset\n"
+        f"INLINE void query_terms({args}, QueryTerms& q, int64_t* offset) {{\n"
+    )
     out += [f"    q.{n} = {p.at_point(e)};\n" for e, n in query.items()]
     out += [f"    offset[{i}] = {o[0]};\n" for i, o in enumerate(offsets)]
     out.append(f"}}\nINLINE void key_terms({args}, KeyTerms& keys, int k, int64_t* offset) {{\n")
@@ -245,16 +247,19 @@ def source(spec: Spec, backward: bool) -> str:
             f"constexpr int LOADS = {len(tables)};   // table elements that a score reads\n",
             f"constexpr int LOAD_TABLE[] = {{{', '.join(map(str, [*tables, 0]))}}};\n",
             f"constexpr bool LOAD_MIXED[] = {{{', '.join(map(flag, [*mixed, False]))}}};\n",
-            f"constexpr int EXPANSION = {65536 if tables else 16};   // most pairs of a tile whose table elements are kept expanded\n",
+            f"constexpr int EXPANSION = {65536 if tables else 16};",
+            "   // most pairs of a tile whose table elements are kept expanded\n",
             f"constexpr int QUERY_TERMS = {len(terms.query)}, KEY_TERMS = {len(terms.key)};\n",
-            f"constexpr bool PADDED = {flag(spec.padded)}, RESIDUAL = {flag(s.residual != ir.TRUE)}, POST = {flag(a.post is not None)};\n",
+            f"constexpr bool PADDED = {flag(spec.padded)}, RESIDUAL = {flag(s.residual != ir.TRUE)};\n",
+            f"constexpr bool POST = {flag(a.post is not None)};   // a factor of the weights\n",
             f"constexpr bool PLAIN_SCORE = {flag(plain)}, USES_SCORE = {flag(uses)}, "
             f"SCORE_SLOPE = {flag(slope != ir.const(1.0))}, HEADS_FIRST = {flag(bool(tables))};\n",
         ]
     )
     body = header("tile.h").replace("@SCORE@\n", hooks)
     loop = header("backward.h" if backward else "forward.h")
-    text = _wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h") + "\n" + numbers + "\n" + body + "\n" + loop + "}\n"
+    parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
+    text = "\n".join(parts)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -264,8 +269,10 @@ def channel_source(dtype: str, dim: int, key_dim: int, backward: bool) -> str:
     head = [
         f"Channel attention: {what}.",
         "",
-        "  S[i][j] = scale * sum over tokens n of q[n][i] k[n][j];  A = softmax of S over j;  out[n][i] = sum over j of A[i][j] v[n][j]",
+        "  S[i][j] = scale * sum over tokens n of q[n][i] k[n][j];  A = softmax of S over j",
+        "  out[n][i] = sum over j of A[i][j] v[n][j]",
         f"  shapes    {dim} channels of q, {key_dim} of k and v, {dtype}; any number of tokens, batch, heads, strides",
     ]
-    numbers = f"constexpr int D = {dim}, K = {key_dim};   // channels of q, of k and v\nconstexpr bool BACKWARD = {str(backward).lower()};\n"
-    return _wrapped(head) + preamble(dtype) + header("vec.h") + "\n" + numbers + "\n" + header("channel.h") + "}\n"
+    numbers = f"constexpr int D = {dim}, K = {key_dim};   // channels of q, of k and v\n"
+    numbers += f"constexpr bool BACKWARD = {str(backward).lower()};\n"
+    return "\n".join([_wrapped(head) + preamble(dtype) + header("vec.h"), numbers, header("channel.h") + "}\n"])

@@ -1,11 +1,12 @@
 """Expressions as C++: what depends on the query only is computed once per query, on the key only once per key, the rest on vectors.
 
-Names that the printed text uses: `P` (the problem), `numbers` (scale, batch, head), `q` (terms of one query), `keys` (arrays of terms
-of a chunk's keys), `k` (the first of L keys), `elements[l]` (a row of table elements per load), `s` (q . k of L keys).
+Names that the printed text uses: `P` (the problem), `numbers` (scale, batch, head), `q` (terms of one query), `keys` (arrays of
+terms of a chunk's keys), `k` (the first of L keys), `elements[l]` (a row of table elements per load), `s` (q . k of L keys).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from attnc import ir
@@ -14,7 +15,6 @@ from attnc.ir import Expr, Kind
 
 TYPES: dict[Kind, str] = {"int": "integer", "bool": "bool", "real": "real"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<="}
-PRECEDENCE_PRIMARY = 9
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def literal(e: Expr) -> str:
         return "true" if value else "false"
     if e.kind == "int":
         return f"integer({value})"
-    if value != value or value in (float("inf"), float("-inf")):
-        return "(INF - INF)" if value != value else "INF" if value > 0 else "-INF"
+    if not math.isfinite(value):
+        return "(INF - INF)" if math.isnan(value) else "INF" if value > 0 else "-INF"
     return f"real({value!r})"
 
 

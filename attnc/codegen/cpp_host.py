@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLAGS = "-O3 -march=native -std=gnu++20 -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+FLAGS = ["-O3", "-march=native", "-std=gnu++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 Number, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -29,7 +29,9 @@ def compile_source(path: Path, library: Path) -> str:
     said = []
     for compiler in compilers():
         for flags in (FLAGS, [f for f in FLAGS if f != "-march=native"]):
-            done = subprocess.run([compiler, *flags, str(path), "-o", str(library)], capture_output=True, text=True)
+            done = subprocess.run(
+                [compiler, *flags, "-shared", "-fPIC", str(path), "-o", str(library)], capture_output=True, text=True, check=False
+            )
             if done.returncode == 0:
                 return ""
             said.append(f"$ {compiler} {' '.join(flags)}\n{done.stderr[:4000]}")
@@ -78,8 +80,8 @@ AXIS_NUMBERS = ("split", "queries_before", "keys_before", "real_keys")
 class Ready:
     """What calls of one kernel on one grid share: sizes and the tables of the axes, as C arrays.
 
-    axes: per axis a mapping with split, queries_before, keys_before, real_keys and lists lo, hi ([split][columns]), pieces, segments,
-    owners. sizes: (q_grid, k_grid, q_size, k_size). prefix: tokens of queries and keys.
+    axes: per axis a mapping with split, queries_before, keys_before, real_keys and lists lo, hi ([split][columns]), pieces,
+    segments, owners. sizes: (q_grid, k_grid, q_size, k_size). prefix: tokens of queries and keys.
     """
 
     def __init__(
@@ -169,7 +171,8 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
 def empty_in_order(t: Tensor, channels: int) -> Tensor:
     """A dense tensor shaped as t but for the last dimension, its dimensions in memory in the order of t's strides."""
     shape = (*t.shape[:-1], channels)
-    order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
+    strides = t.stride()
+    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
     inverse = [order.index(d) for d in range(t.dim())]
     return torch.empty([shape[d] for d in order], dtype=t.dtype, device=t.device).permute(inverse)
 

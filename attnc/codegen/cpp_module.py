@@ -15,7 +15,7 @@ from attnc.schedule.geometry import Geometry, geometry
 
 THREADS = 8  # what tiles are chosen for; any number runs them
 
-IMPORTS = '''from __future__ import annotations
+IMPORTS = """from __future__ import annotations
 
 import atexit
 import ctypes
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-'''
+"""
 
 LIBRARY = '''
 
@@ -128,7 +128,7 @@ def axis_tables(geo: Geometry, spec: Spec, backward: bool, items: int, threads: 
         for a in t.axes
     ]
     rank = len(geo.q_grid)
-    lengths = [tuple(int(geo.sizes[ir.size(role, i)]) for i in range(rank)) for role in ("q", "k")]  # type: ignore[arg-type]
+    lengths = [tuple(int(geo.sizes[ir.size(role, i)]) for i in range(rank)) for role in ("q", "k")]
     sizes = (geo.q_grid, geo.k_grid, *lengths)
     sums = (t.sum_rows, t.whole, t.split, t.covers)
     return axes, sizes, (geo.q_prefix, geo.k_prefix), (spec.tables, spec.int_tables), spec.table_rank, sums
@@ -176,11 +176,12 @@ def emit_cpu(
         names |= {"NQ": str(geo.n_queries), "NK": str(geo.n_keys), "NAMES": ", ".join(tables) or "none"}
         names["PADS"] = "".join(pads) if spec.padded else ""
         setup = f"TABLES = {tables!r}\n" + "".join(
-            f"READY_{n} = {_ready(axis_tables(geo, spec, b, heads, THREADS))}\n" for n, b in (("FORWARD", False), ("BACKWARD", True))
+            f"READY_{n} = {_ready(axis_tables(geo, spec, n == 'BACKWARD', heads, THREADS))}\n" for n in ("FORWARD", "BACKWARD")
         )
         tail = ATTENTION
     for name, text in names.items():
         tail = tail.replace(f"@{name}@", text)
-    doc = '"""' + "\n".join(head).strip().replace('"""', "'''") + '\n\nBuilt on first use by the C++ compiler of the machine.\n"""\n\n'
+    text = "\n".join(head).strip().replace('"""', "'''")
+    doc = f'"""{text}\n\nBuilt on first use by the C++ compiler of the machine.\n"""\n\n'
     kernels = f'\nFORWARD = r"""{forward}"""\n\nBACKWARD = r"""{backward}"""\n'
     return f"{doc}{IMPORTS}\n{_host()}{LIBRARY}\n{setup}{tail}{kernels}"

@@ -34,6 +34,7 @@ struct Forward {
     Tile& tile = here.tile;
     Keys& keys = here.keys;
     Loads loads;
+    Masks masks;
     Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels panels;
@@ -42,11 +43,12 @@ struct Forward {
     int next_query, next_key, next_queries, next_keys, pace;       // what of the next tile was prefetched; rows per block
 
     explicit Forward(const Problem& P, Arena& arena) : P(P) {
-        arena.reserve(2 * Aimed::bytes() + LOADS * Expansion::bytes(false) + 64 * 16 + TILE * 25
+        arena.reserve(2 * Aimed::bytes() + Masks::bytes() + LOADS * Expansion::bytes(false) + 64 * 16 + TILE * 25
                       + sizeof(real) * (TILE * (DP + VP + 2) + CHUNK * (2 * DP + VP + ROWS + LOADS * ROWS)));
         here.allocate(arena); next.allocate(arena);
         for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, false);
         loads.expansion = expansions;
+        masks.rows = arena.take<real>(Masks::MOST * CHUNK);
         loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
         q = arena.take<real>(TILE * DP); o = arena.take<real>(TILE * VP);
         maximum = arena.take<real>(TILE); total = arena.take<real>(TILE); started = arena.take<bool>(TILE);
@@ -59,7 +61,7 @@ struct Forward {
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
         V best = splat(LOWEST);
-        each_score<PLAIN>(P, numbers, tile, keys, elements, row, i, from, to, [&](int j, V, V x, bool masked) __attribute__((always_inline)) {
+        each_score<PLAIN>(P, numbers, tile, keys, masks, elements, row, i, from, to, [&](int j, V, V x, bool masked) __attribute__((always_inline)) {
             best = larger(best, x);
             if (!PLAIN_SCORE || masked) store(row + j, x);
         });
@@ -140,6 +142,7 @@ struct Forward {
             keys.gather<D>(P.k + tile.batch * P.k_layout.batch + kv * P.k_layout.head, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
             keys.gather<DV>(P.v + tile.batch * P.v_layout.batch + kv * P.v_layout.head, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             pack_panels<D>(panels, k, keys.count);
+            masks.aim(tile, keys);
             loads.aim(P, tile, keys, nullptr);
             for (int i = 0, m; i < tile.queries; i += m) {
                 m = share(tile.queries - i, ROWS);

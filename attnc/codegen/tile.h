@@ -355,28 +355,61 @@ struct Loads {
     }
 };
 
+// Which keys of a chunk the axes after the lead one allow, as 0 or -inf to add to a score. Queries that differ on the lead axis only
+// share a row, so a tile that is narrow there needs few of them.
+struct Masks {
+    static constexpr int MOST = 16;
+    real* rows;
+    int count = 0;              // rows; 0: none are needed, or every key is compared instead
+    static size_t bytes() { return MOST * CHUNK * sizeof(real) + 64; }
+    void aim(const Tile& t, const Keys& keys) {
+        int lead = 0;
+        while (lead < RANK - 1 && t.k_box.extent[lead] <= 1) lead++;
+        bool any = false, before = false;
+        for (int a = 0; a < RANK; a++) { any |= t.checked[a]; before |= t.checked[a] && a <= lead; }
+        count = 0;
+        if (!any || before || keys.prefix || t.prefix) return;
+        int64_t inner = 1;
+        for (int a = lead + 1; a < RANK; a++) inner *= t.q_box.extent[a];
+        if (inner > MOST) return;
+        count = inner;
+        for (int i = 0; i < count; i++) for (int k = 0; k < keys.count; k += L) {
+            I ok = lanes() < splat_integer(L);
+            for (int a = 0; a < RANK; a++) if (t.checked[a]) {
+                const I key = load(keys.index[a] + k);
+                ok &= (key >= splat_integer(t.low[a][i])) & (key <= splat_integer(t.high[a][i]));
+            }
+            store(rows + i * CHUNK + k, select(ok, V{}, splat(-INF)));
+        }
+    }
+    const real* row(int i) const { return count ? rows + i % count * CHUNK : nullptr; }
+};
+
 // A plain score stays q . k until it is an exponent, where the scale is one operand of a fused multiply and add; any other score is
 // in natural units, so that it is rounded as it would be anywhere.
 INLINE V unit_of(const Numbers& numbers) { return splat(PLAIN_SCORE ? numbers.scale_log2e : LOG2E); }
 INLINE V exponent(V x, V shift, V unit) { return PLAIN_SCORE ? x * unit - shift : (x - shift) * unit; }
 // f(j, s, x, masked) for the vectors of keys [from, to) of query i: s = q . k as found in `row`, x the score, -inf where it sees no key.
 template <bool PLAIN, class F>
-INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const real* const* elements, const real* row, int i, int from, int to, F f) {
+INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const Masks& masks, const real* const* elements, const real* row, int i, int from, int to, F f) {
     const Run run = run_of(tile, keys, i);
+    const real* allowed_row = masks.row(i);
     bool checks = RESIDUAL && !PLAIN;
-    for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
+    if (!allowed_row) for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
     const int clear_from = checks ? to : min<int>(up(run.begin, L), to), clear_to = checks ? to : run.end / L * L;
-    auto part = [&](int j, int stop, bool mask) __attribute__((always_inline)) {
+    auto part = [&](int j, int stop, bool ends, bool row_of_masks) __attribute__((always_inline)) {
         for (; j < stop; j += L) {
             const V s = load(row + j);
             V x = !PLAIN ? score(P, numbers, tile.terms[i], keys.terms, elements, j, s) : PLAIN_SCORE ? s : s * splat(numbers.scale);
-            if (mask) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));
-            f(j, s, x, mask);
+            if (row_of_masks) x += load(allowed_row + j);
+            if (ends) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));
+            f(j, s, x, ends || row_of_masks);
         }
     };
-    part(from, clear_from, true);
-    part(max(clear_from, from), clear_to, false);
-    part(max(max(clear_from, from), clear_to), to, true);
+    part(from, clear_from, true, false);
+    if (allowed_row) part(max(clear_from, from), clear_to, false, true);
+    else part(max(clear_from, from), clear_to, false, false);
+    part(max(max(clear_from, from), clear_to), to, true, false);
 }
 
 // ---- looking ahead --------------------------------------------------------------------------------------------------------------------

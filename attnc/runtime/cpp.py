@@ -30,7 +30,7 @@ def _machine() -> str:
     found = cpp_host.compilers()
     if not found:
         raise UnsupportedError('backend "cpp" needs a C++ compiler (g++ or clang++, or CXX); backend="torch" needs none')
-    version = subprocess.run([found[0], "--version"], capture_output=True, text=True).stdout.splitlines()[:1]
+    version = subprocess.run([found[0], "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
     try:
         info = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line for line in info if line.startswith(("flags", "Features"))), "")

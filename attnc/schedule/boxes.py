@@ -99,10 +99,7 @@ def _cut(a: Axis, lo: Ints, hi: Ints, side: int) -> _Cut:
     first_lo, last_hi = lo[p[:, 0], p[:, 1]], hi[p[:, 0], p[:, 2] - 1]
     keys, queries = np.maximum(last_hi - first_lo + 1, 0).astype(float), (p[:, 2] - p[:, 1]).astype(float)
     masked = bool((lo[p[:, 0], p[:, 2] - 1] != first_lo).any() or (hi[p[:, 0], p[:, 1]] != last_hi).any())
-    seen = 0.0
-    for r, b, e in p:
-        seen += float(np.maximum(hi[r, b:e] - lo[r, b:e] + 1, 0).sum())
-    return _Cut(side, p, float((keys * queries).sum()), seen, float(keys.sum()), float(queries.sum()), masked)
+    return _Cut(side, p, float((keys * queries).sum()), float(a.pairs()), float(keys.sum()), float(queries.sum()), masked)
 
 
 def _cost(cuts: tuple[_Cut, ...], kernel: Kernel) -> float:
@@ -125,7 +122,11 @@ def _cost(cuts: tuple[_Cut, ...], kernel: Kernel) -> float:
     live += gathered * kernel.lanes / 2  # the last vector of a row is half empty
     masks = sum(c.masked for c in cuts[lead + 1 :])
     per_pair = (kernel.width + 20 + 6 * masks) / kernel.lanes
-    cost = live * per_pair + packed * kernel.width * 0.35 + gathered * kernel.width * 0.15 + tiles * 500 + gathered / kernel.rows * 60
+    cost = (
+        live * per_pair + packed * kernel.width * 0.35 + gathered * kernel.width * 0.15 + tiles * 500 + gathered / kernel.rows * 60
+    )
+    chunks = -(-packed // (tiles * kernel.keys)) if tiles else 1.0
+    cost += (chunks - 1) * gathered * (kernel.width * 0.5 + 40)
     if kernel.backward:
         cost += (boxes + live * 0.6) * kernel.width / kernel.lanes + packed * kernel.width * 0.4
     return cost
@@ -164,7 +165,8 @@ def _segments(a: Axis, lo: Ints, hi: Ints, pieces: Ints, parts: int) -> tuple[In
         else:
             runs.append([n])
         reach = last if first <= last else -1
-    segments, owners = [], []
+    segments: list[tuple[int, ...]] = []
+    owners: list[tuple[int, int]] = []
     for run in runs:
         count = min(parts, len(run))
         owners.append((len(segments), len(segments) + count))
