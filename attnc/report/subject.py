@@ -13,7 +13,7 @@ from attnc.report import boxes
 from attnc.schedule.geometry import Geometry, geometry
 from attnc.schedule.split import split
 
-MOST_COUNTED = 1 << 29  # pairs a residual predicate is evaluated for, to count what it allows
+MOST_COUNTED = 1 << 26  # pairs a residual predicate is evaluated for, to count what it allows
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ class Subject:
         total = 0
         for p in self.parts:
             assert p.geometry is not None
-            asked = p.heads * boxes.count(p.geometry).elements
-            if p.structure.residual != ir.TRUE and asked > MOST_COUNTED:
+            heads_differ = any(n.op in ("head", "heads") for n in ir.walk(p.structure.residual))
+            counted = p.heads if heads_differ else 1
+            if p.structure.residual != ir.TRUE and counted * boxes.count(p.geometry).elements > MOST_COUNTED:
                 return None
-            total += p.geometry.allowed(p.heads)
+            total += p.geometry.allowed(counted) * (p.heads // counted)
         return total
 
     def dense(self) -> int:
