@@ -27,7 +27,7 @@ _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 def install() -> None:
     """Register with timm now, or as soon as it is imported. Calling it again changes nothing."""
-    if "timm" in sys.modules:
+    if sys.modules.get("timm") is not None:  # None is how an import is blocked
         register()
     elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterTimm())
