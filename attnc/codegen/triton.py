@@ -1,7 +1,7 @@
 """Prints a stand-alone Triton module: kernels, their launches, and a differentiable `attention`.
 
-The text depends on the statement, the tiles and the head dimensions; with concrete sizes also on the grid. attnc's own Triton backend
-loads the same text with sizes as arguments.
+The text depends on the statement, the tiles and the head dimensions; with concrete sizes also on the grid. attnc's own Triton
+backend loads the same text with sizes as arguments.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import textwrap
 from attnc import ir
 from attnc.analysis.structure import analyse
 from attnc.codegen.triton_host import Host
-from attnc.codegen.triton_kernels import Kernel, Module, can_fuse
+from attnc.codegen.triton_kernels import Kernel, can_fuse
 from attnc.codegen.triton_plan import Spec, check, dense_spec, tile_text
+from attnc.codegen.triton_shapes import Module
 from attnc.codegen.triton_tables import table_kernel
 from attnc.schedule.geometry import geometry
 from attnc.schedule.tiles import Tiles, issued, tiles
 
-HEAD = '''\
+HEAD = """\
 import math
 import os
 
@@ -27,7 +28,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-'''
+"""
 
 
 def make_spec(
@@ -52,25 +53,31 @@ def make_spec(
     return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain)
 
 
-def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str = "") -> str:
-    """The module's text."""
-    module, t, extra = Module(), spec.tiles, []
+def kernels_of(spec: Spec, module: Module) -> tuple[list[Kernel], list[Kernel]]:
+    """The kernels of a statement, and the plain ones that prefix tokens need."""
+    t = spec.tiles
     kernels = [Kernel(spec, "forward", t.forward, module)]
     fused = can_fuse(spec, t.dq, module)
     if not fused:
         kernels.append(Kernel(spec, "backward_dq", t.dq, module))
     kernels.append(Kernel(spec, "backward_dkv", t.dq if fused else t.dkv, module, fused=fused))
-    if spec.learned and kernels[1].registers:
-        extra.append(table_kernel(spec, kernels[1], module))
-    elif spec.learned:
+    if spec.learned and not kernels[1].registers:
         kernels.append(Kernel(spec, "backward_table", t.dq, module))
     flat: list[Kernel] = []
     if spec.prefix:
         dense = dense_spec(spec)
         if spec.program.queries.prefix:
-            flat += [Kernel(dense, k, t.flat, module, "prefix_") for k in ("forward", "backward_dq")]  # type: ignore[arg-type]
+            flat += [Kernel(dense, k, t.flat, module, "prefix_") for k in ("forward", "backward_dq")]
         if spec.program.keys.prefix:
             flat.append(Kernel(dense, "backward_dkv", t.flat, module, "prefix_"))
+    return kernels, flat
+
+
+def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str = "") -> str:
+    """The module's text."""
+    module = Module()
+    kernels, flat = kernels_of(spec, module)
+    extra = [table_kernel(spec, k, module) for k in kernels if spec.learned and k.kind != "forward" and k.registers][:1]
     host = Host(spec, kernels, flat)
     grids = ""
     if spec.geometry is not None:
@@ -96,7 +103,9 @@ def docstring(spec: Spec, heads: int | None, dtype: str, target: str) -> str:
         shape = "x".join(map(str, g.q_grid))
         keys = "" if g.q_grid == g.k_grid and spec.program.same_grid else f", keys on {'x'.join(map(str, g.k_grid))}"
         what = ", ".join(x for x in (f"{heads} heads" if heads else "", dtype, f"compiled for {target}" if target else "") if x)
-        lines.append(f"grid:     {shape}{keys}; head dimension {spec.head_dim}, values {spec.value_dim}{'; ' if what else ''}{what}")
+        lines.append(
+            f"grid:     {shape}{keys}; head dimension {spec.head_dim}, values {spec.value_dim}{'; ' if what else ''}{what}"
+        )
     else:
         lines.append(f"grid:     any; head dimension {spec.head_dim}, values {spec.value_dim}")
     forms = ", ".join(f"{n}: {f.kind}" for n, f in zip(spec.axes, spec.structure.axes, strict=True))
@@ -132,9 +141,7 @@ def emit_triton(
     if isinstance(program.attend, ir.Channel):
         from attnc.codegen.triton_channel import emit_channel
 
-        return emit_channel(head_dim, value_dim)
+        return emit_channel()
     itemsize = 4 if dtype == "float32" else 2
     spec = make_spec(program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize)
     return source(spec, heads=heads, dtype=dtype, target=target)
-
-

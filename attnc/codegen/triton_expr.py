@@ -50,7 +50,7 @@ def text(e: ir.Expr, names: Mapping[ir.Expr, str], load: Loader | None = None, *
             return out if level < 0 or _atomic(out) else f"({out})"
         out = step(n)
         mine = _LEVEL.get(n.op, 9)
-        if n.op == "floordiv" and not host and not nonnegative(n.args[0]) or n.op == "mod" and out.startswith("floor"):
+        if (n.op == "floordiv" and not host and not nonnegative(n.args[0])) or (n.op == "mod" and out.startswith("floor")):
             mine = 9
         return f"({out})" if mine <= level else out
 

@@ -10,7 +10,8 @@ from attnc import ir
 from attnc.analysis.evaluate import evaluate
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_kernels import Kernel
-from attnc.codegen.triton_plan import Spec, lanes
+from attnc.codegen.triton_plan import Spec
+from attnc.codegen.triton_tables import table_sizes
 from attnc.schedule.geometry import Geometry
 
 STRIDES = '''\
@@ -157,7 +158,11 @@ class Host:
             parts = f"parts = ({-(-length // k.tile_choice.rows[0])},)"
         values = [self.value(a, k) for a, _ in k.arguments()]
         call = f"{k.name}[(math.prod(parts), {heads}, {batch})]("
-        body = textwrap.wrap(", ".join(values) + f", num_warps={k.tile_choice.warps}, num_stages={k.tile_choice.stages},", 106, break_long_words=False)
+        body = textwrap.wrap(
+            ", ".join(values) + f", num_warps={k.tile_choice.warps}, num_stages={k.tile_choice.stages},",
+            106,
+            break_long_words=False,
+        )
         per = self.per(k) if k.batched and not (self.spec.learned and k.fused) else []
         return [*per, parts, call, *[f"    {line}" for line in body], ")"]
 
@@ -200,7 +205,11 @@ class Host:
         out = [f"def run_forward({self.signature('q, k, v, tables, scale')}):"]
         body = ['"""out, and lse (natural log, float32 [B, H, N], -inf for a row without keys)."""']
         shape = self.rank_one and not self.spec.prefix
-        body += [f"out = {self.empty('q', self.spec.value_dim)}"] if not shape else [f"shaped = out = {self.empty('q', self.spec.value_dim)}"]
+        body += (
+            [f"out = {self.empty('q', self.spec.value_dim)}"]
+            if not shape
+            else [f"shaped = out = {self.empty('q', self.spec.value_dim)}"]
+        )
         body += self.common()
         if shape:
             body.append("out = out.view(B, H, N, -1) if out.dim() == 4 else out.flatten(2, -2)")
@@ -265,7 +274,9 @@ class Host:
 
     def per(self, k: Kernel) -> list[str]:
         """How many batch items one program walks: several where that leaves programs enough."""
-        return [f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // 1024))  # batch items of one program"]
+        return [
+            f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // 512))  # batch items of one program"
+        ]
 
     def empty(self, t: str, dim: int) -> str:
         """A new tensor in the memory order of t."""
@@ -275,22 +286,34 @@ class Host:
     def register_tables(self, dq: Kernel) -> list[str]:
         (n,) = self.spec.learned
         name = n.args[0]
-        sizes = [a for a in table_arguments(self.spec, dq)]
+        sizes = table_sizes(self.spec, dq)
         head = next((d for d, e in enumerate(n.children) if e == ir.HEAD), None)
         shape = f'tables["{name}"].shape'
         out = [f"shape = {shape}"]
         kept = "shape" if head is None else f"(*shape[:{head}], *shape[{head + 1}:])" if head else "shape[1:]"
-        out.append(f"grad = torch.empty(H, *{kept}, {'device=q.device'})" if kept != "shape" else "grad = torch.empty(H, *shape, device=q.device)")
-        st = "table_strides(grad[0])" if head is None else ("(0, *table_strides(grad[0]))" if not head else f"(*table_strides(grad[0])[:{head}], 0, *table_strides(grad[0])[{head}:])")
+        out.append(
+            f"grad = torch.empty(H, *{kept}, {'device=q.device'})"
+            if kept != "shape"
+            else "grad = torch.empty(H, *shape, device=q.device)"
+        )
+        st = (
+            "table_strides(grad[0])"
+            if head is None
+            else (
+                "(0, *table_strides(grad[0]))"
+                if not head
+                else f"(*table_strides(grad[0])[:{head}], 0, *table_strides(grad[0])[{head}:])"
+            )
+        )
         out.append("entries = grad[0].numel()")
         out.append("backward_table[(triton.cdiv(entries, 32), H)](")
         out.append(f"    partial.sum((0, 2)), grad, {st}, entries{''.join(f', {s}' for s in sizes)},")
         out.append(")")
         if head is None:
-            out.append(f"found[\"{name}\"] = grad.sum(0)")
+            out.append(f'found["{name}"] = grad.sum(0)')
         else:
             moved = "grad" if head == 0 else f"grad.movedim(0, {head})"
-            out.append(f"found[\"{name}\"] = {moved}.sum_to_size(shape)")
+            out.append(f'found["{name}"] = {moved}.sum_to_size(shape)')
         return out
 
     def atomic_tables(self) -> list[str]:
@@ -299,9 +322,9 @@ class Host:
         out = ["# integers add up to the same sum in any order; `size` bounds what one entry can collect"]
         out.append("unit = 2.0**61 / size.sum().clamp(min=1e-30)")
         for name in names:
-            out.append(f"d_{name} = torch.zeros(tables[\"{name}\"].shape, dtype=torch.int64, device=q.device)")
+            out.append(f'd_{name} = torch.zeros(tables["{name}"].shape, dtype=torch.int64, device=q.device)')
         out += self.launch(self.kernels["backward_table"])
-        out += [f"found[\"{name}\"] = (d_{name}.double() / unit).float()" for name in names]
+        out += [f'found["{name}"] = (d_{name}.double() / unit).float()' for name in names]
         return out
 
     def function(self) -> str:
@@ -312,23 +335,23 @@ class Host:
         args = "".join(f", {x}" for x in (*rest, *names))
         named = f"dict({', '.join(f'{n}={n}' for n in names)})"
         tail = "".join(f", {g}" for g in grids)
-        gradients = "".join(f", found.get(\"{n}\")" for n in names)
+        gradients = "".join(f', found.get("{n}")' for n in names)
         saved = "".join(f", {n}" for n in names)
-        return f'''\
+        return f"""\
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v{args}):
         out, lse = run_forward(q, k, v, {named}, scale{tail})
         ctx.save_for_backward(q, k, v, out, lse{saved})
-        ctx.rest = ({', '.join(rest)},)
+        ctx.rest = ({", ".join(rest)},)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse{saved} = ctx.saved_tensors
-        dq, dk, dv, {'found' if names else '_'} = run_backward(q, k, v, out, lse, grad_out, None, {named}, *ctx.rest)
-        return dq, dk, dv, {', '.join(['None'] * len(rest))}{gradients}
-'''
+        dq, dk, dv, {"found" if names else "_"} = run_backward(q, k, v, out, lse, grad_out, None, {named}, *ctx.rest)
+        return dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}
+"""
 
     def attention(self) -> str:
         spec = self.spec
@@ -343,15 +366,21 @@ class _Attention(torch.autograd.Function):
         n_q = f"math.prod({grid})" + (f" + {pq}" if pq else "")
         n_k = f"math.prod({kv})" + (f" + {pk}" if pk else "")
         lines = [f"def attention(q, k, v, *, {', '.join(keywords)}):"]
-        lines.append(f'    """out [B, H, N, {dv}] of q [B, H, N, {d}], k [B, HK, M, {d}] and v [B, HK, M, {dv}] (or [B, H, *grid, D]); differentiable."""')
-        lines.append(f"    for name, t, n, width in ((\"q\", q, {n_q}, {d}), (\"k\", k, {n_k}, {d}), (\"v\", v, {n_k}, {dv})):")
+        lines.append(
+            f'    """out [B, H, N, {dv}] of q [B, H, N, {d}], k [B, HK, M, {d}] and v [B, HK, M, {dv}] (N may be *grid)."""'
+        )
+        lines.append(f'    for name, t, n, width in (("q", q, {n_q}, {d}), ("k", k, {n_k}, {d}), ("v", v, {n_k}, {dv})):')
         lines.append("        if t.dim() < 4 or math.prod(t.shape[2:-1]) != n or t.shape[-1] != width:")
         lines.append('            raise ValueError(f"{name} has shape {tuple(t.shape)}; this module wants [B, H, {n}, {width}]")')
-        lines.append("    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[0] > 65535:")
+        lines.append(
+            "    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[0] > 65535:"
+        )
         text = "q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one batch (at most 65535) and matching heads are wanted"
         lines.append(f'        raise ValueError(f"{text}")')
         lines.append("    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):")
-        lines.append('        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; this module wants one of float16, bfloat16, float32")')
+        lines.append(
+            '        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; this module wants float16, bfloat16 or float32")'
+        )
         lines.append(f"    scale = {d} ** -0.5 if scale is None else float(scale)")
         if spec.plain and spec.bias is not None:
             lines.append("    if not scale > 0:")
@@ -362,7 +391,9 @@ class _Attention(torch.autograd.Function):
             lines.append(f"    if {name} is None:")
             lines.append(f"        {name} = q.new_zeros(k.shape[1], {width})")
             lines.append(f"    if {name}.dim() != 2 or {name}.shape[0] not in (1, k.shape[1]) or {name}.shape[1] != {width}:")
-            lines.append(f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [HK or 1, {width}]")')
+            lines.append(
+                f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [HK or 1, {width}]")'
+            )
         rest = "".join(f", {n}" for n in (*grids, *self.tables, *self.pads))
         lines.append(f"    return _Attention.apply(q, k, v, scale{rest})")
         return "\n".join(lines)
@@ -370,8 +401,15 @@ class _Attention(torch.autograd.Function):
     def table_checks(self, name: str) -> list[str]:
         spec = self.spec
         rank = spec.attend.table_rank(name)
-        node = next((n for e in (spec.score, spec.residual, *([spec.post] if spec.post else []))
-                     for n in ir.walk(e) if n.op == "load" and n.args[0] == name), None)
+        node = next(
+            (
+                n
+                for e in (spec.score, spec.residual, *([spec.post] if spec.post else []))
+                for n in ir.walk(e)
+                if n.op == "load" and n.args[0] == name
+            ),
+            None,
+        )
         tests, wants = [f"{name}.dim() != {rank}"], ["?"] * rank
         if node is not None:
             for d, e in enumerate(node.children):
@@ -381,17 +419,17 @@ class _Attention(torch.autograd.Function):
                 elif spec.geometry is not None:
                     least = longest_index(spec.geometry, e)
                     if least is not None:
-                        tests.append(f"{name}.shape[{d}] != 1 and {name}.shape[{d}] < {least}" if len(tests) == 0 else f"1 < {name}.shape[{d}] < {least}")
+                        tests.append(
+                            f"{name}.shape[{d}] != 1 and {name}.shape[{d}] < {least}"
+                            if len(tests) == 0
+                            else f"1 < {name}.shape[{d}] < {least}"
+                        )
                         wants[d] = f">= {least}"
         text = f"    if {' or '.join(tests)}:"
-        return [text, f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [{", ".join(wants)}]")']
-
-
-def table_arguments(spec: Spec, dq: Kernel) -> list[str]:
-    """Sizes that the table kernel takes, in its order."""
-    from attnc.codegen.triton_tables import table_sizes
-
-    return table_sizes(spec, dq)
+        return [
+            text,
+            f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [{", ".join(wants)}]")',
+        ]
 
 
 def longest_index(g: Geometry, e: ir.Expr) -> int | None:
@@ -409,6 +447,3 @@ def longest_index(g: Geometry, e: ir.Expr) -> int | None:
             leaves = {**g.sizes, ir.coord("q", axis): c, ir.coord("k", axis): keys}
             most = max(most, int(np.max(evaluate(e, leaves, np))))
     return most + 1 if most >= 0 else None
-
-
-__all__ = ["Host", "lanes", "longest_index"]

@@ -32,8 +32,30 @@ DOCS = {
     "backward_table": "Table gradients as 64-bit fixed-point sums, whose order does not matter.",
     "fused": "One group: the gradients of its queries, keys and values, and of the tables.",
 }
-POINTERS = "Q K V O G Qp Gp Kp Vp Lse GLse Lse2 Delta DQ DK DV Partial Size Unit DPad_k DPad_v".split()
-SCALARS = "scale c B H N P parts GROUP PER PRECISION".split()
+POINTERS = [
+    "Q",
+    "K",
+    "V",
+    "O",
+    "G",
+    "Qp",
+    "Gp",
+    "Kp",
+    "Vp",
+    "Lse",
+    "GLse",
+    "Lse2",
+    "Delta",
+    "DQ",
+    "DK",
+    "DV",
+    "Partial",
+    "Size",
+    "Unit",
+    "DPad_k",
+    "DPad_v",
+]
+SCALARS = ["scale", "c", "B", "H", "N", "P", "parts", "GROUP", "PER", "PRECISION"]
 CONSTANT = ("GROUP", "PRECISION")
 
 
@@ -262,7 +284,7 @@ class Kernel(Shapes):
         return "bias" if additive else "ok"
 
     def score(self, ok: str) -> str:
-        """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked afterwards), "" (neither) or "general"."""
+        """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked after), "" or "general"."""
         spec = self.spec
         if self.fused:  # rows beyond the group must not reach dk and dv
             self.put(f"ok = live[:, None] & {ok or '(n >= 0)[None, :]'}")
@@ -510,7 +532,7 @@ class Kernel(Shapes):
             columns = ("q", "g") if self.side == "k" else ("k", "v")
             for t in columns:
                 text = (
-                    '@triton.jit\ndef @@(base, st, b, h, x, dx, LANES: tl.constexpr):\n'
+                    "@triton.jit\ndef @@(base, st, b, h, x, dx, LANES: tl.constexpr):\n"
                     '    """Pointers to channels of the tokens dx away from token (x) of head h of batch item b."""\n'
                     "    token = base + (b * st[0] + h * st[1] + tl.cast(x, tl.int64) * st[2])\n"
                     "    return token + (dx * st[2])[:, None] + tl.arange(0, LANES)[None, :] * st[3]\n"
@@ -547,7 +569,11 @@ class Kernel(Shapes):
         """Rows are queries."""
         tables = bool(self.spec.learned) and self.kind == "backward_dq"
         if tables:
-            self.put(f"grad = tl.zeros([{self.bm}, {self.bn}], tl.float32)" if self.registers else f"size = tl.zeros([{self.bm}], tl.float32)")
+            self.put(
+                f"grad = tl.zeros([{self.bm}, {self.bn}], tl.float32)"
+                if self.registers
+                else f"size = tl.zeros([{self.bm}], tl.float32)"
+            )
         if self.kind == "backward_table":
             self.put("unit = tl.load(Unit)")
         with self.items():
@@ -681,6 +707,3 @@ def can_fuse(spec: Spec, tile: Tile, module: Module) -> bool:
     if not all(symmetric(f) or f.kind.split(" of ")[-1] in kinds for f in spec.structure.axes):
         return False
     return not spec.learned or Kernel(spec, "backward_dq", tile, Module()).registers
-
-
-__all__ = ["Kernel", "Kind", "Module", "can_fuse", "mentions", "textwrap"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from attnc import ir
 from attnc.analysis.algebra import FloorDiv, FloorMod, NotAlgebraic, symbol, to_sympy
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.evaluate import evaluate
-from attnc.analysis.forms import I, J, R, AxisForm
+from attnc.analysis.forms import AxisForm, I, J
 from attnc.analysis.structure import Structure, analyse
 from attnc.errors import UnsupportedError
 from attnc.schedule.geometry import Geometry
@@ -117,7 +116,7 @@ class Spec:
 
     @cached_property
     def bias(self) -> ir.Expr | None:
-        """B where the score is SCORE + B: then it rides on the product's accumulator. ZERO for the plain score, None for all else."""
+        """B where the score is SCORE + B, which then rides on the product: ZERO for the plain score, None for others."""
         if not self.plain or self.attend.post is not None:
             return None
         parts = terms(self.score)
@@ -181,6 +180,28 @@ class AxisPlan:
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
 
 
+def widest(form: AxisForm, rows: int) -> int | None:
+    """Columns that `rows` neighbouring rows see at most, where that follows from the ends: some bound above minus some bound
+    below is constant, and neither moves by more than one from a row to the next. None where nothing follows."""
+    try:
+        low, high = to_sympy(form.lo), to_sympy(form.hi)
+    except NotAlgebraic:
+        return None
+    gaps = [sp.expand(a - b) for a in sp.Min.make_args(high) for b in (low, *sp.Max.make_args(low)) if _slow(a) and _slow(b)]
+    found = [int(gap) for gap in gaps if gap.is_Integer]
+    return rows + min(found) if found else None
+
+
+def _slow(e: sp.Expr) -> bool:
+    """Proved to grow by at most one when the row does."""
+    j = symbol(J)
+    if not e.has(j) or e == j:
+        return True
+    if isinstance(e, sp.Min | sp.Max):
+        return all(_slow(a) for a in e.args)
+    return bool(e.is_Add) and sum(a.has(j) for a in e.args) == 1 and all(_slow(a) for a in e.args)
+
+
 def symmetric(form: AxisForm) -> bool:
     """Queries of a key are the keys of a query: the same blocks seen from the other side."""
     if form.inverse_lo is None or form.inverse_hi is None:
@@ -212,18 +233,52 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
         g = spec.geometry.axes[axis]
         begin = ir.const(int(evaluate(begin, _sizes(spec.geometry, axis), None)))
         w = walk(g, side, rows, chunk, columns=columns)
-        return AxisPlan(axis, name, rows, chunk, form.split, lo, hi, columns, w.one_box, w.exact, w.most <= 1, w.overruns,
-                        w.full > 0, w.partial > 0 and not w.exact, begin, w.one_box and group)
+        return AxisPlan(
+            axis,
+            name,
+            rows,
+            chunk,
+            form.split,
+            lo,
+            hi,
+            columns,
+            w.one_box,
+            w.exact,
+            w.most <= 1,
+            w.overruns,
+            w.full > 0,
+            w.partial > 0 and not w.exact,
+            begin,
+            w.one_box and group,
+        )
     block = int(form.block.args[0]) if form.block is not None and form.block.op == "const" else 0
     same = side == "q" or symmetric(form)
     inside = bool(block) and block % rows == 0 and same
     whole = spec.padded and side == "k"  # columns are cut to the real queries
     one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside)
-    single = one_box and (kind == "point" and same or inside and chunk >= block)
+    single = one_box and ((kind == "point" and same) or (inside and chunk >= block))
     exact = one_box and chunk == 1
+    most = widest(form, rows) if side == "q" else None
+    single = single or (most is not None and most <= chunk)
     full = not single and (kind in (*CONSTANT_KINDS, "causal") or exact) and not columns
-    return AxisPlan(axis, name, rows, chunk, form.split, lo, hi, columns, one_box, exact, single, not exact or whole, full,
-                    not exact, begin, one_box and group)
+    return AxisPlan(
+        axis,
+        name,
+        rows,
+        chunk,
+        form.split,
+        lo,
+        hi,
+        columns,
+        one_box,
+        exact,
+        single,
+        not exact or whole,
+        full,
+        not exact,
+        begin,
+        one_box and group,
+    )
 
 
 def _sizes(g: Geometry, axis: int) -> dict[ir.Expr, int]:
@@ -264,11 +319,6 @@ def lanes(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def whole_groups(plans: tuple[AxisPlan, ...]) -> bool:
-    """One chunk holds all keys of the tile, so geometry, mask and bias need computing once."""
-    return all(p.single for p in plans)
-
-
 def order(plans: tuple[AxisPlan, ...], inner: int) -> tuple[list[AxisPlan], AxisPlan]:
     """Outer axes, slowest first, and the inner one."""
     return [p for p in plans if p.axis != inner], plans[inner]
@@ -278,11 +328,6 @@ def tile_text(tile: Tile) -> str:
     """For docstrings."""
     rows, chunk = ("x".join(map(str, t)) for t in (tile.rows, tile.chunk))
     return f"{rows} rows ({tile.bm} in registers) by chunks of {chunk} ({tile.bn})"
-
-
-def product(values: tuple[int, ...]) -> int:
-    """Of a tile's lengths."""
-    return math.prod(values)
 
 
 def _in_class(e: ir.Expr, plans: tuple[AxisPlan, ...]) -> sp.Expr:
@@ -321,6 +366,3 @@ def tile_invariant(spec: Spec, plans: tuple[AxisPlan, ...]) -> bool:
             if sp.expand(moved - here) != 0:
                 return False
     return True
-
-
-__all__ = ["J", "R", "AxisPlan", "Spec", "check", "dense_spec", "lanes", "order", "plan_axis", "symmetric", "tile_invariant", "terms", "tile_text", "whole_groups"]

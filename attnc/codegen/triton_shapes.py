@@ -1,7 +1,7 @@
 """Prints where a program's rows and columns lie: device functions for tiles, interval ends, row pointers and masks.
 
-Names in the printed text: `y0, x0` are a tile's origin, `ya` and `yb` its first and last row, `cy, cx` a chunk's origin, `y_from, y_to`
-the box of columns the tile sees; all are indices inside the residue class.
+Names in the printed text: `y0, x0` are a tile's origin, `ya` and `yb` its first and last row, `cy, cx` a chunk's origin, `y_from`
+and `y_to` the box of columns the tile sees; all are indices inside the residue class.
 """
 
 from __future__ import annotations
@@ -129,21 +129,22 @@ class Shapes:
     # --------------------------------------------------------------------------------------------------------------------- tiles
     def tile(self) -> None:
         """Print the call of a function that locates a program's tile."""
-        digits, put = self.digits(), []
+        digits = self.digits()
+        put: list[str] = []
         for p in self.plans:
             if p.split.op != "const":
                 put.append(f"split_{p.name} = {self.expr(p.split, {})}")
         put.append("pid, m = tl.program_id(0), tl.arange(0, BM)")
-        for n in range(len(digits) - 1, -1, -1):
-            what, p = digits[n]
-            digit = f"pid % parts[{n}]" if n else "pid"
+        for d in range(len(digits) - 1, -1, -1):
+            what, p = digits[d]
+            digit = f"pid % parts[{d}]" if d else "pid"
             if what == "class":
                 put.append(f"r{p.name} = {digit}")
             else:
                 start, size = self.expr(p.start, {}), f"T{p.name.upper()}"
                 put.append(f"{p.name}0 = {digit} * {size}" if start == "0" else f"{p.name}0 = {start} + {digit} * {size}")
-            if n:
-                put.append(f"pid = pid // parts[{n}]")
+            if d:
+                put.append(f"pid = pid // parts[{d}]")
         if len(digits) <= 2 and all(what == "tile" for what, _ in digits):
             at = ["tl.program_id(0)"] if len(digits) == 1 else ["pid // parts[1]", "pid % parts[1]"]
             origins = []
@@ -211,12 +212,19 @@ class Shapes:
         body = ", ".join(self.module.scan(triton_expr.text(e, names)) for e in (low, high))
         mine, theirs = ("query", "key") if side == "q" else ("key", "query")
         inside = "" if p.split == ir.ONE else ", all inside its residue class"
-        doc = f"First and last {theirs} that {mine} j sees on an axis{inside}." if side == "q" else f"First and last {theirs} that sees {mine} j on an axis{inside}."
+        doc = (
+            f"First and last {theirs} that {mine} j sees on an axis{inside}."
+            if side == "q"
+            else f"First and last {theirs} that sees {mine} j on an axis{inside}."
+        )
         params = ", ".join(["j", *[a for a, _ in args]])
         if len(body) > 95:
             each = [self.module.scan(triton_expr.text(e, names)) for e in (low, high)]
             body = "first, last"
-            signature, end = f"@triton.jit\ndef @@({params}):\n", f"    first = {each[0]}\n    last = {each[1]}\n    return first, last\n"
+            signature, end = (
+                f"@triton.jit\ndef @@({params}):\n",
+                f"    first = {each[0]}\n    last = {each[1]}\n    return first, last\n",
+            )
         else:
             signature, end = f"@triton.jit\ndef @@({params}):\n", f"    return {body}\n"
         stem = "keys" if side == "q" else "queries"
@@ -308,11 +316,15 @@ class Shapes:
     def columns(self, plans: tuple[AxisPlan, ...] | list[AxisPlan]) -> None:
         """Print indices of all columns of the chunk along some axes."""
         parts = self.column_parts()
-        self.together([(f"{self.other}{p.name}", f"c{p.name} + {parts[p.axis] if parts[p.axis] != '0' else 'n * 0'}") for p in plans])
+        self.together(
+            [(f"{self.other}{p.name}", f"c{p.name} + {parts[p.axis] if parts[p.axis] != '0' else 'n * 0'}") for p in plans]
+        )
 
     def mask_call(self, additive: bool) -> str:
         """Call of a function that compares a chunk's columns with the rows' intervals, axis by axis; None of them exact."""
-        shown, body, params = [p for p in self.plans if not p.exact], [], []
+        shown = [p for p in self.plans if not p.exact]
+        body: list[str] = []
+        params: list[str] = []
         rank = len(self.plans)
         body.append(
             f"{', '.join(p.name for p in shown)} = {', '.join(f'c{p.name} + tl.arange(0, K{p.name.upper()})' for p in shown)}"
@@ -355,12 +367,18 @@ class Shapes:
         body.append(f"return {result}.reshape(BM, BN)")
         text = "\n".join(f"    {line}" for line in body)
         lengths = [f"K{p.name.upper()}" for p in self.plans]
-        doc = "0 where a chunk's columns lie in a row's interval on every axis, else -inf." if additive else "Whether a chunk's columns lie in a row's interval on every axis."
+        doc = (
+            "0 where a chunk's columns lie in a row's interval on every axis, else -inf."
+            if additive
+            else "Whether a chunk's columns lie in a row's interval on every axis."
+        )
         params += [self.residue(p) for p in shown if p.split != ir.ONE and mentions(self.residue(p), "\n".join(body))]
         params = list(dict.fromkeys(params))
         sign = [*params, *[f"{x}: tl.constexpr" for x in (*lengths, "BM", "BN")]]
         name = self.module.use(
-            "mask" if additive else "visible", f'@triton.jit\ndef @@({", ".join(sign)}):\n    """{doc}"""\n{text}\n', "query_mask" if additive else "visible_queries"
+            "mask" if additive else "visible",
+            f'@triton.jit\ndef @@({", ".join(sign)}):\n    """{doc}"""\n{text}\n',
+            "query_mask" if additive else "visible_queries",
         )
         at = {f"{p.name}_row": self.row(p) for p in self.plans}
         values = [at.get(x, x) for x in params] + [str(p.chunk) for p in self.plans] + [str(self.bm), str(self.bn)]
@@ -374,7 +392,7 @@ class Shapes:
         near = " + ".join(f"d{a} * st[{i + 2}]" for i, a in enumerate(axes))
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
-            f'    """Pointers to channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
+            f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
             f"    token = base + (b * st[0] + h * st[1] + {far})\n"
             f"    return token + ({near})[:, None] + tl.arange(0, LANES)[None, :] * st[{len(axes) + 2}]\n"
         )
@@ -388,7 +406,7 @@ class Shapes:
             origin.append(self.coordinate(f"{p.name}0" if p.rows > 1 else self.first(p), p, self.side, real=True))
             inside.append(self.times_split(f"{self.side}{p.name} - {p.name}0", p) if p.rows > 1 else "0")
         if all(x == "0" for x in inside):
-            inside[-1] = "tl.arange(0, %d) * 0" % self.bm
+            inside[-1] = f"tl.arange(0, {self.bm}) * 0"
         return self.rows(pointer, strides, head, origin, inside, lanes)
 
     def chunk_rows(self, pointer: str, strides: str, head: str, lanes: int) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from attnc import ir
 from attnc.codegen import triton_expr
-from attnc.codegen.triton_kernels import Kernel, Module, mentions
+from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import AxisPlan, Spec
+from attnc.codegen.triton_shapes import Module, mentions
 
 
 def _table_lines(spec: Spec, dq: Kernel, module: Module) -> tuple[list[str], list[str], list[str], list[str]]:
     """Coordinates of row m and columns n inside the first whole tile, and the terms of the entry that a pair reads."""
     (n,) = spec.learned
-    names, rows, columns = dict(spec.size_names), [], []
+    names = dict(spec.size_names)
+    rows: list[str] = []
+    columns: list[str] = []
     for p in dq.plans:
         rest = 1
         for x in dq.plans[p.axis + 1 :]:

@@ -1,7 +1,7 @@
 """The static report of a Triton module: what it issues, what it needs, what its machine code looks like. No GPU is needed.
 
-The module's own launches run on tensors without data while a stand-in driver names the target, so every kernel is compiled exactly as
-it would be on that device, and its machine code is read and weighed with the tile counts.
+The module's own launches run on tensors without data while a stand-in driver names the target, so every kernel is compiled as it
+would be on that device, and its machine code is read and weighed with the tile counts.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnc import ir
-from attnc.codegen.triton import make_spec, source
+from attnc.codegen.triton import kernels_of, make_spec, source
 from attnc.codegen.triton_host import longest_index
-from attnc.codegen.triton_kernels import Kernel, Module
+from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
-from attnc.errors import BuildError, UnsupportedError
+from attnc.codegen.triton_shapes import Module
+from attnc.errors import BuildError, ShapeError, UnsupportedError
+from attnc.lang.mechanism import Mechanism
+from attnc.lang.pattern import Pattern
 from attnc.report import sass
 from attnc.schedule import tiles as schedule
+
+if TYPE_CHECKING:
+    from attnc.compiler import GridLike, PadLike
 
 TARGETS = ("cuda:75", "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
 WARP = {"gfx942": 64}
@@ -87,13 +93,23 @@ class Report:
         from rich.table import Table
 
         head = (
-            f"{self.name} for {self.target}: {self.strategy}, {self.issued_elements:,} score elements issued for {self.allowed_elements:,} "
+            f"{self.name} for {self.target}: {self.strategy}, {self.issued_elements:,} scores issued for {self.allowed_elements:,} "
             f"allowed (waste {self.waste:.2f}), {self.moved_bytes / 2**20:.1f} MiB moved (least {self.min_bytes / 2**20:.1f})"
         )
         table = Table("kernel", "tile", "warps", "regs", "spill", "shared", "MMA", "instr.", "loops", "TI", "occupancy", box=None)
         for name, k in self.kernels.items():
             loops = ", ".join(f"{x.kind} {x.instructions} x {x.iterations}" for x in k.loops) or "-"
-            cells = [name, k.tile, k.num_warps, k.registers, k.spill_bytes, k.shared_bytes, k.mma_instructions, k.instructions, loops]
+            cells = [
+                name,
+                k.tile,
+                k.num_warps,
+                k.registers,
+                k.spill_bytes,
+                k.shared_bytes,
+                k.mma_instructions,
+                k.instructions,
+                loops,
+            ]
             table.add_row(*map(str, cells), f"{k.ti:.1f}", f"{k.occupancy:.0%}")
         console = Console(width=150, no_color=True)
         with console.capture() as capture:
@@ -191,6 +207,57 @@ def occupancy(code: sass.Code, warps: int, target: str) -> float:
     return min(1.0, blocks * size / threads)
 
 
+def inspect(
+    p: Pattern | Mechanism,
+    *,
+    grid: GridLike = None,
+    kv_grid: GridLike = None,
+    prefix: int = 0,
+    pad: PadLike = None,
+    heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: str | torch.dtype = "float16",
+    target: str = "cuda:90",
+    batch: int = 1,
+) -> Report:
+    """A report on the kernels that `attnc.emit` would print: strategy, work, and each kernel's machine code. No GPU is needed.
+
+    Args:
+        p: a pattern.
+        grid, kv_grid, prefix, pad, heads, head_dim, value_dim, dtype, target: as for `attnc.emit`.
+        batch: batch items of the launches that are weighed.
+
+    Raises:
+        UnsupportedError: the target is unknown, or the Triton printer does not lower the statement.
+        ShapeError: a length of the grid is open.
+        BuildError: a kernel does not compile for the target.
+    """
+    from attnc.compiler import compile
+
+    if isinstance(p, Mechanism):
+        raise UnsupportedError(f"mechanism {p.name}: inspect reports on patterns; inspect the patterns inside it")
+    op = compile(p, grid=grid, kv_grid=kv_grid, prefix=prefix, pad=pad, heads=heads)
+    if op.axes is None or op.grid is None or None in (*op.grid, *(op.kv_grid or ())):
+        raise ShapeError(f"{p.name}: inspect needs a grid with known lengths, not grid={grid!r}, kv_grid={kv_grid!r}")
+    q_grid = tuple(int(n) for n in op.grid if n is not None)
+    k_grid = q_grid if op.kv_grid is None else tuple(int(n) for n in op.kv_grid if n is not None)
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in ("float16", "bfloat16", "float32"):
+        raise UnsupportedError(f"{p.name}: dtype={kind!r}; triton takes float16, bfloat16 and float32")
+    return inspect_triton(
+        op.program(len(op.axes)),
+        q_grid,
+        k_grid,
+        heads=heads,
+        head_dim=head_dim,
+        value_dim=value_dim or head_dim,
+        dtype=kind,
+        target=target,
+        batch=batch,
+    )
+
+
 def inspect_triton(
     program: ir.Program,
     q_grid: tuple[int, ...],
@@ -220,18 +287,22 @@ def inspect_triton(
     seconds = time.perf_counter() - began
     most = _allowed(spec, heads)
     kernels: dict[str, KernelReport] = {}
-    printed = {k: Kernel(spec, k, t, Module()) for k, t in (
-        ("forward", spec.tiles.forward), ("backward_dq", spec.tiles.dq), ("backward_dkv", spec.tiles.dkv), ("backward_table", spec.tiles.dq),
-    )}  # type: ignore[arg-type]
+    printed = {k.name: k for k in kernels_of(spec, Module())[0]}
     for launch in launches:
         code = code_of(launch, target)
         kernels[launch.name] = _kernel_report(spec, launch, code, printed.get(launch.name), most * batch, heads, batch, target)
     tile = spec.tiles.forward
     sent = schedule.issued(g, "q", tile) * heads + _prefix_elements(spec, heads)
     rows = (g.n_queries, g.n_keys)
-    least = batch * heads * itemsize * (rows[0] * (head_dim + value_dim) + rows[1] * (head_dim + value_dim)) + batch * heads * rows[0] * 4
+    least = (
+        batch * heads * itemsize * (rows[0] * (head_dim + value_dim) + rows[1] * (head_dim + value_dim))
+        + batch * heads * rows[0] * 4
+    )
     chunks = sent // tile.bm if tile.bm else 0
-    moved = batch * itemsize * (heads * rows[0] * (head_dim + value_dim) + chunks * (head_dim + value_dim)) + batch * heads * rows[0] * 4
+    moved = (
+        batch * itemsize * (heads * rows[0] * (head_dim + value_dim) + chunks * (head_dim + value_dim))
+        + batch * heads * rows[0] * 4
+    )
     return Report(
         spec.attend.name, target, spec.structure.strategy, most * batch, sent * batch, sent / max(most, 1),
         2 * (head_dim + value_dim) * most * batch, least, moved, round(seconds, 3), kernels,
@@ -265,8 +336,12 @@ def _tables(spec: Spec, heads: int, key_heads: int) -> dict[str, torch.Tensor]:
     assert g is not None
     relation = spec.attend.int_tables
     for name in spec.attend.tables:
-        node = next(n for e in (spec.score, spec.residual, *([spec.post] if spec.post is not None else [])) for n in ir.walk(e)
-                    if n.op == "load" and n.args[0] == name)
+        node = next(
+            n
+            for e in (spec.score, spec.residual, *([spec.post] if spec.post is not None else []))
+            for n in ir.walk(e)
+            if n.op == "load" and n.args[0] == name
+        )
         shape = [heads if e == ir.HEAD else longest_index(g, e) or 64 for e in node.children]
         out[name] = torch.empty(shape, dtype=torch.int32 if name in relation else torch.float32, device="meta")
     if spec.padded:
@@ -294,7 +369,8 @@ def _kernel_report(
 ) -> KernelReport:
     lanes = launch.warps * WARP.get(target.partition(":")[2], 32)
     programs = math.prod(launch.grid)
-    executed, loops = float(code.straight * programs), []
+    executed = float(code.straight * programs)
+    loops: list[LoopReport] = []
     tile, stages = "-", 1
     if printed is not None and launch.name == printed.name:
         t = printed.tile_choice
@@ -322,7 +398,11 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
     left = chunks * inner.left // max(inner.steps, 1) if k.has_full() else 0
     right = chunks - full - left
     outer_loops = [p for p in k.outer if not p.single and not k.hoist]
-    expected = [] if k.hoist else ([("partial", left)] if left else []) + ([("full", full)] if full else []) + ([("partial", right)] if right else [])
+    expected = (
+        []
+        if k.hoist
+        else ([("partial", left)] if left else []) + ([("full", full)] if full else []) + ([("partial", right)] if right else [])
+    )
     loops: list[LoopReport] = []
     executed = float(code.straight * programs)
 

@@ -89,7 +89,8 @@ def amd(text: str, shared: int) -> Code:
         return int(m[1]) if m else 0
 
     labels: dict[str, int] = {}
-    body, branches = [], []
+    body: list[tuple[int, str]] = []
+    branches: list[tuple[int, int]] = []
     at = 0
     for line in text.splitlines():
         code = line.split(";", 1)[0].strip()
@@ -106,7 +107,14 @@ def amd(text: str, shared: int) -> Code:
                 body.append((at, op))
             at += 1
     spills = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
-    return _code(body, branches, value("vgpr_count"), max(spills, value("private_segment_fixed_size")), shared, ("v_mfma", "v_wmma", "v_smfmac"))
+    return _code(
+        body,
+        branches,
+        value("vgpr_count"),
+        max(spills, value("private_segment_fixed_size")),
+        shared,
+        ("v_mfma", "v_wmma", "v_smfmac"),
+    )
 
 
 def _code(

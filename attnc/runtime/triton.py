@@ -67,7 +67,15 @@ def module_for(
 ) -> ModuleType:
     """The module of a program. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
     spec = make_spec(
-        program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize, symbolic=True, plain=plain, chosen=chosen
+        program,
+        q_grid,
+        k_grid,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        itemsize=itemsize,
+        symbolic=True,
+        plain=plain,
+        chosen=chosen,
     )
     return _module(source(spec))
 
@@ -75,7 +83,7 @@ def module_for(
 def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, ...]]:
     if q.dtype not in DTYPES:
         raise UnsupportedError(
-            f"pattern {call.attend.name}: the triton backend takes float16, bfloat16 and float32, not {q.dtype}; use backend='cpp' or 'eager'"
+            f"pattern {call.attend.name}: triton takes float16, bfloat16 and float32, not {q.dtype}; use backend='cpp' or 'eager'"
         )
     if q.shape[0] > 65535:
         raise UnsupportedError(
@@ -111,19 +119,27 @@ def backward(
     return dq, dk, dv, found
 
 
-def _channel() -> ModuleType:
+def _channel(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     from attnc.codegen.triton_channel import emit_channel
 
+    if q.dtype not in DTYPES:
+        raise UnsupportedError(
+            f"channel: the triton backend takes float16, bfloat16 and float32, not {q.dtype}; use 'cpp' or 'eager'"
+        )
+    if not (q.shape == k.shape == v.shape):
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        raise UnsupportedError(f"channel: the triton backend wants q, k and v of one shape, not {shapes}; use backend='eager'")
     return _module(emit_channel())
 
 
 def channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Channel attention (DaViT): q [B, H, N, D] or [B, H, *grid, D], k and v alike."""
-    out: Tensor = _channel().run_forward(q, k, v, scale)
+    out: Tensor = _channel(q, k, v).run_forward(q, k, v, scale)[0]
     return out
 
 
 def channel_backward(q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of channel attention."""
-    dq, dk, dv = _channel().run_backward(q, k, v, scale, grad_out)
+    """Gradients of channel attention; the weights (D x D per head) are computed anew."""
+    module = _channel(q, k, v)
+    dq, dk, dv = module.run_backward(q, k, v, module.run_forward(q, k, v, scale)[1], grad_out, scale)
     return dq, dk, dv

@@ -1,7 +1,7 @@
-"""Tiles for GPU kernels: what one program owns, how its keys are cut into chunks, what that issues, and which choice is cheapest.
+"""Tiles for GPU kernels: what one program owns, how its keys are cut into chunks, what that issues, and which is cheapest.
 
-A program owns `rows` query indices per axis (of one residue class) and walks the box of keys they see in chunks of `chunk` per axis,
-beginning at the first key of the first row. Work is counted exactly from the interval ends: per axis a sum over its tiles, and the
+A program owns `rows` query indices per axis (of one residue class) and walks the box of keys they see in chunks of `chunk` per
+axis, beginning at the first key of the first row. Work is counted from the interval ends: per axis a sum over its tiles, and the
 whole is the product over axes. For dk and dv the roles are swapped and the ends are the inverses.
 """
 
@@ -15,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from attnc import ir
 from attnc.schedule.geometry import Axis, Geometry
 
 Side = Literal["q", "k"]
+Kind = Literal["forward", "dq", "dkv"]
 MOST = 128  # rows or columns of a tile at most
 LANES = 32
 
@@ -177,55 +177,57 @@ def _grouped(g: Geometry) -> Tile | None:
 
 
 def _cost(g: Geometry, side: Side, tile: Tile, width: int) -> float:
-    """Thread-instructions, roughly: per chunk its elements, its columns' rows of K and V, and a constant; per program its rows."""
+    """Thread-instructions, roughly: per chunk its elements, its rows' statistics, its columns' loads; per program its rows.
+
+    The weights were fitted to counted instructions of kernels compiled for sm_90.
+    """
     ws = walks(g, side, tile)
     steps, programs = math.prod(w.steps for w in ws), math.prod(w.programs for w in ws)
-    elements = tile.bm * tile.bn
     lanes = LANES * tile.warps
-    exact = all(w.exact for w in ws)
-    per_chunk = elements * (5.0 if exact else 6.0) + tile.bn * width * 0.6 + 24 * lanes + tile.bm * width * 0.25
-    per_program = 160 * lanes + tile.bm * width * 1.5
-    return steps * per_chunk + programs * per_program
+    each = 5.0 if all(w.exact for w in ws) else 6.0
+    per_chunk = tile.bm * tile.bn * each + tile.bn * width * 0.6 + tile.bm * (width + 8) + 24 * lanes
+    return steps * per_chunk + programs * (160 * lanes + tile.bm * width * 1.5)
 
 
-def _warps(bm: int, bn: int, width: int) -> int:
-    if bm <= 32:
-        return 1
-    if bm <= 64:
-        return 2 if bn <= 32 and width <= 64 else 4
-    return 4 if width <= 64 else 8
+# score elements that one lane may hold at head dimensions up to 64, by how many tiles of them a kernel keeps alive
+_HELD = {"forward": 128, "dq": 64, "dkv": 32}
+
+
+def _warps(bm: int) -> int:
+    return 1 if bm <= 32 else 4 if bm <= 64 else 8
 
 
 @lru_cache(maxsize=1024)
-def choose(g: Geometry, width: int, side: Side = "q", itemsize: int = 2) -> Tile:
-    """The cheapest tile for rows of one side; `width` is the head dimension in registers (the larger of the two)."""
+def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2) -> Tile:
+    """The cheapest tile for one kernel; `width` is the larger head dimension in registers."""
+    side: Side = "k" if kind == "dkv" else "q"
     whole = _grouped(g)
-    if whole is not None and g.structure.residual == ir.TRUE:
-        warps = 2 if whole.bm <= 64 else 4
+    if whole is not None and (whole.bm <= 64 or width <= 64):
+        small = whole.bm <= 64 and itemsize <= 2
+        warps = 2 if small and kind == "forward" else 4 if whole.bm <= 64 else 8
         return Tile(whole.rows, whole.chunk, len(whole.rows) - 1, warps, 1, 8 if whole.bm <= 64 else 1)
-    most = MOST if width <= 128 and itemsize <= 2 else 64
-    area = 128 * 64 if width <= 128 and itemsize <= 2 else 64 * 64 if width <= 128 else 64 * 32
+    most = MOST if itemsize <= 2 else 64
+    held = _HELD[kind] * min(1.0, 64 / width) * (1.0 if itemsize <= 2 else 0.5)
     per_axis = []
     for axis in g.axes:
         length, span = _lengths(axis)
         rows = [t for t in _powers(most) if t < 2 * length]
         if axis.block:
             rows += [t for t in range(1, min(axis.block, most) + 1) if axis.block % t == 0]
-        chunk = [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]
-        per_axis.append((sorted(set(rows)), chunk))
+        per_axis.append((sorted(set(rows)), [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]))
+    longest = math.prod(max(r) for r, _ in per_axis)
     best: tuple[float, Tile] | None = None
     for rows_ in itertools.product(*[r for r, _ in per_axis]):
-        if math.prod(rows_) > most or (math.prod(rows_) < 16 and any(t < max(r) for t, (r, _) in zip(rows_, per_axis, strict=True))
-                                       and math.prod(max(r) for r, _ in per_axis) >= 16):
+        if not min(16, longest) <= math.prod(rows_) <= most:
             continue
         for chunk_ in itertools.product(*[c for _, c in per_axis]):
-            n = math.prod(chunk_)
-            if not 16 <= n <= most and not (n < 16 and all(c == max(cs) for c, (_, cs) in zip(chunk_, per_axis, strict=True))):
+            if not 16 <= math.prod(chunk_) <= most:
                 continue
-            tile = Tile(rows_, chunk_)
-            if tile.bm * tile.bn > area:
+            tile = Tile(rows_, chunk_, 0, _warps(padded(math.prod(rows_))))
+            one = tile.warps == 1 and all(w.most <= 1 for w in walks(g, side, tile))
+            limit = held if one else min(held, 64)
+            if tile.bm * tile.bn > max(limit * LANES * tile.warps, 16 * 16):
                 continue
-            tile = Tile(rows_, chunk_, 0, _warps(tile.bm, tile.bn, width), 2)
             cost = _cost(g, side, tile, width)
             if best is None or cost < best[0]:
                 best = cost, tile
@@ -233,16 +235,12 @@ def choose(g: Geometry, width: int, side: Side = "q", itemsize: int = 2) -> Tile
     tile = best[1]
     ws = walks(g, side, tile)
     inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
-    stages = 1 if tile.warps == 1 and tile.bm <= 32 else 2
-    return Tile(tile.rows, tile.chunk, inner, tile.warps, stages)
+    return Tile(tile.rows, tile.chunk, inner, tile.warps, 1 if tile.warps == 1 else 2)
 
 
 def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2) -> Tiles:
     """The tiles of all kernels of a program at one size."""
     width = max(padded(head_dim), padded(value_dim))
-    forward = choose(g, width, "q", itemsize)
-    back = choose(g, 2 * width, "q", itemsize)
-    dkv = choose(g, 2 * width, "k", itemsize)
-    small = 32 if width > 128 or itemsize > 2 else 64
-    flat = Tile((16,), (small,), 0, 2, 2)
-    return Tiles(forward, back, dkv, flat)
+    forward, dq, dkv = (choose(g, width, kind, itemsize) for kind in ("forward", "dq", "dkv"))
+    flat = Tile((16,), (32 if width > 128 or itemsize > 2 else 64,), 0, 2, 2)
+    return Tiles(forward, dq, dkv, flat)

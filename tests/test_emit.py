@@ -1,0 +1,93 @@
+"""Emitted modules: short, the same bytes every time, and running in a process that cannot import attnc."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_triton import program
+
+from attnc import ir, patterns
+from attnc.codegen.triton import emit_triton
+
+OPTIONS = {"heads": 2, "head_dim": 32, "value_dim": 32, "dtype": "float16", "target": "cuda:90"}
+SCRIPT = """
+import importlib.util, sys
+
+class Nobody:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "attnc":
+            raise ImportError("attnc is not here")
+
+sys.meta_path.insert(0, Nobody())
+import torch
+
+spec = importlib.util.spec_from_file_location("module", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["module"] = module
+spec.loader.exec_module(module)
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 2, 36, 16, requires_grad=True) for _ in range(3))
+tables = {"bias": torch.randn(2, 5, 5, requires_grad=True)} if sys.argv[2] == "bias" else {}
+out = module.attention(q, k, v, **tables)
+y, x = torch.arange(36) // 6, torch.arange(36) % 6
+if sys.argv[3] == "window":
+    mask = (y[:, None] // 3 == y // 3) & (x[:, None] // 3 == x // 3)
+elif sys.argv[3] == "neighborhood":
+    start = lambda c: (c - 1).clamp(0, 3)
+    mask = ((start(y)[:, None] <= y) & (y <= start(y)[:, None] + 2)) & ((start(x)[:, None] <= x) & (x <= start(x)[:, None] + 2))
+if sys.argv[3] == "channel":
+    weight = torch.softmax(q.transpose(-1, -2) @ k / 4, -1)
+    want = v @ weight.transpose(-1, -2)
+else:
+    score = q @ k.transpose(-1, -2) / 4
+    if tables:
+        score = score + tables["bias"][:, (y[:, None] - y + 2).clamp(0, 4), (x[:, None] - x + 2).clamp(0, 4)]
+    want = torch.softmax(score.masked_fill(~mask, float("-inf")), -1) @ v
+torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+g = torch.randn_like(out)
+leaves = [q, k, v, *tables.values()]
+for a, b in zip(torch.autograd.grad(out, leaves, g), torch.autograd.grad(want, leaves, g)):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+refused = 0
+for wrong in ((q[:, :, 1:], k, v), (q, k[:1], v), (q.double(), k, v)):
+    try:
+        module.attention(*wrong, **tables)
+    except ValueError as e:
+        refused += "wants" in str(e) or "wanted" in str(e)
+assert refused == 3, refused
+assert not any(name.partition(".")[0] == "attnc" for name in sys.modules)
+"""
+MODULES = {
+    "window": (lambda: program(patterns.window(3)), "no", "window"),
+    "window-bias": (lambda: program(patterns.window(3, bias="relative")), "bias", "window"),
+    "neighborhood": (lambda: program(patterns.neighborhood(3)), "no", "neighborhood"),
+    "neighborhood-bias": (lambda: program(patterns.neighborhood(3, bias="relative")), "bias", "neighborhood"),
+    "channel": (lambda: ir.Program(ir.Channel(), ir.Tokens((None, None)), ir.Tokens((None, None))), "no", "channel"),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", list(MODULES))
+def test_modules_stand_alone(name, tmp_path):
+    make, tables, formula = MODULES[name]
+    path = tmp_path / "module.py"
+    path.write_text(emit_triton(make(), (6, 6), (6, 6), **OPTIONS | {"head_dim": 16, "value_dim": 16, "dtype": "float32"}))
+    environment = {n: x for n, x in os.environ.items() if n != "PYTHONPATH"} | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(path), tables, formula]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("pattern", [patterns.window(7, bias="relative"), patterns.neighborhood(7)], ids=["window", "neighborhood"])
+@pytest.mark.parametrize("dim", [32, 64])
+def test_modules_are_short_and_deterministic(pattern, dim):
+    texts = {emit_triton(program(pattern), (56, 56), (56, 56), **OPTIONS | {"head_dim": dim, "value_dim": dim}) for _ in range(2)}
+    assert len(texts) == 1
+    (text,) = texts
+    assert len(text.splitlines()) < 250
+    assert "import attnc" not in text
+    assert text.startswith('"""Attention with the pattern')
+    compile(text, "module.py", "exec")

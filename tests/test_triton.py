@@ -1,0 +1,118 @@
+"""The Triton backend: interpreted against the float64 meaning, compiled for every target, and its text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton_cases
+
+import attnc
+from attnc import ir, patterns
+from attnc.codegen.triton import emit_triton
+from attnc.codegen.triton_expr import text
+from attnc.errors import UnsupportedError
+from attnc.schedule import tiles
+from attnc.schedule.geometry import geometry
+
+HERE = Path(__file__).parent
+
+
+def run_cases(*arguments: str, interpret: bool) -> dict[str, dict]:
+    environment = dict(os.environ, TRITON_INTERPRET="1" if interpret else "0", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-W", "ignore", str(HERE / "triton_cases.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+def failures(found: dict[str, dict]) -> dict[str, object]:
+    bad: dict[str, object] = {n: line["failure"] for n, line in found.items() if "failure" in line}
+    for n, line in found.items():
+        over = {k: round(e, 2) for k, e in line.get("errors", {}).items() if not e <= 1}
+        if over:
+            bad[n] = over
+    return bad
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("group", list(triton_cases.CASES))
+def test_interpreted_kernels_agree_with_the_meaning(group):
+    found = run_cases(group, interpret=True)
+    assert set(found) == set(triton_cases.CASES[group])
+    assert not failures(found)
+
+
+def program(pattern, axes=("y", "x"), **tokens):
+    t = ir.Tokens((None,) * len(axes), **tokens)
+    return ir.Program(pattern.trace(axes), t, t)
+
+
+COMPILED = {
+    "window": (lambda: patterns.window(7, bias="relative"), (14, 14)),
+    "neighborhood": (lambda: patterns.neighborhood(7), (16, 24)),
+    "dense": (lambda: patterns.full(), (16, 16)),
+}
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("name", list(COMPILED))
+def test_modules_compile_ahead_of_time(name, target):
+    from attnc.report.inspect import inspect_triton
+
+    make, grid = COMPILED[name]
+    options = {"heads": 2, "head_dim": 32, "value_dim": 32, "dtype": "float16", "batch": 8}
+    report = inspect_triton(program(make()), grid, grid, target=target, **options).to_dict()
+    assert {"forward", "backward_dkv"} <= set(report["kernels"])
+    assert report["issued_elements"] >= report["allowed_elements"] > 0
+    for kernel, facts in report["kernels"].items():
+        assert facts["registers"] > 0 and facts["instructions"] > 0
+        assert facts["ti"] > 0
+        if kernel in ("forward", "backward_dq", "backward_dkv"):
+            assert facts["mma_instructions"] > 0, kernel
+        if target == "cuda:90" and name != "window":
+            assert facts["spill_bytes"] == 0, kernel
+
+
+@pytest.mark.parametrize(
+    "pattern, most", [(patterns.window(7), 1.71), (patterns.neighborhood(7), 3.3), (patterns.neighborhood(7, 4), 3.31)], ids=str
+)
+def test_chosen_tiles_waste_little(pattern, most):
+    g = geometry(program(pattern), (56, 56), (56, 56))
+    for kind, side in (("forward", "q"), ("dq", "q"), ("dkv", "k")):
+        tile = tiles.choose(g, 32, kind)
+        assert tiles.issued(g, side, tile) / g.allowed() <= most
+        assert tiles.issued(g, side, tile) / tile.bm / 56**2 <= 8.7  # rows of K and V loaded for each query
+
+
+def test_floor_division_is_printed_where_the_sign_is_open():
+    names = {ir.var("j"): "j", ir.size("q", 0): "n"}
+    shifted = ir.make("floordiv", ir.make("sub", ir.var("j"), ir.const(3)), ir.const(7))
+    assert text(shifted, names) == "floor_div(j - 3, 7)"
+    assert text(ir.make("mod", ir.var("j"), ir.const(7)), names) == "j % 7"
+    product = ir.make(
+        "mul", ir.make("add", ir.var("j"), ir.ONE), ir.make("sub", ir.size("q", 0), ir.make("sub", ir.var("j"), ir.ONE))
+    )
+    assert text(product, names) == "(j + 1) * (n - (j - 1))"
+
+
+@pytest.mark.parametrize(
+    "declare, construct",
+    [
+        (lambda: attnc.sigmoid(), "sigmoid"),
+        (lambda: attnc.softmax(over="queries"), "softmax over queries"),
+        (lambda: ir.Normalizer(sink="s"), "sink"),
+    ],
+)
+def test_what_is_not_lowered_is_refused_by_name(declare, construct):
+    @attnc.pattern
+    def p(q, k):
+        return attnc.where(abs(q.x - k.x) <= 1, attnc.SCORE, normalizer=declare())
+
+    with pytest.raises(UnsupportedError, match=construct) as e:
+        emit_triton(program(p()), (4, 4), (4, 4), heads=1, head_dim=16, value_dim=16, dtype="float16", target="cuda:90")
+    assert "backend=" in str(e.value)

@@ -1,0 +1,251 @@
+"""Statements run on the Triton backend and held to the float64 meaning: `python triton_cases.py GROUP ...`, one JSON line a case.
+
+Triton decides when it is imported whether kernels are interpreted, so the tests run this file in processes of their own:
+TRITON_INTERPRET=1 for the interpreter, `--sim FOLDER ARCH` for compiled PTX in the simulator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attnc
+from attnc import ir, patterns
+from attnc.codegen import eager
+from attnc.lang import functions as fn
+from attnc.lang.pattern import Pattern
+from attnc.runtime.call import Call
+from attnc.schedule.geometry import geometry
+
+BUDGET = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value of a tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pattern and the sizes it is tried at. `tables` are shapes."""
+
+    pattern: Callable[[], Pattern]
+    grid: tuple[int, ...]
+    heads: int = 2
+    key_heads: int = 2
+    dim: int = 16
+    value_dim: int = 16
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    prefix: tuple[int, int] = (0, 0)
+    key_grid: tuple[int, ...] | None = None
+    pad: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    scale: float | None = None
+    heads_last: bool = False
+
+
+@attnc.pattern
+def causal(q, k):
+    return q.index >= k.index
+
+
+@attnc.pattern
+def nobody(q, k):
+    return (k.x < q.x) & (k.y <= q.y)
+
+
+@attnc.pattern
+def strange(q, k):
+    return (k.y == q.size.y - 1 - q.y) & (k.x <= q.x) & (k.x >= q.x - 5) & ((q.y - k.y) * (q.y - k.y) <= 9)
+
+
+@attnc.pattern
+def softcap(q, k, *, slope: attnc.Table):
+    return fn.where(q.index >= k.index, 5 * fn.tanh(attnc.SCORE / 5) + slope[attnc.HEAD] * (k.x - q.x))
+
+
+@attnc.pattern
+def weighted(q, k, *, gain: attnc.Table):
+    return fn.where(abs(q.x - k.x) <= 2, attnc.SCORE, post=fn.exp(gain[attnc.HEAD, k.x]))
+
+
+@attnc.pattern
+def pooled(q, k):
+    return (q.y // 2 == k.y) & (q.x // 2 <= k.x) & (k.x <= q.x // 2 + 1)
+
+
+def neighborhood(size: int, *args: Any, **named: Any) -> Callable[[], Pattern]:
+    return lambda: patterns.neighborhood(size, *args, **named)
+
+
+def window(size: int, *args: Any, **named: Any) -> Callable[[], Pattern]:
+    return lambda: patterns.window(size, *args, **named)
+
+
+BIAS = {"tables": {"bias": (2, 5, 5)}}
+CASES: dict[str, dict[str, Case]] = {
+    "groups": {
+        "window": Case(window(3), (6, 7)),
+        "window-shift": Case(window(3, shift=1), (7, 8)),
+        "window-bias": Case(window(3, bias="relative"), (7, 6), batch=3, **BIAS),
+        "window-shift-bias": Case(window(3, shift=1, bias="relative"), (7, 6), tables={"bias": (1, 5, 5)}),
+        "window-absolute": Case(window(3, bias="absolute"), (6, 6), tables={"bias": (2, 9, 9)}),
+        "window-bias-shared-keys": Case(window(3, bias="relative"), (6, 6), heads=4, key_heads=2, tables={"bias": (4, 5, 5)}),
+        "window-large": Case(window(9), (9, 18), heads=1, key_heads=1, batch=1),
+        "grid": Case(lambda: patterns.grid(2), (5, 6)),
+        "axial-x": Case(lambda: patterns.axial("x"), (4, 19)),
+        "axial-y": Case(lambda: patterns.axial("y"), (19, 4)),
+        "strip": Case(lambda: patterns.strip("x", 2), (5, 9)),
+    },
+    "bands": {
+        "neighborhood": Case(neighborhood(3), (5, 9)),
+        "neighborhood-bias": Case(neighborhood(3, bias="relative"), (5, 6), batch=2, **BIAS),
+        "neighborhood-dilated": Case(neighborhood(3, 2), (7, 9)),
+        "neighborhood-dilated-bias": Case(neighborhood(3, 2, bias="relative"), (6, 5), **BIAS),
+        "neighborhood-stride": Case(neighborhood(3, stride=2), (7, 9)),
+        "neighborhood-causal": Case(neighborhood(3, causal=True), (5, 9)),
+        "neighborhood-line": Case(neighborhood(5), (39,)),
+        "neighborhood-3d": Case(neighborhood(3), (3, 4, 5), batch=1),
+        "causal": Case(causal, (5, 9)),
+        "causal-long": Case(causal, (1, 150), heads=1, key_heads=1, batch=1),
+        "dense": Case(lambda: patterns.full(), (5, 9)),
+    },
+    "statements": {
+        "strange": Case(strange, (7, 8)),
+        "softcap": Case(softcap, (5, 7), tables={"slope": (2,)}),
+        "post": Case(weighted, (3, 12), tables={"gain": (2, 12)}),
+        "nobody": Case(nobody, (4, 6)),
+        "per-head": Case(lambda: patterns.per_head([patterns.window(2), patterns.neighborhood(3)]), (4, 5)),
+        "complement": Case(lambda: ~patterns.window(3), (4, 5)),
+        "another-grid": Case(pooled, (6, 8), key_grid=(3, 5)),
+        "negative-scale": Case(neighborhood(3), (5, 6), scale=-0.3),
+        "zero-scale": Case(window(3), (5, 6), scale=0.0),
+        "shared-keys": Case(neighborhood(3), (5, 6), heads=4, key_heads=2),
+        "one-channel": Case(neighborhood(3), (5, 6), dim=1, value_dim=33),
+        "odd-channels": Case(window(3), (6, 7), dim=24, value_dim=8, heads_last=True),
+        "float16": Case(window(3), (6, 7), dtype=torch.float16),
+        "bfloat16": Case(neighborhood(3), (5, 7), dtype=torch.bfloat16),
+    },
+    "tokens": {
+        "prefix": Case(neighborhood(3), (5, 6), prefix=(2, 2)),
+        "prefix-window-bias": Case(window(3, bias="relative"), (6, 6), prefix=(1, 1), **BIAS),
+        "prefix-softcap": Case(softcap, (4, 6), prefix=(3, 3), tables={"slope": (2,)}),
+        "prefix-keys": Case(window(3), (4, 6), prefix=(0, 2)),
+        "pad": Case(window(3), (7, 8), pad={"pad_multiple": (3, 3)}),
+        "pad-bias": Case(window(3, bias="relative"), (4, 5), pad={"pad_multiple": (3, 3)}, **BIAS),
+        "pad-before": Case(window(4), (5, 7), pad={"pad": ((1, 2), (2, 0))}),
+        "pad-neighborhood": Case(neighborhood(3), (5, 6), pad={"pad": ((1, 1), (0, 2))}),
+        "pad-shared-keys": Case(window(3), (4, 5), heads=4, key_heads=2, pad={"pad_multiple": (3, 3)}),
+    },
+}
+SIMULATED = {
+    f"{name}-{str(dtype).removeprefix('torch.')}": replace(case, dtype=dtype)
+    for dtype in (torch.float16, torch.bfloat16)
+    for name, case in {
+        "window-bias": Case(window(7, bias="relative"), (14, 14), 1, 1, 32, 32, 2, tables={"bias": (1, 13, 13)}),
+        "neighborhood": Case(neighborhood(7), (12, 17), 1, 1, 32, 32, 1),
+    }.items()
+}
+SIMULATED["causal"] = Case(causal, (12, 16), 1, 1, 64, 64, 1, torch.float16)
+SIMULATED["pad"] = Case(window(7), (9, 10), 2, 1, 24, 24, 1, torch.float16, pad={"pad_multiple": (7, 7)})
+SIMULATED["neighborhood-bias"] = Case(
+    neighborhood(3, bias="relative"), (7, 10), 1, 1, 32, 32, 1, torch.float16, tables={"bias": (1, 5, 5)}
+)
+
+
+def problem(c: Case) -> tuple[Call, dict[str, torch.Tensor]]:
+    """The call and random tensors of a case."""
+    torch.manual_seed(0)
+    rank, same = len(c.grid), c.key_grid is None
+    unknown = (None,) * rank
+    pattern = c.pattern().trace(ir.AXES[rank], same_grid=same)
+    queries, keys = (ir.Tokens(unknown, n, c.pad.get("pad"), c.pad.get("pad_multiple")) for n in c.prefix)
+    program = ir.Program(pattern, queries, keys, same)
+    key_grid = c.key_grid or c.grid
+    nq, nk = c.prefix[0] + math.prod(c.grid), c.prefix[1] + math.prod(key_grid)
+
+    def rows(heads: int, n: int, d: int) -> torch.Tensor:
+        t = torch.randn(c.batch, n, heads, d).transpose(1, 2) if c.heads_last else torch.randn(c.batch, heads, n, d)
+        return t.to(c.dtype)
+
+    tensors = {"q": rows(c.heads, nq, c.dim), "k": rows(c.key_heads, nk, c.dim), "v": rows(c.key_heads, nk, c.value_dim)}
+    tensors |= {"grad_out": rows(c.heads, nq, c.value_dim), "grad_lse": torch.randn(c.batch, c.heads, nq)}
+    tables = {name: torch.randn(shape) for name, shape in c.tables.items()}
+    if c.pad:
+        tables |= {"pad_k": torch.randn(c.key_heads, c.dim).to(c.dtype), "pad_v": torch.randn(1, c.value_dim).to(c.dtype)}
+    scale = c.dim**-0.5 if c.scale is None else c.scale
+    return Call(program, geometry(program, c.grid, key_grid), scale, tables), tensors
+
+
+def errors(c: Case) -> dict[str, float]:
+    """Error of each output and gradient against float64, in units of the budget (at most 1 passes)."""
+    from attnc.runtime import triton as backend
+
+    call, t = problem(c)
+    wide = replace(call, tables={n: x.double() for n, x in call.tables.items()})
+    out64, lse64 = eager.forward(wide, *(t[n].double() for n in "qkv"))
+    some = torch.isfinite(lse64)
+    grad_lse = torch.where(some, t["grad_lse"], 0.0)
+    rest64 = (t["grad_out"].double(), grad_lse.double())
+    wanted64 = eager.backward(wide, *(t[n].double() for n in "qkv"), out64, lse64, *rest64)
+    out, lse = backend.forward(call, t["q"], t["k"], t["v"])
+    assert torch.equal(torch.isfinite(lse), some), "rows without keys"
+    got = backend.backward(call, t["q"], t["k"], t["v"], out, lse, t["grad_out"], grad_lse)
+    again = backend.backward(call, t["q"], t["k"], t["v"], out, lse, t["grad_out"], grad_lse)
+    pairs = {"out": (out, out64), "lse": (lse[some], lse64[some])}
+    pairs |= {f"d{n}": (a, b) for n, a, b in zip("qkv", got, wanted64, strict=False)}
+    pairs |= {f"d{n}": (got[3][n], wanted64[3][n]) for n in call.tables}
+    same = all(torch.equal(a, b) for a, b in zip(got[:3], again[:3], strict=True)) and all(
+        torch.equal(got[3][n], again[3][n]) for n in got[3]
+    )
+    found = {"bitwise rerun": 0.0 if same else math.inf}
+    for name, (a, b) in pairs.items():
+        gap = (a.double() - b).abs().max().item() if a.numel() else 0.0
+        found[name] = gap / (BUDGET[c.dtype] * max(1.0, b.abs().max().item() if b.numel() else 0.0))
+        assert a.shape == b.shape, f"{name} has shape {tuple(a.shape)}"
+    return found
+
+
+def simulate(folder: str, arch: int) -> None:
+    """Have kernels run as compiled PTX."""
+    sys.path.insert(0, folder)
+    import ptxsim
+    import simdriver
+
+    simdriver.install("cuda", arch)
+    for cls in vars(ptxsim).values():
+        if isinstance(cls, type) and "mm" in vars(cls):  # min and max with .relu (sm_90): the simulator reads past the suffix
+            plain = cls.mm
+
+            def mm(self: Any, p: Any, t: Any, o: Any, m: Any, name: str, plain: Any = plain) -> None:
+                if "relu" not in p:
+                    plain(self, p, t, o, m, name)
+                    return
+                e = f"np.{name}imum({self.val(o[1], t)}, {self.val(o[2], t)})"
+                self.wr(o[0], self.fin(f"np.maximum({e}, {e} * 0)", p, t), t, m)
+
+            cls.mm = mm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("groups", nargs="+")
+    parser.add_argument("--sim", nargs=2)
+    options = parser.parse_args()
+    if options.sim:
+        simulate(str(Path(options.sim[0]).resolve()), int(options.sim[1]))
+    for group in options.groups:
+        for name, case in (SIMULATED if group == "simulated" else CASES[group]).items():
+            try:
+                line: dict[str, Any] = {"case": name, "errors": errors(case)}
+            except Exception as e:
+                line = {"case": name, "failure": f"{type(e).__name__}: {e}"}
+            print(json.dumps(line), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
