@@ -364,7 +364,7 @@ def _legend(figure: Any, g: Geometry, s: Subject) -> None:
 
     marks: list[Any] = [
         Patch(facecolor=KEY, label="allowed / full chunk, no mask"),
-        Patch(facecolor=PARTIAL, label="partial chunk, masked"),
+        Patch(facecolor=PARTIAL, label="partly allowed / partial chunk, masked"),
         Patch(facecolor=PALE, edgecolor=GRID, label="not allowed / never visited"),
         Line2D([], [], marker="o", linestyle="", markersize=7, color=QUERY, label="the query"),
     ]
