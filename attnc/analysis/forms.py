@@ -187,7 +187,7 @@ def recognise(
         hi = sp.Min(*highs[1:])
     inverse_lo, inverse_hi = _inverses(lo, hi, nq, nk)
     block, shift = _block(lo, hi)
-    kind = _name(lo, hi, nk, block, shift)
+    kind = _name(lo, hi, nq, nk)
     if split != 1:
         kind = "residue" if kind == "full" else f"residue {from_sympy(split)} of {kind}"
     size = None if block is None else from_sympy(block)
@@ -244,14 +244,17 @@ def _block(lo: sp.Expr, hi: sp.Expr) -> tuple[sp.Expr | None, sp.Expr]:
     return s, FloorMod(shift, s)
 
 
-def _name(lo: sp.Expr, hi: sp.Expr, nk: sp.Expr, block: sp.Expr | None, shift: sp.Expr) -> str:
+def _name(lo: sp.Expr, hi: sp.Expr, nq: sp.Expr, nk: sp.Expr) -> str:
     lows, highs = sp.Max.make_args(lo), sp.Min.make_args(hi)
     if lo == 0 and hi == nk - 1:
         return "full"
     if lo == _J and (hi == _J or set(highs) == {_J, nk - 1}):
         return "point"
-    if block is not None:
-        return "shifted block" if shift != 0 else "block"
+    for f in lo.atoms(FloorDiv) if nq == nk else ():  # a block: the keys of a query are the queries of its own block
+        s = f.args[1]
+        first = sp.expand(s * f + _J - f.args[0])
+        if first in lows and set(lows) <= {0, first} and first + s - 1 in highs and set(highs) <= {first + s - 1, nk - 1}:
+            return "block" if f.args[0] == _J else "shifted block"
     if lo == 0 and set(highs) <= {_J, nk - 1}:
         return "causal"
     shifted = [e for e in (*lows, *highs) if e not in (0, nk - 1)]
