@@ -275,7 +275,8 @@ class Host:
     def per(self, k: Kernel) -> list[str]:
         """How many batch items one program walks: several where that leaves programs enough."""
         return [
-            f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // 512))  # batch items of one program"
+            f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // {1024 // k.tile_choice.warps}))"
+            "  # batch items of one program"
         ]
 
     def empty(self, t: str, dim: int) -> str:

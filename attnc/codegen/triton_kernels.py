@@ -82,6 +82,8 @@ class Kernel(Shapes):
         small = len(spec.learned) == 1 and self.bm * self.bn <= 64 * 64 and side == "q" and not spec.uses("batch")
         self.registers = small and whole and all(p.group for p in plans) and tile_invariant(spec, plans)
         self.reach = self.ok = self.how = ""
+        # every query of a group sees itself, and its score is finite
+        self.certain = whole and spec.program.same_grid and all(p.group for p in plans) and self.raw and spec.residual == ir.TRUE
         self.tensors = {
             "forward": ("q", "k", "v", "o"),
             "backward_dq": ("q", "k", "v", "o", "g", "dq"),
@@ -125,7 +127,8 @@ class Kernel(Shapes):
         """Print a store of rows."""
         masks = " & ".join(m for m in (mask, self.channels(tensor)) if m)
         value = value if value.isidentifier() else f"({value})"
-        self.put(f"tl.store({pointers}, {value}.to({tensor.upper()}.dtype.element_ty), mask={masks})")
+        masks = f", mask={masks}" if masks else ""
+        self.put(f"tl.store({pointers}, {value}.to({tensor.upper()}.dtype.element_ty){masks})")
 
     @property
     def raw(self) -> bool:
@@ -134,7 +137,8 @@ class Kernel(Shapes):
 
     def has_full(self) -> bool:
         """Chunks without a mask exist and get a loop of their own."""
-        return self.inner.full and all(p.exact for p in self.outer) and not self.inner.columns and not self.hoist
+        fills = self.chunk_count() == self.bn
+        return fills and self.inner.full and all(p.exact for p in self.outer) and not self.inner.columns and not self.hoist
 
     # ------------------------------------------------------------------------------------------------------------------ the walk
     def body(self) -> None:
@@ -145,7 +149,10 @@ class Kernel(Shapes):
         which = "hk" if self.side == "k" else "h"
         self.put(f"{which} = tl.program_id(1)" if self.batched else f"{which}, b = tl.program_id(1), tl.program_id(2).to(tl.int64)")
         self.tile()
-        self.put(f"n = tl.arange(0, {self.bn})")
+        # surplus columns repeat the last one where a chunk is known to lie inside: they are masked, and need no predicated load
+        self.repeats = self.vector and self.chunk_count() != self.bn and all(p.exact for p in self.plans)
+        arange = f"tl.arange(0, {self.bn})"
+        self.put(f"n = tl.minimum({arange}, {self.chunk_count() - 1})" if self.repeats else f"n = {arange}")
         self.box()
         if spec.padded:
             for t in ("k", "v"):
@@ -267,11 +274,12 @@ class Kernel(Shapes):
             tests = [f"({self.other}{p.name} >= {p.name}_from)" for p in self.plans if self.from_tile(p)]
             tests += [f"({self.other}{p.name} < {p.name}_to)" for p in open_ended]
             if self.chunk_count() != self.bn:
-                tests.append(f"(n < {self.chunk_count()})" if tests else f"n < {self.chunk_count()}")
+                index = f"tl.arange(0, {self.bn})" if self.repeats else "n"
+                tests.append(f"({index} < {self.chunk_count()})" if tests else f"{index} < {self.chunk_count()}")
             if not tests:
                 return ""
             self.put(f"seen = {' & '.join(tests)}")
-            self.reach = "seen[:, None]"
+            self.reach = "" if self.repeats else "seen[:, None]"
             return "seen[None, :]"
         over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact)]
         self.columns(self.plans if pairs else over)
@@ -286,8 +294,8 @@ class Kernel(Shapes):
     def score(self, ok: str) -> str:
         """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked after), "" or "general"."""
         spec = self.spec
-        if self.fused:  # rows beyond the group must not reach dk and dv
-            self.put(f"ok = live[:, None] & {ok or '(n >= 0)[None, :]'}")
+        if self.fused and ok:  # rows beyond the group must not reach dk and dv
+            self.put(f"ok = live[:, None] & {ok}")
             ok = "ok"
         if spec.residual != ir.TRUE:
             test = self.pair(spec.residual, ok)
@@ -300,6 +308,10 @@ class Kernel(Shapes):
         if spec.bias != ir.ZERO:
             self.tables_at(spec.bias)
             value = f"({self.pair(spec.bias, ok)}) * (1.0 / scale)"
+            if self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
+                value += f" + tl.where(seen, 0.0, {INF})[None, :]"
+                self.put(f"bias = {value}" + (f" + tl.where(live, 0.0, {INF})[:, None]" if self.fused else ""))
+                return "bias"
             self.put(f"bias = tl.where({ok}, {value}, {INF})" if ok else f"bias = tl.broadcast_to({value}, {shape})")
             return "bias"
         if ok in ("", "bias"):
@@ -394,7 +406,7 @@ class Kernel(Shapes):
     def table(self, n: ir.Expr, ok: str) -> str:
         """The load of a table's element, masked where pairs outside the relation might read beyond the table."""
         roles = {m.args[0] for i in n.children for m in ir.walk(i) if m.op == "coord"}
-        mask = ok if roles == {"q", "k"} else ""
+        mask = ok if roles == {"q", "k"} and not self.repeats else ""
         if roles == {self.other} and self.reach:
             mask = self.reach.replace("[:, None]", "[None, :]")
         at = f"{n.args[0]}_table + {self.address(n, f'{n.args[0]}_st')}"
@@ -442,7 +454,7 @@ class Kernel(Shapes):
         """Online softmax over one more chunk (or the only one)."""
         s, c = ("s", " * c") if self.raw else ("t", "")
         if first:
-            self.put(f"m_i = tl.maximum(tl.max({s}, 1), -1e30)")
+            self.put(f"m_i = tl.max({s}, 1)" if self.certain else f"m_i = tl.maximum(tl.max({s}, 1), -1e30)")
             self.put(f"p = tl.exp2({s}{c} - (m_i{c})[:, None])", "l_i = tl.sum(p, 1)")
         else:
             self.put(f"m_new = tl.maximum(m_i, tl.max({s}, 1))", f"p = tl.exp2({s}{c} - (m_new{c})[:, None])")
@@ -595,10 +607,12 @@ class Kernel(Shapes):
             else:
                 self.walk_columns()
             if self.kind == "forward":
-                self.put("total = tl.where(l_i > 0, l_i, 1.0)  # rows without keys: 0, and lse -inf")
-                self.store(self.own("o"), "acc / total[:, None]", "o", "live[:, None]")
-                lse = "m_i * scale + tl.log(total)" if self.raw else "(m_i + tl.log2(total)) / LOG2E"
-                self.put(f"lse = tl.where(l_i > 0, {lse}, {INF})")
+                total = "l_i" if self.certain else "total"
+                if not self.certain:
+                    self.put("total = tl.where(l_i > 0, l_i, 1.0)  # rows without keys: 0, and lse -inf")
+                self.store(self.own("o"), f"acc * (1.0 / {total})[:, None]", "o", "live[:, None]")
+                lse = f"m_i * scale + tl.log({total})" if self.raw else f"(m_i + tl.log2({total})) / LOG2E"
+                self.put(f"lse = {lse}" if self.certain else f"lse = tl.where(l_i > 0, {lse}, {INF})")
                 self.put(f"tl.store(Lse + (b * H + h) * N + {self.row_token()}, lse, mask=live)")
             elif self.kind == "backward_dq":
                 self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
@@ -618,7 +632,7 @@ class Kernel(Shapes):
         """A program's share of a table gradient, or its bound."""
         self.put("part = (tl.program_id(2) * tl.num_programs(1) + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
         if self.registers:
-            place = f"(tl.arange(0, {self.bm}) * {self.bn})[:, None] + n[None, :]"
+            place = f"(tl.arange(0, {self.bm}) * {self.bn})[:, None] + tl.arange(0, {self.bn})[None, :]"
             self.put(f"tl.store(Partial + part * {self.bm * self.bn} + {place}, grad)")
         else:
             self.put("tl.store(Size + part, tl.sum(size, 0))")
@@ -666,7 +680,7 @@ class Kernel(Shapes):
             self.chunk(full=False)
             self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
             for t, value in (("dk", "dk * scale"), ("dv", "dv")):
-                self.store(self.chunk_of(t), value, t, self.reach)
+                self.store(self.chunk_of(t), value, t, "seen[:, None]" if self.geometric else "")
         if self.spec.learned:
             self.store_partial()
 
@@ -679,7 +693,7 @@ class Kernel(Shapes):
         names += ["pst"] if self.with_prefix else []
         names += [f"{t}_st" for t in tables] + [f"d_{t}_st" for t in tables] + SCALARS
         sizes = self.size_arguments()
-        static = {*sizes, "parts", "st"}
+        static = {*sizes, "parts", "st", *(f"{t}_st" for t in tables)}
         return [(n, n in static) for n in [*names, *sizes] if mentions(n, body) or n == "pst"]
 
     def text(self, static: bool) -> str:

@@ -167,11 +167,12 @@ def _grouped(g: Geometry) -> Tile | None:
             rows.append(axis.block)
         elif kind == "point":
             rows.append(1)
-        elif kind in ("full", "residue") and form.split.op != "const":
-            rows.append(_lengths(axis)[0])
+        elif kind in ("full", "residue"):
+            length = _lengths(axis)[0]
+            rows.append(length if form.split.op != "const" else 1 << (length - 1).bit_length())
         else:
             return None
-    if not 9 <= math.prod(rows) <= MOST:
+    if not 9 <= math.prod(rows) <= 64 or all(f.full for f in g.structure.axes):
         return None
     return Tile(tuple(rows), tuple(rows))
 
@@ -225,7 +226,10 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2) -
                 continue
             tile = Tile(rows_, chunk_, 0, _warps(padded(math.prod(rows_))))
             one = tile.warps == 1 and all(w.most <= 1 for w in walks(g, side, tile))
-            limit = held if one else min(held, 64)
+            limit = held if one else min(held, 64) if tile.warps > 1 else held / 2 if kind != "dkv" else held
+            rows_held = tile.bm * width / (LANES * tile.warps)  # operands stay in registers where one warp multiplies
+            if tile.warps == 1 and rows_held > (32 if kind == "dkv" else 64):
+                continue
             if tile.bm * tile.bn > max(limit * LANES * tile.warps, 16 * 16):
                 continue
             cost = _cost(g, side, tile, width)
