@@ -204,8 +204,11 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2) -
     side: Side = "k" if kind == "dkv" else "q"
     whole = _grouped(g)
     if whole is not None and (whole.bm <= 64 or width <= 64):
-        small = whole.bm <= 64 and itemsize <= 2
-        warps = 2 if small and kind == "forward" else 4 if whole.bm <= 64 else 8
+        cut = any(a.shift for a in g.axes)
+        if kind == "forward":
+            warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
+        else:
+            warps = 8 if width > 64 else 4
         return Tile(whole.rows, whole.chunk, len(whole.rows) - 1, warps, 1, 8 if whole.bm <= 64 else 1)
     most = MOST if itemsize <= 2 else 64
     held = _HELD[kind] * min(1.0, 64 / width) * (1.0 if itemsize <= 2 else 0.5)
@@ -228,7 +231,9 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2) -
             one = tile.warps == 1 and all(w.most <= 1 for w in walks(g, side, tile))
             limit = held if one else min(held, 64) if tile.warps > 1 else held / 2 if kind != "dkv" else held
             rows_held = tile.bm * width / (LANES * tile.warps)  # operands stay in registers where one warp multiplies
-            if tile.warps == 1 and rows_held > (32 if kind == "dkv" else 64):
+            columns_held = tile.bn * width / LANES
+            most_rows, most_columns = (32, 64) if kind == "dkv" else (64, 128)
+            if tile.warps == 1 and (rows_held > most_rows or columns_held > most_columns):
                 continue
             if tile.bm * tile.bn > max(limit * LANES * tile.warps, 16 * 16):
                 continue
