@@ -450,6 +450,7 @@ def compare(found: Results, truth: Results, plain: Results, what: object) -> Non
 
     Both the largest error and the root mean square count. The floor is a few roundings of the largest number there is.
     """
+    slopes = max(float(t.abs().nan_to_num(posinf=0.0).max()) for n, t in truth.items() if n not in ("out", "lse") and t.numel())
     for name, true in truth.items():
         mine, theirs = found[name].double(), plain[name].double()
         assert mine.shape == true.shape, f"{name} of {what}: shape {tuple(mine.shape)}, expected {tuple(true.shape)}"
@@ -461,6 +462,8 @@ def compare(found: Results, truth: Results, plain: Results, what: object) -> Non
         errors = (mine - true)[finite], (theirs - true)[finite].nan_to_num(0.0)
         largest = float(true[finite].abs().max())
         floor = torch.finfo(found[name].dtype).eps * max(1e-3, largest) * (4 if name in ("out", "lse") else 8)
+        if name not in ("out", "lse"):  # p * (dp - delta) cancels where a row has few keys, and rounds in float32 as what it was
+            floor += torch.finfo(torch.float32).eps * slopes * 16
         if found[name].dtype == torch.float64:  # the truth itself rounds there
             floor = 1e-13 * max(1.0, largest)
         times = 2 if name in ("out", "lse") else 3

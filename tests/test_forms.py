@@ -329,7 +329,7 @@ def loops(name: str, length: int) -> np.ndarray[Any, Any]:
         if name == "shifted window":
             return (i - 3) // 4 == (j - 3) // 4 if length > 4 else True
         if "neighborhood" in name and "shifted" not in name:
-            size = {"even": 4, "dilated": 3, "widely": 3, "strided": 5, "causal": 4}.get(name.split()[0], 5)
+            size = {"even": 4, "dilated": 3, "widely": 3, "strided": 5, "causal": 4}.get(name.partition(" ")[0], 5)
             step = 5 if name.startswith("widely") else 2 if "dilated" in name else 1
             stride = {"strided neighborhood": 3}.get(name, 2 if name.startswith("strided") else 1)
             size = 4 if name.startswith("strided ") and name != "strided neighborhood" else size

@@ -17,7 +17,7 @@ from attnc.runtime.call import Call
 from attnc.schedule.geometry import Geometry
 
 EXTRA_BYTES = 256 << 20  # of intermediate scores at a time
-PER_SCORE = 64  # bytes of intermediates per score element, backward included, float64
+PER_SCORE = 128  # bytes of intermediates per score element, backward included, float64
 
 
 def _grid_tokens(

@@ -43,7 +43,7 @@ class Layout:
 @lru_cache(maxsize=256)
 def parse(text: str) -> Layout:
     """Parse a layout string. Raises DeclarationError that shows the string and what is wrong in it."""
-    tokens = re.findall(r"\([^()]*\)|\w+", text)
+    tokens = re.findall(r"\([^()]*\)|\w+", " ".join(text.split()))
     if " ".join(tokens) != " ".join(text.split()):
         raise DeclarationError(f"layout {text!r}: names separated by spaces, grouped by one level of brackets")
     groups = tuple(tuple(t.strip("()").split()) for t in tokens)
