@@ -470,15 +470,15 @@ def test_eager_streams() -> None:
     script = """
 import resource, torch, attnc
 torch.set_num_threads(1)
-op = attnc.reference(attnc.patterns.full(), grid=(64, 64))
 x = torch.randn(1, 8, 4096, 16)
-attnc.reference(attnc.patterns.full(), grid=(4, 4))(*[x[:, :, :16]] * 3)
+attnc.reference(attnc.patterns.full(), grid=(16, 16))(*[x[:, :, :256]] * 3)  # what torch itself loads is not meant
+op = attnc.reference(attnc.patterns.full(), grid=(64, 64))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 op(x, x, x)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     extra = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    assert extra < 256 + 64, f"{extra} MiB"
+    assert extra < 256, f"{extra} MiB"
 
 
 def test_an_operator_costs_little_to_hold() -> None:

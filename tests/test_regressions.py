@@ -132,7 +132,7 @@ def test_pytorch_186775_a_mask_that_depends_on_the_batch_item_is_the_same_static
                 torch.testing.assert_close(out[item], part, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ rows 16, 17: maps and kernels agree
+# ------------------------------------------------------------------------------------------ rows 16, 17: maps and kernels agree
 def test_pytorch_188322_a_trivial_score_does_not_make_attention_dense() -> None:
     """There the block list was ignored where the mask function was trivial. The map follows from the statement alone here."""
     q, k, v = rows(64)

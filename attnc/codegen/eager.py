@@ -16,7 +16,7 @@ from attnc.codegen.blocks import Tile
 from attnc.runtime.call import Call
 from attnc.schedule.geometry import Geometry
 
-EXTRA_BYTES = 256 << 20  # of intermediate scores at a time
+EXTRA_BYTES = 160 << 20  # of intermediate scores at a time, so that all there is stays under 256 MiB
 PER_SCORE = 128  # bytes of intermediates per score element, backward included, float64
 
 
