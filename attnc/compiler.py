@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, overload
 
@@ -12,16 +11,14 @@ import torch
 from torch import Tensor
 
 from attnc import ir
+from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, pad_of
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
 from attnc.runtime import layout as layouts
 from attnc.runtime import operator
-from attnc.runtime.layout import Layout
 
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
-GridLike = int | Sequence[int | None] | Mapping[str, int | None] | None
-PadLike = Literal["multiple"] | Sequence[tuple[int, int]] | None
 RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -29,81 +26,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def has_compiler() -> bool:
     """A C++ compiler is on the path."""
     return any(shutil.which(c) for c in ("g++", "c++", "clang++"))
-
-
-def axes_and_sizes(grid: GridLike, layout: Layout | None) -> tuple[tuple[str, ...] | None, tuple[int | None, ...] | None]:
-    """Axis names and lengths that `grid=` and `layout=` tell; None where they leave it open."""
-    if grid is None:
-        return (layout.axes, None) if layout else (None, None)
-    if isinstance(grid, Mapping):
-        names, sizes = tuple(grid), tuple(grid.values())
-        for name in names:
-            if not isinstance(name, str) or not name.isidentifier() or name.startswith("__") or name in ("index", "size", "axes"):
-                raise DeclarationError(
-                    f"grid {grid!r}: {name!r} cannot name an axis; q.index, q.size and q.axes mean something else"
-                )
-        if not names:
-            raise DeclarationError("grid {}: at least one axis")
-    else:
-        sizes = (grid,) if isinstance(grid, int) else tuple(grid)
-        names = layout.axes if layout else ir.AXES.get(len(sizes), ())
-        if not names:
-            raise DeclarationError(f"grid {grid!r}: {len(sizes)} axes need names: pass a dict, e.g. {{'a': 4, 'b': 5, ...}}")
-    if layout and names != layout.axes:
-        raise DeclarationError(f"layout {layout.text!r} has the axes {layout.axes}, grid= has {names}")
-    for n in sizes:
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise DeclarationError(f"grid {grid!r}: axis lengths are positive ints (or None where a call tells)")
-    return names, sizes
-
-
-def call_sizes(grid: GridLike, axes: tuple[str, ...] | None, name: str) -> tuple[int, ...] | None:
-    """Lengths given with a call, in the order of the operator's axes."""
-    if grid is None:
-        return None
-    if isinstance(grid, Mapping):
-        expected = axes or ir.AXES.get(len(grid), ())
-        if set(grid) != set(expected):
-            raise ShapeError(f"{name}: grid={dict(grid)!r}, but the axes are ({', '.join(expected)})")
-        values = tuple(grid[a] for a in expected)
-    else:
-        values = tuple(grid) if isinstance(grid, Sequence) else (grid,)
-    if not values or any(n is None or isinstance(n, bool) or not isinstance(n, int | torch.SymInt) or n < 1 for n in values):
-        raise ShapeError(f"{name}: grid={grid!r}: a call gives every axis its length, a positive int")
-    return tuple(n for n in values if n is not None)
-
-
-def pad_of(pad: PadLike, attend: ir.Attend, same_grid: bool) -> dict[str, Any]:
-    """The padding fields of ir.Tokens. "multiple" reads the block length of each axis off the proof."""
-    if pad is None:
-        return {}
-    if pad != "multiple":
-        pairs = tuple((int(a), int(b)) for a, b in pad)
-        if len(pairs) != attend.rank or any(a < 0 or b < 0 for a, b in pairs):
-            raise DeclarationError(f"pad={pad!r}: ((before, after), ...) with one pair of non-negative ints per axis")
-        return {"pad": pairs}
-    from attnc.analysis.structure import analyse
-
-    multiples = []
-    for axis, form in enumerate(analyse(attend, same_grid, True).axes):
-        parts = [form.split, *([form.block] if form.block is not None else [])]
-        kind = form.kind.split(" of ")[-1]
-        if any(p.op != "const" for p in parts) or kind not in (
-            "full",
-            "residue",
-            "point",
-            "block",
-            "shifted block",
-        ):
-            raise UnsupportedError(
-                f"pattern {attend.name}: pad='multiple' needs blocks of a constant length; axis {axis} is a {form.kind}: "
-                "give pad=((before, after), ...)"
-            )
-        n = 1
-        for p in parts:
-            n *= int(p.args[0])
-        multiples.append(n)
-    return {"pad_multiple": tuple(multiples)}
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ class AxisForm:
         """Every key of the axis is allowed."""
         return self.kind == "full"
 
+    @property
+    def equivalence(self) -> bool:
+        """The axis falls into groups whose members see each other and nobody else."""
+        return self.kind.split(" of ")[-1] in ("full", "residue", "point", "block", "shifted block")
+
 
 class _Unrecognised(Exception):
     """No rule applies to a conjunct."""

@@ -27,11 +27,7 @@ class Structure:
         """dense, grouped (an equivalence: every axis full, a point or blocks) or banded."""
         if all(f.full for f in self.axes):
             return "dense"
-        return "grouped" if all(_equivalence(f) for f in self.axes) else "banded"
-
-
-def _equivalence(f: AxisForm) -> bool:
-    return f.kind.split(" of ")[-1] in ("full", "residue", "point", "block", "shifted block")
+        return "grouped" if all(f.equivalence for f in self.axes) else "banded"
 
 
 def _axes_of(e: ir.Expr) -> set[int]:

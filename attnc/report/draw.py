@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnc import ir
-from attnc.compiler import GridLike, PadLike
+from attnc.arguments import GridLike, PadLike
 from attnc.errors import DeclarationError, ShapeError
 from attnc.lang.pattern import Pattern
 from attnc.report import boxes

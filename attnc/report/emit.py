@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from attnc import ir
-from attnc.compiler import GridLike, PadLike, compile
+from attnc.arguments import GridLike, PadLike
+from attnc.compiler import compile
 from attnc.errors import DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern

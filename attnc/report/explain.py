@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from attnc import ir
-from attnc.compiler import GridLike, PadLike
+from attnc.arguments import GridLike, PadLike
 from attnc.errors import ShapeError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern

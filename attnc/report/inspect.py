@@ -28,7 +28,7 @@ from attnc.report import sass
 from attnc.schedule import tiles as schedule
 
 if TYPE_CHECKING:
-    from attnc.compiler import GridLike, PadLike
+    from attnc.arguments import GridLike, PadLike
 
 TARGETS = ("cuda:75", "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
 WARP = {"gfx942": 64}

@@ -114,5 +114,4 @@ def symmetric(form: AxisForm) -> bool:
 
 def equivalence(form: AxisForm) -> bool:
     """Whether the axis falls into groups whose members see each other and nobody else."""
-    groups = form.kind.split(" of ")[-1] in ("full", "residue", "point", "block", "shifted block")
-    return groups and symmetric(form)
+    return form.equivalence and symmetric(form)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from attnc import ir
 from attnc.analysis.structure import Structure, analyse
-from attnc.compiler import GridLike, Operator, PadLike, compile
+from attnc.arguments import GridLike, PadLike
+from attnc.compiler import Operator, compile
 from attnc.errors import AttncError, UnsupportedError
 from attnc.lang.pattern import Pattern
 from attnc.report import boxes
