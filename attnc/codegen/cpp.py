@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from attnc import ir
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.structure import Structure, analyse
@@ -18,6 +20,7 @@ from attnc.codegen.cpp_expr import Printer, Terms
 from attnc.errors import UnsupportedError
 from attnc.ir import Expr
 from attnc.schedule.boxes import Kernel
+from attnc.schedule.geometry import geometry
 
 ELEMENTS = {"float32": "FLOAT", "float64": "DOUBLE", "bfloat16": "BFLOAT16", "float16": "HALF"}
 LANES = 16  # what tile choices assume; the register length itself is the compiler's to say
@@ -74,6 +77,20 @@ class Spec:
     def table_rank(self) -> int:
         """Most dimensions of any table."""
         return max([1, *(self.attend.table_rank(t) for t in self.attend.tables)])
+
+    @property
+    def band(self) -> int:
+        """Keys of the last axis that every query sees, 0 where that is no one number. (Calls on shorter axes look again.)"""
+        a, s = self.attend, self.structure
+        tokens = (self.program.queries, self.program.keys)
+        plain = a.score == ir.SCORE and s.residual == ir.TRUE and a.post is None and not any(s.unknown)
+        if not plain or s.flat or self.rank < 2 or self.padded or any(t.prefix for t in tokens):
+            return 0
+        grid = (1024,) * self.rank
+        last = geometry(self.program, grid, grid).axes[-1]
+        r, j = np.arange(1024) % last.split, np.arange(1024) // last.split
+        width = last.hi[r, j] - last.lo[r, j] + 1
+        return int(width[0]) if 1 < width[0] <= LANES + 1 and bool((width == width[0]).all()) else 0
 
     def kernel(self, backward: bool) -> Kernel:
         """Tile limits: how many queries a tile and how many keys a chunk may have."""
@@ -258,6 +275,9 @@ def source(spec: Spec, backward: bool) -> str:
     )
     body = header("tile.h").replace("@SCORE@\n", hooks)
     loop = header("backward.h" if backward else "forward.h")
+    if spec.band and not backward:
+        numbers += f"#define BAND {spec.band}   // keys of the last axis that a query sees, on grids long enough\n"
+        loop = header("band.h") + loop
     parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
     text = "\n".join(parts)
     return re.sub(r"\n{3,}", "\n\n", text)

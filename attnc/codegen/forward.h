@@ -160,6 +160,9 @@ struct Forward {
 };
 extern "C" void attend_forward(const Problem* problem) {
     const Problem& P = *problem;
+#ifdef BAND
+    if (band_forward(P)) return;
+#endif
     int64_t tiles = 1;
     for (int a = 0; a < RANK; a++) tiles *= P.axes[a].pieces;
     const int64_t all = tiles + (P.q_prefix + TILE - 1) / TILE, items = P.batch * P.heads * all;

@@ -109,6 +109,24 @@ INLINE V tanh(V x) {
 }
 INLINE V sigmoid(V x) { V e = exp(-magnitude(x)), y = splat(1) / (splat(1) + e); return x < V{} ? splat(1) - y : y; }
 INLINE V sqrt(V x) { V y; UNROLL for (int i = 0; i < L; i++) y[i] = __builtin_sqrt(x[i]); return y; }
+// For positive normal x; NaN and infinity stay. x = 2^e m with m around 1, log2(m) by the series of atanh((m - 1) / (m + 1)).
+INLINE V log2(V x) {
+#if REAL_BITS == 32
+    constexpr integer half = 0x3f3504f3;      // the bits of sqrt(1/2)
+    const I e = ((I)x - splat_integer(half)) >> mantissa;
+    const V m = (V)((I)x - (e << mantissa)), s = (m - splat(1)) / (m + splat(1)), z = s * s;
+    V p = splat(0.320598898f);                // 2 / ln(2) / 9, / 7, ...
+    p = p * z + splat(0.412198583f);
+    p = p * z + splat(0.577078016f);
+    p = p * z + splat(0.961796694f);
+    p = p * z + splat(2.88539008f);
+    return select(x < splat(INF), p * s + to_real(e), x);
+#else
+    V y;
+    for (int i = 0; i < L; i++) y[i] = __builtin_log2(x[i]);
+    return y;
+#endif
+}
 inline V log(V x) { V y; for (int i = 0; i < L; i++) y[i] = __builtin_log(x[i]); return y; }
 inline real exp(real x) { return __builtin_exp(x); }
 inline real log(real x) { return __builtin_log(x); }
@@ -219,7 +237,7 @@ INLINE void block_of(int m, int n, Scalars A, int64_t terms, const real* b, int6
     }
 }
 // The next part of `left` things taken at most `most` at a time, in parts that differ by one at most.
-INLINE int share(int left, int most) { const int parts = (left + most - 1) / most; return (left + parts - 1) / parts; }
+constexpr INLINE int share(int left, int most) { const int parts = (left + most - 1) / most; return (left + parts - 1) / parts; }
 
 // C[rows][W channels] (+)= A B, B and C row by row
 template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const real* b, int64_t b_row, real* c, int64_t c_row, bool add) {
