@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import shutil
 import subprocess
 import sys
@@ -473,6 +474,23 @@ def test_as_shipped():
     finally:
         torch.empty = empty
         cpp_host.FLAGS[0] = flags
+        for c in caches:
+            c.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 instruction sets")
+@pytest.mark.parametrize("instructions", ["haswell", "x86-64"])
+def test_other_instruction_sets(instructions, monkeypatch):
+    """Vectors of 8 and of 4 lanes."""
+    flags = [f"-march={instructions}" if f == "-march=native" else f for f in cpp_host.FLAGS]
+    monkeypatch.setattr(cpp_host, "FLAGS", flags)
+    caches = (cpp._machine, cpp._function, cpp._kernel)
+    for c in caches:
+        c.cache_clear()
+    try:
+        for p, grid, options in (BANDS["two vectors"], BANDS["volume"], (window(s=4), (9, 11), {"dim": 24})):
+            check(p, grid, **options)
+    finally:
         for c in caches:
             c.cache_clear()
 

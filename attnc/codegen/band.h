@@ -3,7 +3,7 @@
 // masked nor padded. The keys of L queries lie in two vectors that start at the first lane's: key t of all lanes is one permutation
 // of them, or one load where lo grows by one per lane. A group of GROUP rows of queries walks down the rows; each row of keys that
 // it meets is transposed once, into a ring of rows [channel][key]. A clamped border and the interior are the same code.
-constexpr int REGISTERS = REGISTER == 64 || REGISTER == 16 ? 32 : 16;
+constexpr int REGISTERS = ROWS > 4 ? 32 : 16;
 constexpr int GROUP = REGISTERS == 32 ? 4 : 2, SUMS = 4;         // rows of queries; channels of output that are summed at once
 constexpr int64_t RING = 384 << 10, CELLS = 192 << 10;           // bytes of a ring (a part of the L2 cache), most bytes of scores
 constexpr int Y = max(RANK - 2, 0), X = RANK - 1;                // axis of the rows, axis along a row
@@ -129,8 +129,8 @@ struct Band {
     }
     template <Way WAY> INLINE V key(const real* row, int t) const {
         if constexpr (WAY == STRAIGHT) return load(row + t);
-        else if constexpr (WAY == ONE) return __builtin_shuffle(load(row), lane[t]);
-        else return __builtin_shuffle(load(row), load(row + L), lane[t]);
+        else if constexpr (WAY == ONE) return permute(load(row), lane[t]);
+        else return permute(load(row), load(row + L), lane[t]);
     }
     INLINE void look_ahead() {
         if (ahead.line >= ahead.lines) return;

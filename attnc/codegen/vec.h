@@ -37,10 +37,31 @@ template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
 constexpr real INF = __builtin_inf(), LOWEST = -1e30, LOG2E = 1.44269504088896340736, LN2 = 0.69314718055994530942;
 
+// Lane i of the result is lane from(i) of a, or from(i) - L of b. `from` is known when this is compiled.
+template <class From> INLINE V arrange(V a, V b, From) {
+    return [&]<int... N>(std::integer_sequence<int, N...>) __attribute__((always_inline)) {
+        return __builtin_shufflevector(a, b, From{}(N)...);
+    }(std::make_integer_sequence<int, L>());
+}
+// The same for lanes that are known at run time only. (clang has no such shuffle, but knows one when it sees these loops.)
+INLINE V permute(V a, I from) {
+#ifdef __clang__
+    V y;
+    UNROLL for (int i = 0; i < L; i++) y[i] = a[from[i] & (L - 1)];
+    return y;
+#else
+    return __builtin_shuffle(a, from);
+#endif
+}
+INLINE V permute(V a, V b, I from) {
+#ifdef __clang__
+    return select(from < splat_integer(L), permute(a, from), permute(b, from));
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
 template <int H, class Op> INLINE V fold(V v, Op op) {      // combines lanes that are H apart, then H / 2, ...
-    I other;
-    UNROLL for (int i = 0; i < L; i++) other[i] = i ^ H;
-    v = op(v, __builtin_shuffle(v, other));
+    v = op(v, arrange(v, v, [](int i) { return i ^ H; }));
     if constexpr (H > 1) return fold<H / 2>(v, op); else return v;
 }
 INLINE real sum(V v) { return fold<L / 2>(v, [](V a, V b) { return a + b; })[0]; }
@@ -268,10 +289,8 @@ struct Panels {
 template <int H> INLINE void exchange(V (&x)[L]) {      // swaps the off-diagonal H x H blocks of each 2H x 2H block
     UNROLL for (int i = 0; i < L; i++) if (!(i & H)) {
         V a = x[i], b = x[i + H];
-        I low, high;
-        UNROLL for (int l = 0; l < L; l++) { low[l] = l & H ? L + l - H : l; high[l] = l & H ? L + l : l + H; }
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + H] = __builtin_shuffle(a, b, high);
+        x[i] = arrange(a, b, [](int l) { return l & H ? L + l - H : l; });
+        x[i + H] = arrange(a, b, [](int l) { return l & H ? L + l : l + H; });
     }
 }
 INLINE void transpose(V (&x)[L]) {
