@@ -134,9 +134,9 @@ struct Band {
     }
     INLINE void look_ahead() {
         if (ahead.line >= ahead.lines) return;
-        prefetch<D>(ahead.k + ahead.line * ahead.k_line + ahead.i * ahead.k_step, 1);
-        prefetch<DV>(ahead.v + ahead.line * ahead.v_line + ahead.i * ahead.v_step, 1);
-        prefetch<D>(ahead.q + ahead.line * ahead.q_line + ahead.i * ahead.q_step, 1);
+        prefetch<D, 3>(ahead.k + ahead.line * ahead.k_line + ahead.i * ahead.k_step, 1);
+        prefetch<DV, 3>(ahead.v + ahead.line * ahead.v_line + ahead.i * ahead.v_step, 1);
+        prefetch<D, 3>(ahead.q + ahead.line * ahead.q_line + ahead.i * ahead.q_step, 1);
         prefetch_for_writing<DV>(ahead.out + ahead.line * ahead.out_line + ahead.i * ahead.out_step, 1);
         if (++ahead.i == ahead.count) { ahead.i = 0; ahead.line++; }
     }

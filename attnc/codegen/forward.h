@@ -38,20 +38,21 @@ struct Forward {
     Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels panels;
-    real *q, *k, *v, *scores, *o, *maximum, *total;
+    real *q, *k, *v, *scores, *o, *maximum, *total, *log_sum;
     bool* started;
     int next_query, next_key, next_queries, next_keys, pace;       // what of the next tile was prefetched; rows per block
 
     explicit Forward(const Problem& P, Arena& arena) : P(P) {
         arena.reserve(2 * Aimed::bytes() + Masks::bytes() + LOADS * Expansion::bytes(false) + 64 * 16 + TILE * 25
-                      + sizeof(real) * (TILE * (DP + VP + 2) + CHUNK * (2 * DP + VP + ROWS + LOADS * ROWS)));
+                      + sizeof(real) * (TILE * (DP + VP + 3) + 3 * L + CHUNK * (2 * DP + VP + ROWS + LOADS * ROWS)));
         here.allocate(arena); next.allocate(arena);
         for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, false);
         loads.expansion = expansions;
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
         loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
         q = arena.take<real>(TILE * DP); o = arena.take<real>(TILE * VP);
-        maximum = arena.take<real>(TILE); total = arena.take<real>(TILE); started = arena.take<bool>(TILE);
+        for (real** p : {&maximum, &total, &log_sum}) *p = arena.take<real>(TILE + L);
+        started = arena.take<bool>(TILE);
         k = arena.take<real>(CHUNK * DP); panels.data = arena.take<real>(CHUNK * DP); v = arena.take<real>(CHUNK * VP);
         scores = arena.take<real>(ROWS * CHUNK);
     }
@@ -150,11 +151,18 @@ struct Forward {
                 if (n + 1 == chunks) look_ahead();
             }
         }
+        // log-sum-exp of L queries at a time; a row without keys has -inf, one with a NaN keeps it
+        for (int i = tile.queries; i < up(tile.queries, L); i++) { maximum[i] = 0; total[i] = 1; }
+        for (int i = 0; i < tile.queries; i += L) {
+            const V sums = load(total + i), most = load(maximum + i);
+            const V logs = PLAIN_SCORE ? (most + log2(sums)) * splat(LN2) : most + log2(sums) * splat(LN2);
+            store(log_sum + i, select(sums > V{}, logs, select(sums <= V{}, splat(-INF), sums)));
+        }
         for (int i = 0; i < tile.queries; i++) {
             const bool some = total[i] > 0;
             if (!started[i] || !some) for (int d = 0; d < VP; d++) o[i * VP + d] = 0;
             store_row<DV>(P.out + here.out_offset[i], P.out_layout.channel, o + i * VP, some ? 1 / total[i] : !(total[i] <= 0) ? total[i] : 0);
-            P.lse[here.lse_offset[i]] = some ? real(PLAIN_SCORE ? (maximum[i] + __builtin_log2(total[i])) * 0.6931471805599453 : maximum[i] + __builtin_log(total[i])) : total[i] <= 0 ? -INF : total[i];
+            P.lse[here.lse_offset[i]] = log_sum[i];
         }
     }
 };

@@ -413,11 +413,12 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
 }
 
 // ---- looking ahead --------------------------------------------------------------------------------------------------------------------
-// The lines of one row, towards the L2 cache. (Functions that only prefetch are deleted as having no effect unless inlined.)
-template <int W> INLINE void prefetch(const element* row, int64_t channel) {
+// The lines of one row, towards the L2 cache (NEAR = 3: the L1 cache). (Functions that only prefetch are deleted as having no effect
+// unless inlined.)
+template <int W, int NEAR = 2> INLINE void prefetch(const element* row, int64_t channel) {
     if (channel != 1) return;
-    UNROLL for (int d = 0; d < W; d += 64 / (int)sizeof(element)) __builtin_prefetch(row + d, 0, 2);
-    if (W * sizeof(element) % 64 || W * sizeof(element) > 64) __builtin_prefetch(row + W - 1, 0, 2);
+    UNROLL for (int d = 0; d < W; d += 64 / (int)sizeof(element)) __builtin_prefetch(row + d, 0, NEAR);
+    if (W * sizeof(element) % 64 || W * sizeof(element) > 64) __builtin_prefetch(row + W - 1, 0, NEAR);
 }
 template <int W> INLINE void prefetch_for_writing(const element* row, int64_t channel) {
     if (channel != 1) return;
