@@ -42,22 +42,26 @@ def make_spec(
     symbolic: bool = False,
     plain: bool = True,
     chosen: Tiles | None = None,
+    part: bool = False,
 ) -> Spec:
-    """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text."""
+    """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
+
+    part: the statement is a part of a union, whose output and LSE its backward gets; no group of it holds all keys of a row.
+    """
     check(program)
     g = geometry(program, q_grid, k_grid)
     assert isinstance(program.attend, ir.Attend)
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     structure = analyse(program.attend, program.same_grid, padded)
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize)
-    return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain)
+    return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part)
 
 
 def kernels_of(spec: Spec, module: Module) -> tuple[list[Kernel], list[Kernel]]:
     """The kernels of a statement, and the plain ones that prefix tokens need."""
     t = spec.tiles
     kernels = [Kernel(spec, "forward", t.forward, module)]
-    fused = can_fuse(spec, t.dq, module)
+    fused = not spec.part and can_fuse(spec, t.dq, module)
     if not fused:
         kernels.append(Kernel(spec, "backward_dq", t.dq, module))
     kernels.append(Kernel(spec, "backward_dkv", t.dq if fused else t.dkv, module, fused=fused))

@@ -109,7 +109,7 @@ class Host:
             shown = [tensors[t.upper()] for t in k.tensors]
             if k.fused:
                 shown = [f"{t}_heads" if t in ("dk", "dv") else t for t in shown]
-            if prefix or (self.spec.program.same_grid and not self.spec.prefix and self.rank_one):
+            if prefix or (self.spec.program.same_grid and self.rank_one):
                 return f"tuple(t.stride() for t in ({', '.join(shown)}))"
             if self.spec.program.same_grid:
                 return f"tuple(strides(t, grid) for t in ({', '.join(shown)}))"
@@ -171,7 +171,7 @@ class Host:
         """All functions."""
         parts = []
         spec = self.spec
-        if not self.rank_one:
+        if not (self.rank_one and self.spec.program.same_grid):
             parts.append(STRIDES)
         if spec.head_dim != spec.value_dim:
             parts.append(LIKE)

@@ -41,6 +41,7 @@ class Spec:
     value_dim: int
     geometry: Geometry | None  # concrete sizes, or None: sizes are arguments
     plain: bool = True  # scale > 0, so that the maximum may be taken before it multiplies
+    part: bool = False  # one of several statements that share their queries: a group does not hold all keys of a row
 
     @property
     def attend(self) -> ir.Attend:

@@ -24,12 +24,15 @@ class Call:
         backward(call, q, k, v, out, lse, grad_out, grad_lse) -> (dq, dk, dv, {table: gradient})
     where lse is float32 [B, Hq, N] (float64 for float64 inputs): natural log of the sum of exp of the scores, -inf for a row
     without keys (its output row and gradients are zero). grad_lse may be None. Gradients of tables have the tables' shapes.
+
+    part: one of several calls that share their queries (a union); its backward gets the out and lse of all of them together.
     """
 
     program: ir.Program
     geometry: Geometry
     scale: float
     tables: dict[str, Tensor]
+    part: bool = False
 
     @property
     def attend(self) -> ir.Attend:

@@ -88,6 +88,7 @@ class _Part:
     heads: slice
     key_heads: slice
     programs: tuple[tuple[ir.Program, Geometry, tuple[str, ...]], ...]
+    cut: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class _Run:
     heads: slice
     key_heads: slice
     calls: list[Call]
+    cuts: dict[str, tuple[int, slice]]
 
 
 @lru_cache(maxsize=4096)
@@ -121,6 +123,7 @@ def _parts(
             slice(r.first, r.last),
             slice(r.kv_first, r.kv_last),
             tuple((p, geometry(p, q_grid, k_grid), table_names(p)) for p in (_with_heads(p, heads) for p in r.parts)),
+            r.cut,
         )
         for r in runs
     )
@@ -145,13 +148,18 @@ def _runs(
     sizes = q.shape[1], k.shape[1], q.shape[0]
     out = []
     for part in _parts(program, tuple(map(int, q_grid)), tuple(map(int, k_grid)), *sizes, shapes, backend):
-        mine = dict(named)
-        for pad in {"pad_k", "pad_v"} & set(named):
-            if named[pad].shape[0] > 1:
-                mine[pad] = named[pad][part.key_heads]
-        calls = [Call(p, g, scale, {n: mine[n] for n in names}) for p, g, names in part.programs]
-        out.append(_Run(part.heads, part.key_heads, calls))
+        cuts = {n: (d, part.heads) for n, d in part.cut} | dict.fromkeys(("pad_k", "pad_v"), (0, part.key_heads))
+        cuts = {n: at for n, at in cuts.items() if n in named and named[n].shape[at[0]] > 1}
+        mine = {n: _rows_of(t, cuts.get(n)) for n, t in named.items()}
+        union = len(part.programs) > 1
+        calls = [Call(p, g, scale, {n: mine[n] for n in names}, union) for p, g, names in part.programs]
+        out.append(_Run(part.heads, part.key_heads, calls, cuts))
     return out
+
+
+def _rows_of(t: Tensor, cut: tuple[int, slice] | None) -> Tensor:
+    """A view of the slice that a run of heads gets of a table."""
+    return t if cut is None else t.narrow(cut[0], cut[1].start, cut[1].stop - cut[1].start)
 
 
 def _like(t: Tensor, gradient: Tensor) -> Tensor:
@@ -261,8 +269,7 @@ def _sum_of_runs(
             for total, part, heads in zip((dq, dk, dv), parts, (r.heads, r.key_heads, r.key_heads), strict=False):
                 total[:, heads] += part
             for n, g in parts[3].items():
-                whole = sums[n].shape == g.shape
-                (sums[n] if whole else sums[n][r.key_heads]).add_(g)
+                _rows_of(sums[n], r.cuts.get(n)).add_(g)
     return dq, dk, dv, sums
 
 

@@ -64,6 +64,7 @@ def module_for(
     itemsize: int,
     plain: bool,
     chosen: Tiles | None = None,
+    part: bool = False,
 ) -> ModuleType:
     """The module of a program. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
     spec = make_spec(
@@ -76,11 +77,32 @@ def module_for(
         symbolic=True,
         plain=plain,
         chosen=chosen,
+        part=part,
     )
     return _module(source(spec))
 
 
+def _runnable(name: str, device: torch.device) -> None:
+    """Refuse where no kernel can be launched: tensors elsewhere, or no driver (and no interpreter in its place)."""
+    hint = "use backend='cpp' or 'torch'"
+    try:
+        from triton import knobs
+        from triton.runtime.driver import driver
+    except ImportError as e:
+        raise UnsupportedError(f"{name}: triton is not installed ({e}); pip install triton, or {hint}") from e
+    if knobs.runtime.interpret:
+        return
+    try:
+        driver.active  # noqa: B018
+    except RuntimeError as e:
+        hint += ", or set TRITON_INTERPRET=1 before the start to interpret the kernels (slowly)"
+        raise UnsupportedError(
+            f"{name}: triton finds no GPU driver on this machine, and the tensors are on {device}; {hint}"
+        ) from e
+
+
 def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, ...]]:
+    _runnable(f"pattern {call.attend.name}", q.device)
     if q.dtype not in DTYPES:
         raise UnsupportedError(
             f"pattern {call.attend.name}: triton takes float16, bfloat16 and float32, not {q.dtype}; use backend='cpp' or 'eager'"
@@ -90,7 +112,9 @@ def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, .
             f"pattern {call.attend.name}: batch {q.shape[0]} is more than one launch holds (65535); split the batch"
         )
     g = call.geometry
-    module = module_for(call.program, g.q_grid, g.k_grid, q.shape[-1], v.shape[-1], q.element_size(), call.scale > 0)
+    module = module_for(
+        call.program, g.q_grid, g.k_grid, q.shape[-1], v.shape[-1], q.element_size(), call.scale > 0, part=call.part
+    )
     grids = (g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)
     return module, grids
 
@@ -114,6 +138,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """See runtime.call.Call."""
     module, grids = _prepare(call, q, v)
+    lse = lse.contiguous()  # a run of heads hands over a slice; the kernels walk it as [B, H, N]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, found = module.run_backward(q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids)
     return dq, dk, dv, found
@@ -122,6 +147,7 @@ def backward(
 def _channel(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     from attnc.codegen.triton_channel import emit_channel
 
+    _runnable("channel", q.device)
     if q.dtype not in DTYPES:
         raise UnsupportedError(
             f"channel: the triton backend takes float16, bfloat16 and float32, not {q.dtype}; use 'cpp' or 'eager'"

@@ -23,13 +23,17 @@ GAIN = 0.7  # a union is split where its parts' boxes hold less than this share 
 
 @dataclass(frozen=True)
 class HeadRun:
-    """Query heads first .. last - 1, which read key heads kv_first .. kv_last - 1, and the disjoint programs they run (or none)."""
+    """Query heads first .. last - 1, which read key heads kv_first .. kv_last - 1, and the disjoint programs they run (or none).
+
+    cut: tables whose dimension is indexed by the head alone; the run gets their rows first .. last - 1.
+    """
 
     first: int
     last: int
     kv_first: int
     kv_last: int
     parts: tuple[ir.Program, ...]
+    cut: tuple[tuple[str, int], ...] = ()
 
 
 def disjuncts(e: ir.Expr) -> tuple[ir.Expr, ...]:
@@ -98,6 +102,34 @@ def _key_heads(first: int, last: int, group: int) -> tuple[int, int] | None:
     return (a, b) if aligned or b - a == 1 else None
 
 
+def _tables_by_head(a: ir.Attend) -> tuple[tuple[str, int], ...]:
+    """(table, dimension) where every element read has the bare head as that index."""
+    reads: dict[str, list[tuple[ir.Expr, ...]]] = {}
+    for e in (a.relation, a.score, a.post):
+        for n in ir.walk(e) if e is not None else ():
+            if n.op == "load":
+                reads.setdefault(n.args[0], []).append(n.children)
+    found = []
+    for name, each in reads.items():
+        dims = [d for d in range(len(each[0])) if all(i[d] == ir.HEAD for i in each)]
+        found += [(name, dims[0])] if dims else []
+    return tuple(found)
+
+
+def _shift_heads(e: ir.Expr, first: int, heads: int, cut: tuple[tuple[str, int], ...]) -> ir.Expr:
+    """The expression for a run of heads that starts at `first` and counts from 0."""
+    dims = dict(cut)
+
+    def rule(n: ir.Expr) -> ir.Expr | None:
+        if n.op == "load" and n.args[0] in dims:
+            kept = dims[n.args[0]]
+            indices = tuple(i if d == kept else ir.rewrite(i, rule) for d, i in enumerate(n.children))
+            return ir.load(n.args[0], indices, n.kind)
+        return ir.make("add", n, ir.const(first)) if n == ir.HEAD else ir.const(heads) if n == ir.HEADS else None
+
+    return ir.rewrite(e, rule)
+
+
 @lru_cache(maxsize=512)
 def split(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...], heads: int, kv_heads: int) -> tuple[HeadRun, ...]:
     """The runs of heads of a program on concrete grids; most programs are one run of one part."""
@@ -105,18 +137,17 @@ def split(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...],
     a = program.attend
     if not isinstance(a, ir.Attend) or not any(_about_heads(n) for n in ir.walk(a.relation) if n.kind == "bool"):
         return whole
-    runs = []
+    runs, cut = [], _tables_by_head(a)
     for relation, members in groupby(enumerate(_on_heads(a.relation, heads)), key=lambda pair: pair[1]):
         at = [h for h, _ in members]
         first, last = at[0], at[-1] + 1
         keys = _key_heads(first, last, heads // kv_heads)
         if keys is None:
             return whole
-        shifted = {ir.HEAD: ir.make("add", ir.HEAD, ir.const(first)), ir.HEADS: ir.const(heads)}
-        post = None if a.post is None else ir.substitute(a.post, shifted)
-        own = replace(a, relation=ir.substitute(relation, shifted), score=ir.substitute(a.score, shifted), post=post)
+        own_relation, score, *post = (_shift_heads(e, first, heads, cut) for e in (relation, a.score, a.post) if e is not None)
+        own = replace(a, relation=own_relation, score=score, post=post[0] if post else None)
         parts = () if relation == ir.FALSE else _union(replace(program, attend=own), q_grid, k_grid)
-        runs.append(HeadRun(first, last, *keys, parts))
+        runs.append(HeadRun(first, last, *keys, parts, cut))
     if a.normalizer.sink is not None or program.queries.prefix or program.keys.prefix:
         return whole  # a sink, and prefix keys, belong to heads without a pattern too
     return tuple(runs)
