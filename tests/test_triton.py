@@ -13,6 +13,7 @@ import triton_cases
 
 import attnc
 from attnc import ir, patterns
+from attnc.codegen import triton_plan
 from attnc.codegen.triton import emit_triton
 from attnc.codegen.triton_expr import text
 from attnc.errors import UnsupportedError
@@ -76,6 +77,41 @@ def test_modules_compile_ahead_of_time(name, target):
             assert facts["mma_instructions"] > 0, kernel
         if target == "cuda:90" and name != "window":
             assert facts["spill_bytes"] == 0, kernel
+
+
+WIDE = [  # pattern, grid, head dimension, dtype, target
+    (patterns.window(7, bias="relative"), (14, 14), 256, "float32", "cuda:80"),
+    (patterns.neighborhood(7), (16, 24), 160, "float32", "cuda:80"),
+    (patterns.full(), (16, 16), 256, "float16", "cuda:80"),
+    (patterns.window(12), (24, 24), 256, "bfloat16", "hip:gfx942"),
+    (patterns.window(7, bias="relative"), (14, 14), 32, "float16", "cuda:100"),
+    (patterns.neighborhood(7), (16, 24), 32, "float16", "hip:gfx1100"),
+]
+
+
+@pytest.mark.parametrize("pattern, grid, dim, dtype, target", WIDE, ids=str)
+def test_wide_heads_and_other_targets_compile(pattern, grid, dim, dtype, target):
+    from attnc.report.inspect import inspect_triton
+
+    options = {"heads": 2, "head_dim": dim, "value_dim": dim, "dtype": dtype, "batch": 8}
+    report = inspect_triton(program(pattern), grid, grid, target=target, **options)
+    assert max(k.shared_bytes for k in report.kernels.values()) <= tiles.shared_limit(target)
+    assert max(k.spill_bytes for k in report.kernels.values()) < 1024
+    assert max(k.instructions for k in report.kernels.values()) < 5000  # what takes long to compile is unrolled products
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("dim", [1, 16, 24, 64, 128, 160, 192, 256])
+def test_tiles_fit_shared_memory_at_every_head_dimension(dim, target):
+    width = triton_plan.lanes(dim)
+    some = [patterns.window(7), patterns.window(12), patterns.neighborhood(7), patterns.neighborhood(5, 2), patterns.axial("x")]
+    for pattern in (*some, patterns.full(), patterns.grid(7)):
+        g = geometry(program(pattern), (48, 48), (48, 48))
+        for itemsize in (2, 4):
+            for kind in ("forward", "dq", "dkv"):
+                tile = tiles.choose(g, width, kind, itemsize, target)
+                assert tiles.shared_bytes(kind, tile, width, itemsize, target) <= tiles.shared_limit(target)
+                assert itemsize == 2 or tiles.unrolled(tile, width) <= 512
 
 
 @pytest.mark.parametrize(

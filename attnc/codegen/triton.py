@@ -43,6 +43,7 @@ def make_spec(
     plain: bool = True,
     chosen: Tiles | None = None,
     part: bool = False,
+    target: str = "cuda:80",
 ) -> Spec:
     """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
 
@@ -53,7 +54,7 @@ def make_spec(
     assert isinstance(program.attend, ir.Attend)
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     structure = analyse(program.attend, program.same_grid, padded)
-    chosen = chosen or tiles(g, head_dim, value_dim, itemsize)
+    chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
     return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part)
 
 
@@ -147,5 +148,5 @@ def emit_triton(
 
         return emit_channel()
     itemsize = 4 if dtype == "float32" else 2
-    spec = make_spec(program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize)
+    spec = make_spec(program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize, target=target)
     return source(spec, heads=heads, dtype=dtype, target=target)

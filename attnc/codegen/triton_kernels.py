@@ -712,7 +712,7 @@ class Kernel(Shapes):
 
 def can_fuse(spec: Spec, tile: Tile, module: Module) -> bool:
     """All gradients of a group in one program: it is one tile, it sees itself alone, and tables stay in registers."""
-    if spec.padded or spec.prefix or not spec.program.same_grid or tile.bm > 64 or tile.bm != tile.bn:
+    if spec.padded or spec.prefix or not spec.program.same_grid or tile.bm > 64 or tile.bm != tile.bn or tile != spec.tiles.dkv:
         return False
     plans = tuple(plan_axis(spec, a, "q", tile) for a in range(spec.rank))
     if not all(p.group and p.single for p in plans):

@@ -278,7 +278,9 @@ def inspect_triton(
         raise UnsupportedError(f"target {target!r}: one of {', '.join(TARGETS)}")
     kind = getattr(torch, dtype)
     itemsize = torch.empty(0, dtype=kind).element_size()
-    spec = make_spec(program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize, chosen=chosen)
+    spec = make_spec(
+        program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize, chosen=chosen, target=target
+    )
     g = spec.geometry
     assert g is not None
     module = load_fresh(source(spec, heads=heads, dtype=dtype, target=target), load)

@@ -65,6 +65,7 @@ def module_for(
     plain: bool,
     chosen: Tiles | None = None,
     part: bool = False,
+    target: str = "cuda:80",
 ) -> ModuleType:
     """The module of a program. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
     spec = make_spec(
@@ -78,6 +79,7 @@ def module_for(
         plain=plain,
         chosen=chosen,
         part=part,
+        target=target,
     )
     return _module(source(spec))
 
@@ -101,6 +103,17 @@ def _runnable(name: str, device: torch.device) -> None:
         ) from e
 
 
+@lru_cache(maxsize=64)
+def _target(device: torch.device) -> str:
+    """The target whose limits tiles are chosen for; elsewhere than on a GPU (in the interpreter) any will do."""
+    if device.type != "cuda":
+        return "cuda:80"
+    if torch.version.hip is not None:
+        return "hip:" + torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{10 * major + minor}"
+
+
 def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, ...]]:
     _runnable(f"pattern {call.attend.name}", q.device)
     if q.dtype not in DTYPES:
@@ -113,7 +126,15 @@ def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, .
         )
     g = call.geometry
     module = module_for(
-        call.program, g.q_grid, g.k_grid, q.shape[-1], v.shape[-1], q.element_size(), call.scale > 0, part=call.part
+        call.program,
+        g.q_grid,
+        g.k_grid,
+        q.shape[-1],
+        v.shape[-1],
+        q.element_size(),
+        call.scale > 0,
+        part=call.part,
+        target=_target(q.device),
     )
     grids = (g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)
     return module, grids

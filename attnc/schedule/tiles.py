@@ -192,25 +192,68 @@ def _cost(g: Geometry, side: Side, tile: Tile, width: int) -> float:
 
 # score elements that one lane may hold at head dimensions up to 64, by how many tiles of them a kernel keeps alive
 _HELD = {"forward": 128, "dq": 64, "dkv": 32}
+# multiply-adds of one float32 product that one lane may do: they are unrolled, and each is an instruction to compile
+_UNROLLED = 512
+# bytes of shared memory that a block may have; targets without an entry have at least those of cuda:80
+_SHARED = {"cuda:75": 64, "cuda:86": 99, "cuda:89": 99, "cuda:120": 99, "hip:gfx942": 64, "hip:gfx1100": 64}
 
 
-def _warps(bm: int) -> int:
-    return 1 if bm <= 32 else 4 if bm <= 64 else 8
+def shared_limit(target: str) -> int:
+    """Bytes of shared memory that one program may take on a target."""
+    return 1024 * _SHARED.get(target, 163)
+
+
+def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
+    """Shared memory of one program, from above: rows that products reread, two chunks of columns, and the weights."""
+    rows, columns = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize
+    if target.startswith("hip"):  # rows pass through it once, before the loop
+        return max(rows, columns + tile.bm * tile.bn * itemsize)
+    return rows * (1 if kind == "forward" else 2) + columns + tile.bm * tile.bn * itemsize
+
+
+def unrolled(tile: Tile, width: int) -> float:
+    """Multiply-adds of one lane in one product that runs without tensor cores."""
+    return tile.bm * tile.bn * width / (LANES * tile.warps)
+
+
+def _warps(bm: int, bn: int, width: int, itemsize: int) -> int:
+    """Warps of a tile: enough of them that accumulators, and unrolled float32 products, stay small."""
+    warps = 1 if bm <= 32 else 4 if bm <= 64 else 8
+    if width > 128:
+        warps = 2 if bm <= 16 else 4 if bm <= 32 else 8
+    if itemsize > 2 and width > 32:
+        warps = max(warps, 2)
+    while itemsize > 2 and warps < 8 and bm * bn * width > _UNROLLED * LANES * warps:
+        warps *= 2
+    return warps
+
+
+def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> Tile | None:
+    """A whole group as one tile, where it fits. The same tile for dq and dkv lets one kernel compute all gradients."""
+    tile = _grouped(g)
+    if tile is None or (tile.bm > 64 and width > 64) or (kind == "dkv" and width > 128):
+        return None
+    cut = any(a.shift for a in g.axes)
+    if kind == "forward":
+        warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
+    else:
+        warps = 8 if width > 64 else 4
+    while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
+        warps *= 2
+    tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1)
+    if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
+        return None
+    return tile if shared_bytes(kind, tile, width, itemsize, target) <= shared_limit(target) else None
 
 
 @lru_cache(maxsize=1024)
-def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2) -> Tile:
-    """The cheapest tile for one kernel; `width` is the larger head dimension in registers."""
+def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, target: str = "cuda:80") -> Tile:
+    """The cheapest tile for one kernel that the target can hold; `width` is the larger head dimension in registers."""
     side: Side = "k" if kind == "dkv" else "q"
-    whole = _grouped(g)
-    if whole is not None and (whole.bm <= 64 or width <= 64):
-        cut = any(a.shift for a in g.axes)
-        if kind == "forward":
-            warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
-        else:
-            warps = 8 if width > 64 else 4
-        return Tile(whole.rows, whole.chunk, len(whole.rows) - 1, warps, 1, 8 if whole.bm <= 64 else 1)
-    most = MOST if itemsize <= 2 else 64
+    whole = _whole(g, width, kind, itemsize, target)
+    if whole is not None:
+        return whole
+    most = MOST if itemsize <= 2 and width <= 128 else 64
     held = _HELD[kind] * min(1.0, 64 / width) * (1.0 if itemsize <= 2 else 0.5)
     per_axis = []
     for axis in g.axes:
@@ -221,13 +264,21 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2) -
         per_axis.append((sorted(set(rows)), [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]))
     longest = math.prod(max(r) for r, _ in per_axis)
     best: tuple[float, Tile] | None = None
+    least: Tile | None = None
     for rows_ in itertools.product(*[r for r, _ in per_axis]):
         if not min(16, longest) <= math.prod(rows_) <= most:
             continue
         for chunk_ in itertools.product(*[c for _, c in per_axis]):
             if not 16 <= math.prod(chunk_) <= most:
                 continue
-            tile = Tile(rows_, chunk_, 0, _warps(padded(math.prod(rows_))))
+            bm, bn = padded(math.prod(rows_)), padded(math.prod(chunk_))
+            tile = Tile(rows_, chunk_, 0, _warps(bm, bn, width, itemsize))
+            if least is None or bm * bn < least.bm * least.bn:
+                least = tile
+            if shared_bytes(kind, tile, width, itemsize, target) > shared_limit(target):
+                continue
+            if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
+                continue
             one = tile.warps == 1 and all(w.most <= 1 for w in walks(g, side, tile))
             limit = held if one else min(held, 64) if tile.warps > 1 else held / 2 if kind != "dkv" else held
             rows_held = tile.bm * width / (LANES * tile.warps)  # operands stay in registers where one warp multiplies
@@ -240,16 +291,17 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2) -
             cost = _cost(g, side, tile, width)
             if best is None or cost < best[0]:
                 best = cost, tile
-    assert best is not None
-    tile = best[1]
+    assert least is not None  # 16 columns fit every axis
+    tile = least if best is None else best[1]
     ws = walks(g, side, tile)
     inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
     return Tile(tile.rows, tile.chunk, inner, tile.warps, 1 if tile.warps == 1 else 2)
 
 
-def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2) -> Tiles:
+def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target: str = "cuda:80") -> Tiles:
     """The tiles of all kernels of a program at one size."""
     width = max(padded(head_dim), padded(value_dim))
-    forward, dq, dkv = (choose(g, width, kind, itemsize) for kind in ("forward", "dq", "dkv"))
-    flat = Tile((16,), (32 if width > 128 or itemsize > 2 else 64,), 0, 2, 2)
+    forward, dq, dkv = (choose(g, width, kind, itemsize, target) for kind in ("forward", "dq", "dkv"))
+    wide = itemsize > 2 and width > 64
+    flat = Tile((16,), (16 if wide else 32 if width > 128 or itemsize > 2 else 64,), 0, 4 if wide else 2, 2)
     return Tiles(forward, dq, dkv, flat)
