@@ -140,7 +140,8 @@ def preamble(spec_dtype: str) -> str:
     wide = spec_dtype == "float64"
     names = " ".join(f"#define {n} {i}\n" for i, n in enumerate(ELEMENTS.values())).replace("\n ", "\n")
     return (
-        "#include <omp.h>\n#include <stdint.h>\n#include <stdlib.h>\n#include <string.h>\n#include <initializer_list>\n#include <utility>\n"
+        "#include <omp.h>\n#include <stdint.h>\n#include <stdlib.h>\n#include <string.h>\n"
+        "#include <initializer_list>\n#include <utility>\n"
         f"{names}#define ELEMENT {ELEMENTS[spec_dtype]}\n#define REAL_BITS {64 if wide else 32}\n"
         f"namespace attnc {{\ntypedef {'double' if wide else 'float'} real;       // what sums are kept in\n"
         f"typedef {'int64_t' if wide else 'int32_t'} integer;  // of the same width: one per lane\n"
