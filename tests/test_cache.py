@@ -61,9 +61,7 @@ def test_built_once_and_verified_by_a_fresh_process(home: Path) -> None:
 
 
 def test_keys_kinds_and_files_are_apart(home: Path) -> None:
-    paths = {
-        cache.entry(kind, key, writes(kind + key), FILES) for kind in ("cpp", "ptx") for key in ("a", "b")
-    }
+    paths = {cache.entry(kind, key, writes(kind + key), FILES) for kind in ("cpp", "ptx") for key in ("a", "b")}
     assert len(paths) == 4
     assert {(path / "kernel.so").read_text() for path in paths} == {"cppa", "cppb", "ptxa", "ptxb"}
 

@@ -80,9 +80,7 @@ def test_hyper_parameters() -> None:
             spec.hyper_parameters(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["window:size=7", "window:size=7x5,shift=3", "neighborhood:size=7,dilation=2"]
-)
+@pytest.mark.parametrize("text", ["window:size=7", "window:size=7x5,shift=3", "neighborhood:size=7,dilation=2"])
 def test_library_specs(text: str) -> None:
     assert isinstance(spec.resolve(text), Pattern)
 
@@ -207,9 +205,7 @@ def test_unsafe_cache_is_one_line(home: Path) -> None:
 
 
 def test_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "attnc.cli", "explain", "a b"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "attnc.cli", "explain", "a b"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

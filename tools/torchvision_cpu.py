@@ -32,9 +32,7 @@ _KEEP: list[Any] = []  # torch drops an operator when the Library that declared 
 class DeclareOperators(MetaPathFinder):
     """Declares the missing operators just before torchvision is found, then steps aside for good."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "torchvision":
             return None
         sys.meta_path.remove(self)
@@ -49,12 +47,7 @@ class DeclareOperators(MetaPathFinder):
 
 
 def _imports() -> bool:
-    return (
-        subprocess.run(
-            [sys.executable, "-c", "import torchvision"], capture_output=True, check=False
-        ).returncode
-        == 0
-    )
+    return subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode == 0
 
 
 def install() -> None:

@@ -42,9 +42,7 @@ def main() -> int:
     link()
     command = [sys.executable, "-m", "mypy", "--strict", "-p", "attnc", *sys.argv[1:]]
     environment = {"MYPYPATH": str(TREE.relative_to(ROOT))}
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=False)
     print("\n".join(real_path(line) for line in done.stdout.splitlines()))
     return done.returncode
 

@@ -202,14 +202,20 @@ class Shapes:
         low, high = (form.lo, form.hi) if p.columns else (p.lo, p.hi)
         if all(e == J or J not in ir.walk(e) for e in (low, high)):
             names = {R: self.residue(p), J: at}
-            return "", self.expr(low, names), self.expr(high, names)
+            # beside an end that moves, one that is the same for every row still has a row's shape
+            still = f" + 0 * {at}" if J in (low, high) else ""
+            shown = [self.expr(e, names) + ("" if e == J else still) for e in (low, high)]
+            return "", shown[0], shown[1]
         leaves = [n for n in dict.fromkeys((*ir.walk(low), *ir.walk(high))) if n.op == "size"]
         own = [n for n in leaves if n.args[1] == p.axis]
         short = {n: "n" if len({self.spec.size_names[x] for x in own}) == 1 else self.spec.size_names[n] for n in own}
         args = [("r", self.residue(p))] if any(n == R for e in (low, high) for n in ir.walk(e)) else []
         args += dict.fromkeys((short.get(n, self.spec.size_names[n]), self.spec.size_names[n]) for n in leaves)
         names = {**self.spec.size_names, **short, J: "j", R: "r"}
-        body = ", ".join(self.module.scan(triton_expr.text(e, names)) for e in (low, high))
+        each = [self.module.scan(triton_expr.text(e, names)) for e in (low, high)]
+        # an end that is the same for every row still has a row's shape
+        each = [t if any(n == J for n in ir.walk(e)) else f"{t} + 0 * j" for t, e in zip(each, (low, high), strict=True)]
+        body = ", ".join(each)
         mine, theirs = ("query", "key") if side == "q" else ("key", "query")
         inside = "" if p.split == ir.ONE else ", all inside its residue class"
         doc = (
@@ -219,7 +225,6 @@ class Shapes:
         )
         params = ", ".join(["j", *[a for a, _ in args]])
         if len(body) > 95:
-            each = [self.module.scan(triton_expr.text(e, names)) for e in (low, high)]
             body = "first, last"
             signature, end = (
                 f"@triton.jit\ndef @@({params}):\n",
