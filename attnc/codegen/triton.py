@@ -127,7 +127,7 @@ def docstring(spec: Spec, heads: int | None, dtype: str, target: str) -> str:
             lines.append(f"waste:    {issued(g, 'q', t.forward) * most / allowed:.2f} score elements issued for each one allowed")
     wrapped: list[str] = []
     for line in lines:
-        wrapped += textwrap.wrap(line, 108, subsequent_indent=" " * 10) or [""]
+        wrapped += textwrap.wrap(line, 124, subsequent_indent=" " * 10) or [""]
     return '"""' + "\n".join(wrapped).replace("\\", "\\\\") + '\n"""'
 
 

@@ -160,7 +160,7 @@ class Host:
         call = f"{k.name}[(math.prod(parts), {heads}, {batch})]("
         body = textwrap.wrap(
             ", ".join(values) + f", num_warps={k.tile_choice.warps}, num_stages={k.tile_choice.stages},",
-            106,
+            124,
             break_long_words=False,
         )
         per = self.per(k) if k.batched and not (self.spec.learned and k.fused) else []
@@ -196,28 +196,21 @@ class Host:
         if len(sizes) == 1 and sizes[0].endswith(" = grid"):  # one line for all names
             left, right = first.split(" = ")
             first, sizes = f"{left}, ({sizes[0].removesuffix(' = grid')}) = {right}, grid", []
-        out = [first, *sizes]
-        if self.rank_one and not self.spec.prefix:
-            out.append("q, k, v = (t.flatten(2, -2) for t in (q, k, v))")
-        return out
+        return [first, *sizes]
 
     def forward(self) -> str:
         out = [f"def run_forward({self.signature('q, k, v, tables, scale')}):"]
         body = ['"""out, and lse (natural log, float32 [B, H, N], -inf for a row without keys)."""']
         shape = self.rank_one and not self.spec.prefix
-        body += (
-            [f"out = {self.empty('q', self.spec.value_dim)}"]
-            if not shape
-            else [f"shaped = out = {self.empty('q', self.spec.value_dim)}"]
-        )
         body += self.common()
         if shape:
-            body.append("out = out.view(B, H, N, -1) if out.dim() == 4 else out.flatten(2, -2)")
+            body += ["shape = q.shape[2:-1]", "q, k, v = (t.flatten(2, -2) for t in (q, k, v))"]
+        body.append(f"out = {self.empty('q', self.spec.value_dim)}")
         body.append("lse = torch.empty(B, H, N, device=q.device)")
         body += self.launch(self.kernels["forward"])
         if "forward" in self.flat:
             body += self.launch(self.flat["forward"])
-        body.append("return shaped, lse" if shape else "return out, lse")
+        body.append("return out.unflatten(2, shape), lse" if shape else "return out, lse")
         return "\n".join(out + [f"    {line}" for line in body])
 
     def backward(self) -> str:
@@ -227,10 +220,12 @@ class Host:
         body = ['"""Gradients of q, k, v and of the tables by name; grad_lse is contiguous or None."""']
         shape = self.rank_one and not spec.prefix
         fresh = ", ".join(self.empty(t, d) for t, d in (("q", spec.head_dim), ("k", spec.head_dim), ("v", spec.value_dim)))
-        body.append(f"{'gradients = ' if shape else ''}dq, dk, dv = {fresh}")
+        if shape:
+            body.append("shapes = [t.shape[2:-1] for t in (q, k, v)]")
         body += self.common()
         if shape:
-            body.append("out, grad_out, dq, dk, dv = (t.flatten(2, -2) for t in (out, grad_out, dq, dk, dv))")
+            body.append("q, k, v, out, grad_out = (t.flatten(2, -2) for t in (q, k, v, out, grad_out))")
+        body.append(f"dq, dk, dv = {fresh}")
         fused = self.kernels["backward_dkv"].fused
         dq = self.kernels["backward_dkv" if fused else "backward_dq"]
         if spec.learned:
@@ -269,8 +264,10 @@ class Host:
         if spec.padded:
             body.append('for name, part in (("pad_k", dpad_k), ("pad_v", dpad_v)):')
             body.append("    found[name] = part.sum((0, 2)).sum_to_size(tables[name].shape)")
-        body.append(f"return *gradients, {found}" if shape else f"return dq, dk, dv, {found}")
-        return "\n".join(out + [f"    {line}" for line in body])
+        if shape:
+            body.append("dq, dk, dv = (t.unflatten(2, shape) for t, shape in zip((dq, dk, dv), shapes))")
+        body.append(f"return dq, dk, dv, {found}")
+        return "\n".join(out + [f"    {line}" for line in without_repeats(body, "parts = ")])
 
     def per(self, k: Kernel) -> list[str]:
         """How many batch items one program walks: several where that leaves programs enough."""
@@ -431,6 +428,17 @@ class _Attention(torch.autograd.Function):
             text,
             f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [{", ".join(wants)}]")',
         ]
+
+
+def without_repeats(lines: list[str], start: str) -> list[str]:
+    """Lines without assignments that would assign the same value again."""
+    out, last = [], ""
+    for line in lines:
+        if line.startswith(start) and line == last:
+            continue
+        last = line if line.startswith(start) else last
+        out.append(line)
+    return out
 
 
 def longest_index(g: Geometry, e: ir.Expr) -> int | None:

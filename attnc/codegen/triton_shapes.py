@@ -225,11 +225,9 @@ class Shapes:
         )
         params = ", ".join(["j", *[a for a, _ in args]])
         if len(body) > 95:
-            body = "first, last"
-            signature, end = (
-                f"@triton.jit\ndef @@({params}):\n",
-                f"    first = {each[0]}\n    last = {each[1]}\n    return first, last\n",
-            )
+            first, last = each
+            last = last.replace(first, "first") if " " in first else last
+            signature, end = f"@triton.jit\ndef @@({params}):\n", f"    first = {first}\n    return first, {last}\n"
         else:
             signature, end = f"@triton.jit\ndef @@({params}):\n", f"    return {body}\n"
         stem = "keys" if side == "q" else "queries"
@@ -246,18 +244,23 @@ class Shapes:
 
     def box(self) -> None:
         """Print the columns that the tile sees, and the interval of each row where rows differ."""
+        whole: list[tuple[str, str]] = []
         for p in self.plans:
             low, past = self.box_of(p)
-            named = [(f"{p.name}_from", low)] if self.keeps_from(p) else []
-            self.together(named + ([(f"{p.name}_to", past)] if self.keeps_to(p) else []))
-        for p in self.plans:
-            if not p.one_box and not p.columns:
-                call, low, high = self.ends(p, self.row(p))
-                n = p.name
-                self.put(f"{n}_lo, {n}_hi = {call or f'{low}, {high}'}")
-                if self.clipped(p):
-                    first, beyond = self.bound(p, self.other)
-                    self.put(f"{n}_lo, {n}_hi = tl.maximum({n}_lo, {first}), tl.minimum({n}_hi, {beyond} - 1)")
+            whole += [(f"{p.name}_from", low)] if self.keeps_from(p) else []
+            whole += [(f"{p.name}_to", past)] if self.keeps_to(p) else []
+        self.together(whole, 120)
+        own = [(p, *self.ends(p, self.row(p))) for p in self.plans if not p.one_box and not p.columns]
+        pairs = [(f"{p.name}_lo, {p.name}_hi", call or f"{low}, {high}") for p, call, low, high in own]
+        if len(own) > 1 and all(call for _, call, _, _ in own):
+            self.together([(f"({names})", call) for names, call in pairs])
+        else:
+            self.put(*[f"{names} = {value}" for names, value in pairs])
+        for p, *_ in own:
+            n = p.name
+            if self.clipped(p):
+                first, beyond = self.bound(p, self.other)
+                self.put(f"{n}_lo, {n}_hi = tl.maximum({n}_lo, {first}), tl.minimum({n}_hi, {beyond} - 1)")
 
     def keeps_from(self, p: AxisPlan) -> bool:
         """The first column of the box is needed by name."""
@@ -267,11 +270,11 @@ class Shapes:
         """The end of the box is needed by name."""
         raise NotImplementedError
 
-    def together(self, named: list[tuple[str, str]]) -> None:
-        """Print one assignment to several names."""
+    def together(self, named: list[tuple[str, str]], most: int = 104) -> None:
+        """Print one assignment to several names, or one for each where it is longer than `most`."""
         if named:
             line = f"{', '.join(a for a, _ in named)} = {', '.join(b for _, b in named)}"
-            if len(line) > 104 and len(named) > 1:
+            if len(line) > most and len(named) > 1:
                 self.put(*[f"{a} = {b}" for a, b in named])
             else:
                 self.put(line)

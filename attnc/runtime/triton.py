@@ -17,7 +17,7 @@ from attnc import ir
 from attnc.codegen.triton import make_spec, source
 from attnc.errors import BuildError, UnsupportedError
 from attnc.runtime import cache
-from attnc.runtime.call import Call
+from attnc.runtime.call import Call, empty_like_order
 from attnc.schedule.tiles import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -144,7 +144,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """See runtime.call.Call."""
     module, grids = _prepare(call, q, v)
     out, lse = module.run_forward(q, k, v, call.tables, call.scale, *grids)
-    return out, lse
+    wanted = empty_like_order(q, v.shape[-1])  # where a grid did not collapse to one axis, rows were copied
+    return (out if out.stride() == wanted.stride() else wanted.copy_(out)), lse
 
 
 def backward(

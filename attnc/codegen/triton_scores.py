@@ -1,0 +1,248 @@
+"""Prints a kernel's masks and scores: which pairs of a chunk are allowed, what their products start from, and loads of tables."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attnc import ir
+from attnc.codegen import triton_expr
+from attnc.codegen.triton_plan import AxisPlan, lanes, terms
+from attnc.codegen.triton_shapes import INF, Shapes
+from attnc.schedule.tiles import Tile
+
+Kind = Literal["forward", "backward_dq", "backward_dkv", "backward_table"]
+
+READ = '''\
+@triton.jit
+def @@(pointers, mask):
+    """Rows of a tensor, zeros where masked; float32 for bfloat16 in the interpreter, which multiplies that wrongly."""
+    x = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+    return x.to(tl.float32) if INTERPRETED and x.dtype == tl.bfloat16 else x
+'''
+
+
+def dot(a: str, b: str, acc: str = "") -> str:
+    """A matrix product as text."""
+    return f"tl.dot({a}, {b}{f', acc={acc}' if acc else ''}, input_precision=PRECISION)"
+
+
+class Scores(Shapes):
+    """The score half of a kernel printer: what is loaded, masked and multiplied for one chunk."""
+
+    kind: Kind
+    tile_choice: Tile
+    fused: bool  # all gradients of a group in one program
+    hoist: bool  # geometry, mask and bias once, before rows are loaded
+    registers: bool  # table gradients stay in registers
+    repeats: bool  # surplus columns repeat the last one
+    outer: list[AxisPlan]
+    inner: AxisPlan
+    reach: str  # which columns of the chunk exist
+    ok: str  # which pairs are allowed
+    how: str  # what the product starts from
+
+    # ------------------------------------------------------------------------------------------------------------------- pieces
+    def dim(self, tensor: str) -> int:
+        """Channels of a tensor."""
+        return self.spec.value_dim if tensor in ("v", "o", "g", "dv") else self.spec.head_dim
+
+    def channels(self, tensor: str) -> str:
+        """Mask over channels in registers, "" where there are no more than the tensor has."""
+        dim = self.dim(tensor)
+        return "" if lanes(dim) == dim else f"(tl.arange(0, {lanes(dim)}) < {dim})[None, :]"
+
+    def head(self, tensor: str) -> str:
+        """The head whose rows are meant: keys may be shared by a group of query heads."""
+        if tensor in ("dk", "dv"):
+            return "h" if self.fused else "hk"
+        if tensor not in ("k", "v"):
+            return "h"
+        return "hk" if self.side == "k" else "h // GROUP"
+
+    def load(self, pointers: str, *masks: str) -> str:
+        """A load of rows that reads zeros where masked."""
+        some = [m for m in masks if m]
+        return f"{self.module.use('read', READ)}({pointers}, {' & '.join(some) or 'None'})"
+
+    def own(self, tensor: str) -> str:
+        """Pointers to the tile's rows of a tensor."""
+        return self.own_rows(tensor.upper(), f"{tensor}_st", self.head(tensor), lanes(self.dim(tensor)))
+
+    def chunk_of(self, tensor: str) -> str:
+        """Pointers to the chunk's rows of a tensor."""
+        return self.chunk_rows(tensor.upper(), f"{tensor}_st", self.head(tensor), lanes(self.dim(tensor)))
+
+    def store(self, pointers: str, value: str, tensor: str, mask: str) -> None:
+        """Print a store of rows."""
+        masks = " & ".join(m for m in (mask, self.channels(tensor)) if m)
+        value = value if value.isidentifier() else f"({value})"
+        masks = f", mask={masks}" if masks else ""
+        self.put(f"tl.store({pointers}, {value}.to({tensor.upper()}.dtype.element_ty){masks})")
+
+    @property
+    def raw(self) -> bool:
+        """Plain or affine score: kept unscaled until exp2."""
+        return self.spec.bias is not None
+
+    def has_full(self) -> bool:
+        """Chunks without a mask exist and get a loop of their own."""
+        fills = self.chunk_count() == self.bn
+        return fills and self.inner.full and all(p.exact for p in self.outer) and not self.inner.columns and not self.hoist
+
+    def from_tile(self, p: AxisPlan) -> bool:
+        """A first group cut by the axis: columns are counted from the tile's origin, as the rows are."""
+        return (self.registers or self.fused) and p.start != ir.ZERO
+
+    # ------------------------------------------------------------------------------------------------------- masks and scores
+    def mask(self, full: bool) -> str:
+        """Print what the chunk's mask needs. "" where all pairs are allowed, "bias" for an additive tile, else a condition."""
+        spec, self.reach = self.spec, ""
+        pairs = spec.per_pair or (spec.padded and self.side == "q")
+        if full:
+            if pairs:
+                self.columns(self.plans)
+            return ""
+        if self.vector:
+            open_ended = [p for p in self.plans if not p.exact]
+            self.columns(self.plans if pairs else open_ended)
+            tests = [f"({self.other}{p.name} >= {p.name}_from)" for p in self.plans if self.from_tile(p)]
+            tests += [f"({self.other}{p.name} < {p.name}_to)" for p in open_ended]
+            if self.chunk_count() != self.bn:
+                index = f"tl.arange(0, {self.bn})" if self.repeats else "n"
+                tests.append(f"({index} < {self.chunk_count()})" if tests else f"{index} < {self.chunk_count()}")
+            if not tests:
+                return ""
+            self.put(f"seen = {' & '.join(tests)}")
+            self.reach = "" if self.repeats else "seen[:, None]"
+            return "seen[None, :]"
+        over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact)]
+        self.columns(self.plans if pairs else over)
+        if over:
+            tests = [f"({self.other}{p.name} < {self.bound(p, self.other)[1]})" for p in over]
+            self.put(f"reach = {' & '.join(tests)}")
+            self.reach = "reach[:, None]"
+        additive = spec.bias == ir.ZERO and spec.residual == ir.TRUE
+        self.put(f"{'bias' if additive else 'ok'} = {self.mask_call(additive)}")
+        return "bias" if additive else "ok"
+
+    def score(self, ok: str) -> str:
+        """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked after), "" or "general"."""
+        spec = self.spec
+        if self.fused and ok:  # rows beyond the group must not reach dk and dv
+            self.put(f"ok = live[:, None] & {ok}")
+            ok = "ok"
+        if spec.residual != ir.TRUE:
+            test = self.pair(spec.residual, ok)
+            self.put(f"ok = {ok} & ({test})" if ok else f"ok = tl.broadcast_to({test}, [{self.bm}, {self.bn}])")
+            ok = "ok"
+        self.ok = ok
+        if spec.bias is None:
+            return "general"
+        shape = f"[{self.bm}, {self.bn}]"
+        if spec.bias != ir.ZERO:
+            self.tables_at(spec.bias)
+            value = f"({self.pair(spec.bias, ok)}) * (1.0 / scale)"
+            if self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
+                value += f" + tl.where(seen, 0.0, {INF})[None, :]"
+                self.put(f"bias = {value}" + (f" + tl.where(live, 0.0, {INF})[:, None]" if self.fused else ""))
+                return "bias"
+            self.put(f"bias = tl.where({ok}, {value}, {INF})" if ok else f"bias = tl.broadcast_to({value}, {shape})")
+            return "bias"
+        if ok in ("", "bias"):
+            self.ok = "" if ok == "bias" else ok
+            return ok
+        if ok == "ok" or self.hoist:
+            zero = "0.0" if ok == "ok" and not self.fused else f"tl.zeros({shape}, tl.float32)"
+            self.put(f"bias = tl.where({ok}, {zero}, {INF})")
+            return "bias"
+        return "seen"
+
+    def scores(self, rows: str, columns: str) -> None:
+        """s: the masked scores of a chunk, unscaled; or t, log2 weights, of a score that is more than SCORE plus a bias."""
+        product = dot(rows, f"{columns}.T", "bias" if self.how == "bias" else "")
+        if self.how != "general":
+            self.put(f"s = {product}")
+            if self.how == "seen":
+                self.put(f"s = tl.where({self.ok}, s, {INF})")
+            return
+        score = self.spec.score
+        if any(n == ir.SCORE for n in ir.walk(score)):
+            self.put(f"s = {product} * scale")
+            value = self.pair(score, self.ok)
+        else:
+            value = f"tl.zeros([{self.bm}, {self.bn}], tl.float32) + ({self.pair(score, self.ok)})"
+        t = f"({value}) * LOG2E"
+        self.put(f"t = tl.where({self.ok}, {t}, {INF})" if self.ok else f"t = {t}")
+
+    def pair_names(self) -> dict[ir.Expr, str]:
+        """Coordinates of rows and columns as text that broadcasts to all pairs."""
+        out = dict(self.spec.size_names) | {ir.HEAD: "h", ir.HEADS: "H", ir.BATCH: "b", ir.SCORE: "s"}
+        for p in self.plans:
+            row = f"{self.side}{p.name}[:, None]" if p.rows > 1 else self.first(p)
+            out[ir.coord(self.side, p.axis)] = self.coordinate(row, p, self.side)
+            out[ir.coord(self.other, p.axis)] = self.coordinate(f"{self.other}{p.name}[None, :]", p, self.other)
+        return out
+
+    def pair(self, e: ir.Expr, ok: str) -> str:
+        """A score, predicate or slope over all pairs."""
+        return self.module.scan(triton_expr.text(e, self.pair_names(), lambda n, _: self.table(n, ok)))
+
+    def tables_at(self, e: ir.Expr) -> None:
+        """Print the parts of a table's index that queries and keys decide apart, where the sum splits that way."""
+        self.addresses: dict[ir.Expr, str] = {}
+        for n in dict.fromkeys(x for x in ir.walk(e) if x.op == "load"):
+            parts = self.address_parts(n, f"{n.args[0]}_st")
+            if parts[""] or not parts["q"] or not parts["k"]:
+                continue
+            name = n.args[0] if len(self.addresses) == 0 else f"{n.args[0]}{len(self.addresses)}"
+            for role, what in (("q", "query"), ("k", "key")):
+                self.put(f"{name}_{what} = {' + '.join(parts[role])}")
+            self.addresses[n] = f"{name}_query - {name}_key" if self.negative(n) else f"{name}_query + {name}_key"
+
+    @staticmethod
+    def negative(n: ir.Expr) -> bool:
+        """Every key term of a table's index is subtracted (query - key, the usual form)."""
+        signs = [s for e in n.children for s, t in terms(e) if any(m.op == "coord" and m.args[0] == "k" for m in ir.walk(t))]
+        return all(s < 0 for s in signs)
+
+    def address_parts(self, n: ir.Expr, strides: str) -> dict[str, list[str]]:
+        """Terms of a table element's offset by who decides them: queries (and constants), keys, or both."""
+        parts: dict[str, list[str]] = {"q": [], "k": [], "": []}
+        names, flip = self.pair_names(), self.negative(n)
+        for d, e in enumerate(n.children):
+            split: dict[str, ir.Expr] = {}
+            for sign, t in terms(e):
+                roles = {m.args[0] for m in ir.walk(t) if m.op == "coord"}
+                role = roles.pop() if len(roles) == 1 else "q" if not roles else ""
+                sign = -sign if role == "k" and flip else sign
+                have = split.get(role, ir.ZERO)
+                split[role] = t if have == ir.ZERO and sign > 0 else ir.make("add" if sign > 0 else "sub", have, t)
+            for role, x in split.items():
+                if x != ir.ZERO:
+                    text = self.module.scan(triton_expr.text(x, names))
+                    text = f"({text})" if " " in text or text.startswith("-") else text
+                    parts[role].append(f"{text} * {strides}[{d}]")
+        return parts
+
+    def address(self, n: ir.Expr, strides: str) -> str:
+        """Offset of a table's element."""
+        if strides == f"{n.args[0]}_st" and n in getattr(self, "addresses", {}):
+            return self.addresses[n]
+        parts = self.address_parts(n, strides)
+        plus = " + ".join([*parts["q"], *parts[""]])
+        keys = " + ".join(parts["k"])
+        if not keys:
+            return plus or "0"
+        if not self.negative(n):
+            return f"{plus} + ({keys})" if plus else keys
+        return f"{plus} - ({keys})" if plus else f"-({keys})"
+
+    def table(self, n: ir.Expr, ok: str) -> str:
+        """The load of a table's element, masked where pairs outside the relation might read beyond the table."""
+        roles = {m.args[0] for i in n.children for m in ir.walk(i) if m.op == "coord"}
+        mask = ok if roles == {"q", "k"} and not self.repeats else ""
+        if roles == {self.other} and self.reach:
+            mask = self.reach.replace("[:, None]", "[None, :]")
+        at = f"{n.args[0]}_table + {self.address(n, f'{n.args[0]}_st')}"
+        out = f"tl.load({at}, mask={mask}, other=0)" if mask else f"tl.load({at})"
+        return f"{out}.to(tl.float32)" if n.kind == "real" else out

@@ -1,0 +1,165 @@
+"""Prints what a kernel does with one chunk: online softmax, or its gradients, and those of tables."""
+
+from __future__ import annotations
+
+from attnc import ir
+from attnc.analysis.derivative import derivative
+from attnc.codegen.triton_plan import lanes
+from attnc.codegen.triton_scores import Scores, dot
+from attnc.codegen.triton_shapes import INF
+
+
+class Steps(Scores):
+    """The arithmetic of one chunk."""
+
+    # ------------------------------------------------------------------------------------------------------------------ one chunk
+    def chunk(self, *, full: bool) -> None:
+        """Load the chunk's columns and do the kernel's arithmetic on them."""
+        if not self.hoist:
+            self.how = self.score(self.mask(full))
+        reach = "" if full else self.reach
+        columns = ("q", "g") if self.side == "k" else ("k", "v")
+        real = ""
+        if self.spec.padded and self.side == "q":
+            real = "real[:, None]"
+            count = f" & (n < {self.chunk_count()})" if self.chunk_count() != self.bn else ""
+            self.put(f"real = {self.real_keys([f'k{p.name}' for p in self.plans])}{count}")
+        for t in columns:
+            value = self.load(self.chunk_of(t), real or reach, self.channels(t))
+            self.put(f"{t} = tl.where({real}, {value}, pad_{t})" if real else f"{t} = {value}")
+        if self.side == "k":
+            origin = self.token([self.coordinate(f"c{p.name}", p, "q", real=True) for p in self.plans], "q")
+            inside = []
+            for part, p in zip(self.column_parts(), self.plans, strict=True):
+                later = [self.spec.names[x.axis].real_queries for x in self.plans if x.axis > p.axis]
+                if part != "0":
+                    part = self.times_split(part, p)
+                    inside.append(" * ".join([f"({part})" if later and " " in part and not part.startswith("(") else part, *later]))
+            self.put(f"token = (b * H + h) * N + ({origin}) + {' + '.join(inside)}")
+            mask = reach.removesuffix("[:, None]")
+            mask = f", mask={mask}, other=0.0" if mask else ""
+            self.put(f"lse, delta = tl.load(Lse2 + token{mask})[None, :], tl.load(Delta + token{mask})[None, :]")
+        if self.kind == "forward":
+            self.scores("q", "k")
+            self.softmax_step(first=self.hoist and not self.with_prefix, post=True)
+        elif self.side == "k":
+            self.scores("k", "q")
+            self.backward_step(plain=False)
+        else:
+            self.scores("q", "k")
+            self.backward_step(plain=False)
+
+    def softmax_step(self, *, first: bool, post: bool) -> None:
+        """Online softmax over one more chunk (or the only one)."""
+        s, c = ("s", " * c") if self.raw else ("t", "")
+        if first:
+            self.put(f"m_i = tl.max({s}, 1)" if self.certain else f"m_i = tl.maximum(tl.max({s}, 1), -1e30)")
+            self.put(f"p = tl.exp2({s}{c} - (m_i{c})[:, None])", "l_i = tl.sum(p, 1)")
+        else:
+            self.put(f"m_new = tl.maximum(m_i, tl.max({s}, 1))", f"p = tl.exp2({s}{c} - (m_new{c})[:, None])")
+            self.put(f"alpha = tl.exp2({'(m_i - m_new) * c' if c else 'm_i - m_new'})", "l_i = l_i * alpha + tl.sum(p, 1)")
+        weight = self.weight() if post else "p"
+        self.put(f"acc = {dot(f'{weight}.to(v.dtype)', 'v', '' if first else 'acc * alpha[:, None]')}")
+        if not first:
+            self.put("m_i = m_new")
+
+    def weight(self) -> str:
+        """Print the weight times its post-factor, where there is one."""
+        if self.spec.post is None:
+            return "p"
+        value = f"p * ({self.pair(self.spec.post, self.ok)})"
+        self.put(f"w = {f'tl.where({self.ok}, {value}, 0.0)' if self.ok else value}")
+        return "w"
+
+    def backward_step(self, *, plain: bool) -> None:
+        """Gradients of one chunk. `plain`: pairs with a prefix token, whose score is the product alone."""
+        spec, keys = self.spec, self.side == "k"
+        row2, column, column2 = ("v", "q", "g") if keys else ("g", "k", "v")
+        at = "[:, None]" if self.kind == "backward_dq" else ""
+        self.put(f"p = tl.exp2({'s * c' if self.raw else 't'} - lse{at})")
+        self.put(f"dp = {dot(row2, f'{column2}.T')}")
+        weight = "p" if plain else self.weight()
+        if keys:
+            self.put(f"dv = {dot(f'{weight}.to(g.dtype)', 'g', 'dv')}")
+        if self.fused:
+            self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
+            self.put(f"delta = tl.sum({weight} * dp, 1)[:, None]")
+            with self.block("if GLse is not None:"):
+                self.put("delta -= tl.load(GLse + token)[:, None]")
+        self.put(f"ds = w * dp - p * delta{at}" if weight == "w" else f"ds = p * (dp - delta{at})")
+        if not plain:
+            self.table_gradients()
+        slope = ir.const(1.0) if plain else spec.slope
+        if self.kind == "backward_table":
+            return
+        d = "ds"
+        if slope != ir.const(1.0):
+            value = f"ds * ({self.pair(slope, self.ok)})"
+            self.put(f"dt = {f'tl.where({self.ok}, {value}, 0.0)' if self.ok else value}")
+            d = "dt"
+        if self.fused:
+            self.put(f"d = {d}.to(k.dtype)")
+            self.put(f"dq, dk = {dot('d', 'k')}, {dot('d.T', 'q')}")
+        else:
+            grad = "dk" if keys else "dq"
+            self.put(f"{grad} = {dot(f'{d}.to({column}.dtype)', column, grad)}")
+
+    # ------------------------------------------------------------------------------------------------------------- table gradients
+    def contributions(self) -> list[tuple[ir.Expr, str]]:
+        """Each learned load, and what a pair adds to its element's gradient."""
+        spec, out = self.spec, []
+        for n in spec.learned:
+            slope = derivative(spec.score, n)
+            value = "" if slope == ir.const(0.0) else "ds" if slope == ir.const(1.0) else f"ds * ({self.pair(slope, self.ok)})"
+            if spec.post is not None and derivative(spec.post, n) != ir.const(0.0):
+                more = f"p * dp * ({self.pair(derivative(spec.post, n), self.ok)})"
+                value = f"{value} + {more}" if value else more
+            out.append((n, value))
+        return out
+
+    def table_gradients(self) -> None:
+        """Add the chunk's share of table gradients."""
+        if self.side == "k" or not self.spec.learned:
+            return
+        live = f"live[:, None]{f' & {self.ok}' if self.ok else ''}"
+        for n, value in self.contributions():
+            if self.kind == "backward_table":
+                parts = self.address(n, f"d_{n.args[0]}_st")
+                self.put(f"fixed = (({value}) * unit).to(tl.int64)")
+                at = f"d_{n.args[0]} + (tl.zeros([{self.bm}, {self.bn}], tl.int32) + {parts})"
+                self.put(f'tl.atomic_add({at}, fixed, mask={live}, sem="relaxed")')
+            elif self.fused:
+                self.put(f"grad += {value}")
+            elif self.registers:
+                self.put(f"grad += tl.where({live}, {value}, 0.0)")
+            else:
+                self.put(f"size += tl.sum(tl.where({live}, tl.abs({value}), 0.0), 1)")
+
+    # ---------------------------------------------------------------------------------------------------------------- prefix tokens
+    def prefix_columns(self) -> None:
+        """Pairs with prefix tokens: every row sees them, with the plain score."""
+        with self.block(f"for i in tl.range(0, tl.cdiv(P, {self.bn}), num_stages={self.tile_choice.stages}):"):
+            self.put(f"inside = i * {self.bn} + n < P")
+            columns = ("q", "g") if self.side == "k" else ("k", "v")
+            for t in columns:
+                text = (
+                    "@triton.jit\ndef @@(base, st, b, h, x, dx, LANES: tl.constexpr):\n"
+                    '    """Pointers to channels of the tokens dx away from token (x) of head h of batch item b."""\n'
+                    "    token = base + (b * st[0] + h * st[1] + tl.cast(x, tl.int64) * st[2])\n"
+                    "    return token + (dx * st[2])[:, None] + tl.arange(0, LANES)[None, :] * st[3]\n"
+                )
+                name = self.module.use("rows_flat", text)
+                at = f"{name}({t.upper()}p, {t}p_st, b, {self.head(t)}, i * {self.bn}, n, {lanes(self.dim(t))})"
+                self.put(f"{t} = {self.load(at, 'inside[:, None]', self.channels(t))}")
+            if self.side == "k":
+                self.put(f"token = (b * H + h) * N + i * {self.bn} + n - P")
+                for what, pointer in (("lse", "Lse2"), ("delta", "Delta")):
+                    self.put(f"{what} = tl.load({pointer} + token, mask=inside, other=0.0)[None, :]")
+            row, column = ("k", "q") if self.side == "k" else ("q", "k")
+            self.put(f"s = {dot(row, f'{column}.T')}")
+            s, scaled = ("s", "s") if self.raw else ("t", "s * c")
+            self.put(f"{s} = tl.where(inside[None, :], {scaled}, {INF})")
+            if self.kind == "forward":
+                self.softmax_step(first=False, post=False)
+            else:
+                self.backward_step(plain=True)
