@@ -12,6 +12,9 @@ from attnc.codegen.triton_shapes import INF
 class Steps(Scores):
     """The arithmetic of one chunk."""
 
+    certain: bool  # every row has a key, and the maximum needs no floor
+    with_prefix: bool  # the prefix tokens' keys follow the grid's
+
     # ------------------------------------------------------------------------------------------------------------------ one chunk
     def chunk(self, *, full: bool) -> None:
         """Load the chunk's columns and do the kernel's arithmetic on them."""
