@@ -109,6 +109,8 @@ def refuse(spec: Spec) -> None:
     n = a.normalizer
     if n.kind != "softmax" or n.over != "keys" or n.sink is not None:
         what = f"softmax with sink {n.sink}" if n.sink else f"softmax over {n.over}" if n.kind == "softmax" else n.kind
+        if n.over == "queries":
+            way = "no backend lowers it yet, eager included; normalise over keys"
         raise UnsupportedError(f"pattern {a.name}: its normalizer is {what}; {way}")
     for what, m in (("q_map", a.q_map), ("k_map", a.k_map)):
         if m is not None:
