@@ -18,13 +18,13 @@ INLINE Segment segment_of(const Problem& P, int64_t from, int64_t to, const int6
     return s;
 }
 struct Item {                  // one segment of one (batch, key head): its tiles, for each query head of the group
-    int64_t b, kv, tiles, each, count;
+    int64_t b, kv, number, tiles, each, count;
     Segment segment;
     bool alone;                // one tile: what it computes are the sums
-    void aim(const Problem& P, int64_t item, int64_t segments) {
-        int64_t rest = item / segments, s = item % segments, other[RANK];
-        for (int a = RANK - 1; a >= 0; s /= P.axes[a].segments, a--) other[a] = s % P.axes[a].segments;
-        b = HEADS_FIRST ? rest % P.batch : rest / P.kv_heads; kv = HEADS_FIRST ? rest / P.batch : rest % P.kv_heads;
+    void aim(const Problem& P, const Order& order, int64_t item, int64_t segments) {
+        int64_t other[RANK];
+        order.item(P, P.kv_heads, item, segments, b, kv, number);
+        for (int64_t a = RANK - 1, s = number; a >= 0; s /= P.axes[a].segments, a--) other[a] = s % P.axes[a].segments;
         segment = segment_of(P, other[0], other[0] + 1, other);
         tiles = 1;
         for (int a = 0; a < RANK; a++) tiles *= segment.end[a] - segment.piece[a];
@@ -32,20 +32,23 @@ struct Item {                  // one segment of one (batch, key head): its tile
         count = each * (P.heads / P.kv_heads);
         alone = !P.split && !P.whole && count == 1 && segment.rows <= CHUNK;
     }
+    int64_t head(const Problem& P, int64_t n) const { return kv * (P.heads / P.kv_heads) + n / each; }
 };
-struct Aimed {                 // a tile, its first chunk of keys, and where its rows lie
+struct Aimed {                 // a tile, its first chunk of keys, and where its rows lie in each (batch, head)
     Tile tile;
     Keys keys;
-    int64_t *q_offset, *out_offset, *grad_offset, *lse_offset, *grad_lse_offset, *dq_offset;
+    int64_t *q_offset, *out_offset, *grad_offset, *lse_offset, *grad_lse_offset, *dq_offset, segment, number;
     static size_t bytes() { return Tile::bytes() + Keys::bytes() + 6 * (TILE * 8 + 64); }
     void allocate(Arena& arena) {
         tile.allocate(arena); keys.allocate(arena);
         for (int64_t** p : {&q_offset, &out_offset, &grad_offset, &lse_offset, &grad_lse_offset, &dq_offset}) *p = arena.take<int64_t>(TILE);
+        segment = number = -1;
     }
+    bool is_at(const Item& item, int64_t n) const { return segment == item.number && number == n % item.each; }
     // tile number n of an item
     void aim(const Problem& P, const Item& item, int64_t n) {
-        const int64_t h = item.kv * (P.heads / P.kv_heads) + n / item.each;
-        int64_t left = n % item.each, from = 0;
+        segment = item.number; number = n % item.each;
+        int64_t left = number, from = 0;
         if (left < item.tiles) {
             int64_t piece[RANK];
             for (int a = RANK - 1; a >= 0; a--) {
@@ -53,10 +56,10 @@ struct Aimed {                 // a tile, its first chunk of keys, and where its
                 piece[a] = item.segment.piece[a] + left % count;
                 left /= count;
             }
-            tile.aim(P, item.b, h, piece);
+            tile.aim(P, piece);
         } else {
             from = (left - item.tiles) * TILE;
-            tile.aim_prefix(P, item.b, h, from, min(P.q_prefix, from + TILE));
+            tile.aim_prefix(P, from, min(P.q_prefix, from + TILE));
         }
         tile.place(P, P.q_layout, from, q_offset);
         tile.place(P, P.dq_layout, from, dq_offset);
@@ -70,29 +73,28 @@ struct Aimed {                 // a tile, its first chunk of keys, and where its
 };
 struct Backward {
     const Problem& P;
-    Aimed here, next;
-    Tile& tile = here.tile;
-    Keys& keys = here.keys;
+    Aimed aimed[2], *here = aimed, *next = aimed + 1;
+    Keys places;                   // of what is written at a segment's end
     Loads loads;
     Masks masks;
-    Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels k_panels, v_panels;
     real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *row_rest, *delta, *spare;
     double* table_sums[TABLES + 1];
     int64_t* sum_row;
     int64_t stride;                // of rows of `weights` and `slopes`
-    int next_query, next_key, next_queries, next_keys, pace;       // what of the next tile was prefetched; rows at a time
+    struct Ahead {                 // what the next tile needs, prefetched a few rows at a time: all at once would fill the line buffers
+        const element *q, *k, *v, *out, *grad_out, *dq;
+        int query, key, queries, keys, pace;
+    } ahead;
 
     static constexpr int64_t WIDEST = CHUNK + 2 * L;
-    Backward(const Problem& P, Arena& arena) : P(P) {
-        arena.reserve(2 * Aimed::bytes() + Masks::bytes() + LOADS * Expansion::bytes(true) + 64 * 32 + 8 * CHUNK
-                      + sizeof(real) * (TILE * (2 * DP + VP + 3 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + (LOADS + 1) * (ROWS + 1))));
-        here.allocate(arena); next.allocate(arena);
-        for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, true);
-        loads.expansion = expansions;
+    Backward(const Problem& P, Arena& arena) : P(P), loads(P) {
+        arena.reserve(2 * Aimed::bytes() + Keys::bytes() + Masks::bytes() + loads.bytes(true) + 64 * 32 + 8 * CHUNK
+                      + sizeof(real) * (TILE * (2 * DP + VP + 3 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + LOADS + 1)));
+        aimed[0].allocate(arena); aimed[1].allocate(arena); places.allocate(arena);
+        loads.allocate(arena, true);
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
-        loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
         spare = arena.take<real>((LOADS + 1) * CHUNK);
         q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
         row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE);
@@ -104,6 +106,8 @@ struct Backward {
 
     // Weights and score gradients of one query over the keys [from, to), in place of q . k and dP.
     template <bool PLAIN> INLINE void row(int i, int r, int from, int to) {
+        const Tile& tile = here->tile;
+        const Keys& keys = here->keys;
         real *w = weights + i * stride, *d = slopes + i * stride;
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
@@ -124,8 +128,8 @@ struct Backward {
                     V change = ds * slope[l];
                     if constexpr (POST) change += e * dp * post_slope[l];
                     change = select(e > V{}, change, V{});      // a pair that is not there may have an infinite slope
-                    if (loads.expanded[l]) {
-                        real* sums = expansions[l].sums + (int64_t)i * expansions[l].stride + j;
+                    if (loads.expansion[l]) {
+                        real* sums = loads.expansion[l]->sums + (int64_t)i * loads.expansion[l]->stride + j;
                         store(sums, load(sums) + change);
                     } else store(spare + l * CHUNK + j, change);
                 }
@@ -134,13 +138,15 @@ struct Backward {
             store(w + j, weight);
             store(d + j, ds);
         });
-        if constexpr (!PLAIN) for (int l = 0; l < LOADS; l++) if (!loads.expanded[l]) {
+        if constexpr (!PLAIN) for (int l = 0; l < LOADS; l++) if (!loads.expansion[l]) {
             double* sums = table_sums[LOAD_TABLE[l]];
             for (int j = from; j < min(to, keys.count); j++) if (spare[l * CHUNK + j] != 0) sums[loads.offset(P, numbers, tile, keys, l, i, j)] += spare[l * CHUNK + j];
         }
     }
     // m queries from i on against the packed chunk
     void rows(int i, int m) {
+        const Tile& tile = here->tile;
+        const Keys& keys = here->keys;
         const Run run = run_of_rows(tile, keys, i, m);
         const int width = up(keys.count, L), first = run.begin / L, last = (run.end + L - 1) / L;
         const int from = min(first * L, width), to = run.begin < run.end ? last * L : from;
@@ -156,48 +162,56 @@ struct Backward {
         for (int r = 0; r < m; r++) if (PLAIN_SCORE || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
         if (USES_SCORE || plain) multiply<D>(m, {slopes + i * stride + run.begin, stride, 1}, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
     }
-    // A few rows of the next tile at a time: all at once would fill the line buffers.
     INLINE void look_ahead() {
-        for (int n = 0; n < pace && next_query < next_queries; n++, next_query++) {
-            prefetch<D>(P.q + next.q_offset[next_query], P.q_layout.channel);
-            prefetch<DV>(P.out + next.out_offset[next_query], P.out_layout.channel);
-            prefetch<DV>(P.grad_out + next.grad_offset[next_query], P.grad_out_layout.channel);
-            prefetch_for_writing<D>(P.dq + next.dq_offset[next_query], P.dq_layout.channel);
+        for (int n = 0; n < ahead.pace && ahead.query < ahead.queries; n++, ahead.query++) {
+            prefetch<D>(ahead.q + next->q_offset[ahead.query], P.q_layout.channel);
+            prefetch<DV>(ahead.out + next->out_offset[ahead.query], P.out_layout.channel);
+            prefetch<DV>(ahead.grad_out + next->grad_offset[ahead.query], P.grad_out_layout.channel);
+            prefetch_for_writing<D>(ahead.dq + next->dq_offset[ahead.query], P.dq_layout.channel);
         }
-        const element *next_k = P.k + next.tile.batch * P.k_layout.batch + next.tile.kv_head * P.k_layout.head;
-        const element *next_v = P.v + next.tile.batch * P.v_layout.batch + next.tile.kv_head * P.v_layout.head;
-        for (int n = 0; n < pace && next_key < next_keys; n++, next_key++) {
-            if (PADDED && !next.keys.real_key[next_key]) continue;
-            prefetch<D>(next_k + next.keys.k_offset[next_key], P.k_layout.channel);
-            prefetch<DV>(next_v + next.keys.v_offset[next_key], P.v_layout.channel);
+        for (int n = 0; n < ahead.pace && ahead.key < ahead.keys; n++, ahead.key++) {
+            if (PADDED && !next->keys.real_key[ahead.key]) continue;
+            prefetch<D>(ahead.k + next->keys.k_offset[ahead.key], P.k_layout.channel);
+            prefetch<DV>(ahead.v + next->keys.v_offset[ahead.key], P.v_layout.channel);
         }
     }
-    // One tile: writes dq, adds to the segment's sums of dk and dv (`alone`: the sums are this tile's only). `more`: `next` follows.
-    void run(const Segment& segment, real* dk_sums, real* dv_sums, bool alone, bool more) {
-        const int64_t *q_offset = here.q_offset, *out_offset = here.out_offset, *grad_offset = here.grad_offset, *lse_offset = here.lse_offset, *dq_offset = here.dq_offset;
+    template <class T> static INLINE T* corner(T* data, const Layout& t, int64_t b, int64_t h) { return data + b * t.batch + h * t.head; }
+    // One tile, `here`, of (b, h): writes dq, adds to the segment's sums of dk and dv (`alone`: the sums are this tile's only).
+    // `more`: `next` follows, of (next_b, next_h).
+    void run(int64_t b, int64_t h, const Segment& segment, real* dk_sums, real* dv_sums, bool alone, bool more, int64_t next_b, int64_t next_h) {
+        Tile& tile = here->tile;
+        Keys& keys = here->keys;
+        const int64_t *q_offset = here->q_offset, *out_offset = here->out_offset, *grad_offset = here->grad_offset, *lse_offset = here->lse_offset, *dq_offset = here->dq_offset;
+        tile.look_at(P, b, h);
         numbers = numbers_of(P, tile);
-        next_query = next_key = 0;
-        next_queries = more ? next.tile.queries : 0; next_keys = more ? next.keys.count : 0;
-        pace = (max(next_queries, next_keys) * ROWS + 3 * tile.queries - 1) / (3 * tile.queries);
+        const int64_t kv = tile.kv_head, next_kv = next_h / (P.heads / P.kv_heads);
+        const element *q_corner = corner(P.q, P.q_layout, b, h), *k_corner = corner(P.k, P.k_layout, b, kv), *v_corner = corner(P.v, P.v_layout, b, kv);
+        const element *out_corner = corner(P.out, P.out_layout, b, h), *grad_corner = corner(P.grad_out, P.grad_out_layout, b, h);
+        const real *lse_corner = corner(P.lse, P.lse_layout, b, h), *grad_lse_corner = corner(P.grad_lse, P.grad_lse_layout, b, h);
+        element* dq_corner = corner(P.dq, P.dq_layout, b, h);
+        ahead = {corner(P.q, P.q_layout, next_b, next_h), corner(P.k, P.k_layout, next_b, next_kv), corner(P.v, P.v_layout, next_b, next_kv),
+                 corner(P.out, P.out_layout, next_b, next_h), corner(P.grad_out, P.grad_out_layout, next_b, next_h), corner(P.dq, P.dq_layout, next_b, next_h),
+                 0, 0, more ? next->tile.queries : 0, more ? next->keys.count : 0, 0};
+        ahead.pace = (max(ahead.queries, ahead.keys) * ROWS + 3 * tile.queries - 1) / (3 * tile.queries);
         memset(dq, 0, sizeof(real) * tile.queries * DP);
         for (int i = 0; i < tile.queries; i++) {
-            load_query(P, P.q + q_offset[i], q + i * DP);
-            load_row<DV>(P.grad_out + grad_offset[i], P.grad_out_layout.channel, g + i * VP);
+            load_query(P, q_corner + q_offset[i], q + i * DP);
+            load_row<DV>(grad_corner + grad_offset[i], P.grad_out_layout.channel, g + i * VP);
             alignas(64) real out[VP];
-            load_row<DV>(P.out + out_offset[i], P.out_layout.channel, out);
+            load_row<DV>(out_corner + out_offset[i], P.out_layout.channel, out);
             V dot{};
             for (int d = 0; d < VP; d += L) dot += load(out + d) * load(g + i * VP + d);
-            const real lse = P.lse[lse_offset[i]];
-            delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? P.grad_lse[here.grad_lse_offset[i]] : 0);
+            const real lse = lse_corner[lse_offset[i]];
+            delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? grad_lse_corner[here->grad_lse_offset[i]] : 0);
             const double in_units = PLAIN_SCORE ? lse * 1.4426950408889634 : lse;
             row_lse[i] = lse == -INF ? INF : real(in_units);
             row_rest[i] = lse == -INF ? 0 : real(in_units - row_lse[i]);     // what rounding took: a weight depends on it
         }
-        const int64_t kv = tile.kv_head;
         for (int64_t n = 0; n < tile.chunks(P); n++) {
-            if (n) keys.aim(P, tile, n);
-            keys.gather<D>(P.k + tile.batch * P.k_layout.batch + kv * P.k_layout.head, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
-            keys.gather<DV>(P.v + tile.batch * P.v_layout.batch + kv * P.v_layout.head, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
+            if (keys.chunk != n) keys.aim(P, tile, n);
+            keys.look_at(P, tile);
+            keys.gather<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
+            keys.gather<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             pack_panels<D>(k_panels, k, keys.count);
             pack_panels<DV>(v_panels, v, keys.count);
             masks.aim(tile, keys);
@@ -230,10 +244,12 @@ struct Backward {
                 for (int d = 0; d < VP; d += L) store(y + d, load(y + d) + load(dv + j * VP + d));
             }
         }
-        for (int i = 0; i < tile.queries; i++) store_row<D>(P.dq + dq_offset[i], P.dq_layout.channel, dq + i * DP, real(P.scale));
+        for (int i = 0; i < tile.queries; i++) store_row<D>(dq_corner + dq_offset[i], P.dq_layout.channel, dq + i * DP, real(P.scale));
     }
     // rows of the chunk's keys among the segment's sums
     void rows_of(const Segment& segment) {
+        const Tile& tile = here->tile;
+        const Keys& keys = here->keys;
         if (keys.prefix) { for (int j = 0; j < keys.count; j++) sum_row[j] = keys.begin + j; return; }
         int64_t inner[RANK];
         inner[RANK - 1] = 1;
@@ -248,6 +264,7 @@ struct Backward {
     }
     // Writes dk and dv of the sums' rows [from, to), given from row `from` on; virtual keys add to the gradients of their rows.
     void finish(int64_t b, int64_t kv, const Segment& segment, int64_t from, int64_t to, const real* dk_rows, const real* dv_rows, double* pads) {
+        Keys& keys = this->places;
         const real magnitude = P.scale < 0 ? -P.scale : P.scale;     // q carried the sign
         const int64_t prefix = segment.rows - segment.box.count;
         int64_t before[RANK];
@@ -300,23 +317,25 @@ extern "C" void attend_backward(const Problem* problem) {
         const int64_t n = omp_get_num_threads(), stop = items * (thread + 1) / n;
         Item now, then;
         int64_t item = items * thread / n;
-        if (item < stop) { then.aim(P, item, segments); work.next.aim(P, then, 0); }
+        const Order& order = work.loads.order;
+        if (item < stop) { then.aim(P, order, item, segments); work.here->aim(P, then, 0); }
         for (; item < stop; item++) {
             now = then;
+            if (item + 1 < stop) then.aim(P, order, item + 1, segments);
             real *dk = all_sums + (P.split ? item : thread) * sums, *dv = dk + P.sum_rows * DP;
             if (!now.alone) { memset(dk, 0, sizeof(real) * now.segment.rows * DP); memset(dv, 0, sizeof(real) * now.segment.rows * VP); }
             for (int64_t t = 0; t < now.count; t++) {
-                const Aimed finished = work.here;
+                const bool inside = t + 1 < now.count;
+                const Item& following = inside ? now : then;
+                const int64_t n = inside ? t + 1 : 0;
+                work.next = work.here->is_at(following, n) ? work.here : work.here == work.aimed ? work.aimed + 1 : work.aimed;
+                if (!work.next->is_at(following, n)) work.next->aim(P, following, n);
+                work.run(now.b, now.head(P, t), now.segment, dk, dv, now.alone, inside || item + 1 < stop, following.b, following.head(P, n));
                 work.here = work.next;
-                work.next = finished;
-                const bool more = t + 1 < now.count || item + 1 < stop;
-                if (t + 1 < now.count) work.next.aim(P, now, t + 1);
-                else if (more) { then.aim(P, item + 1, segments); work.next.aim(P, then, 0); }
-                work.run(now.segment, dk, dv, now.alone, more);
             }
             if (!P.split) work.finish(now.b, now.kv, now.segment, 0, now.segment.rows, dk, dv, pads);
         }
-        for (int l = 0; l < LOADS; l++) work.expansions[l].flush();
+        work.loads.flush();
         if (P.split) {      // add up what the segments of one owner have for each key, in their order
 #pragma omp barrier
             const int64_t owners = P.axes[0].owners, prefix = P.whole ? P.k_prefix : 0;
@@ -331,7 +350,7 @@ extern "C" void attend_backward(const Problem* problem) {
                 const int64_t line = rest % lines; rest /= lines;
                 int64_t s = rest % others; rest /= others;
                 const int64_t o = rest % owners; rest /= owners;
-                const int64_t b = HEADS_FIRST ? rest % P.batch : rest / P.kv_heads, kv = HEADS_FIRST ? rest / P.batch : rest % P.kv_heads, other_number = s;
+                const int64_t b = rest / P.kv_heads, kv = rest % P.kv_heads, other_number = s;
                 for (int a = RANK - 1; a > 0; s /= P.axes[a].segments, a--) other[a] = s % P.axes[a].segments;
                 const int64_t begin = P.axes[0].owner[2 * o], end = P.axes[0].owner[2 * o + 1];
                 const Segment whole = segment_of(P, begin, end, other);
@@ -344,7 +363,7 @@ extern "C" void attend_backward(const Problem* problem) {
                             const Segment x = segment_of(P, part, part + 1, other);
                             const int64_t first = (x.box.first[0] - whole.box.first[0]) / whole.box.step[0];
                             if (!in_prefix && (line < first || line >= first + x.box.extent[0])) continue;
-                            const int64_t number = ((HEADS_FIRST ? kv * P.batch + b : b * P.kv_heads + kv) * P.axes[0].segments + part) * others + other_number;
+                            const int64_t number = order.index(P, P.kv_heads, b, kv, part * others + other_number, segments);
                             const int64_t row = in_prefix ? n : n - first * inner;
                             const real *dk = all_sums + number * sums + row * DP, *dv = all_sums + number * sums + P.sum_rows * DP + row * VP;
                             for (int64_t i = 0; i < (stop - n) * DP; i += L) store(work.dk + i, load(work.dk + i) + load(dk + i));

@@ -267,16 +267,15 @@ def source(spec: Spec, backward: bool) -> str:
             f"constexpr int LOADS = {len(tables)};   // table elements that a score reads\n",
             f"constexpr int LOAD_TABLE[] = {{{', '.join(map(str, [*tables, 0]))}}};\n",
             f"constexpr bool LOAD_MIXED[] = {{{', '.join(map(flag, [*mixed, False]))}}};\n",
-            f"constexpr int EXPANSION = {65536 if tables else 16};",
-            "   // most pairs of a tile whose table elements are kept expanded\n",
+            "constexpr int64_t EXPANSION = 131072;   // most table elements that a thread keeps expanded, of each load\n",
             f"constexpr int QUERY_TERMS = {len(terms.query)}, KEY_TERMS = {len(terms.key)};\n",
             f"constexpr bool PADDED = {flag(spec.padded)}, RESIDUAL = {flag(s.residual != ir.TRUE)};\n",
             f"constexpr bool POST = {flag(a.post is not None)};   // a factor of the weights\n",
             f"constexpr bool PLAIN_SCORE = {flag(plain)}, USES_SCORE = {flag(uses)}, "
-            f"SCORE_SLOPE = {flag(slope != ir.const(1.0))}, HEADS_FIRST = {flag(bool(tables))};\n",
+            f"SCORE_SLOPE = {flag(slope != ir.const(1.0))};\n",
         ]
     )
-    body = header("tile.h").replace("@SCORE@\n", hooks)
+    body = header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")
     loop = header("backward.h" if backward else "forward.h")
     if spec.band and not backward:
         numbers += f"#define BAND {spec.band}   // keys of the last axis that a query sees, on grids long enough\n"

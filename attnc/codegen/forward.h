@@ -1,25 +1,24 @@
 // ---- forward: softmax in one pass over the key chunks, with a running maximum and sum per query -----------------------------------
-struct Aimed {              // a tile, its first chunk of keys, and where its rows lie
+struct Aimed {              // a tile, its first chunk of keys, and where its rows lie in each (batch, head)
     Tile tile;
     Keys keys;
-    int64_t *q_offset, *out_offset, *lse_offset, prefix_from;
+    int64_t *q_offset, *out_offset, *lse_offset, number, prefix_from;
     static size_t bytes() { return Tile::bytes() + Keys::bytes() + 3 * (TILE * 8 + 64); }
     void allocate(Arena& arena) {
         tile.allocate(arena); keys.allocate(arena);
         for (int64_t** p : {&q_offset, &out_offset, &lse_offset}) *p = arena.take<int64_t>(TILE);
+        number = -1;
     }
-    // item number `item` of the call
-    void aim(const Problem& P, int64_t item, int64_t tiles, int64_t all) {
-        int64_t t = item % all, rest = item / all;
-        const int64_t b = HEADS_FIRST ? rest % P.batch : rest / P.heads, h = HEADS_FIRST ? rest / P.batch : rest % P.heads;
+    void aim(const Problem& P, int64_t t, int64_t tiles) {
+        number = t;
         prefix_from = 0;
         if (t < tiles) {
             int64_t piece[RANK];
             for (int a = RANK - 1; a >= 0; t /= P.axes[a].pieces, a--) piece[a] = t % P.axes[a].pieces;
-            tile.aim(P, b, h, piece);
+            tile.aim(P, piece);
         } else {
             prefix_from = (t - tiles) * TILE;
-            tile.aim_prefix(P, b, h, prefix_from, min(P.q_prefix, prefix_from + TILE));
+            tile.aim_prefix(P, prefix_from, min(P.q_prefix, prefix_from + TILE));
         }
         tile.place(P, P.q_layout, prefix_from, q_offset);
         tile.place(P, P.out_layout, prefix_from, out_offset);
@@ -28,28 +27,30 @@ struct Aimed {              // a tile, its first chunk of keys, and where its ro
         if (tile.chunks(P)) keys.aim(P, tile, 0);
     }
 };
+// What the next item needs, prefetched a few rows at a time: all at once would fill the line buffers.
+struct Ahead {
+    const Aimed* aimed;
+    const element *q, *k, *v, *out;
+    int query, key, queries, keys, pace;
+};
 struct Forward {
     const Problem& P;
-    Aimed here, next;
-    Tile& tile = here.tile;
-    Keys& keys = here.keys;
+    Aimed aimed[2], *here = aimed, *next = aimed + 1;
     Loads loads;
     Masks masks;
-    Expansion expansions[LOADS + 1];
     Numbers numbers;
     Panels panels;
+    Ahead ahead;
     real *q, *k, *v, *scores, *o, *maximum, *total, *log_sum;
+    element* out;
     bool* started;
-    int next_query, next_key, next_queries, next_keys, pace;       // what of the next tile was prefetched; rows per block
 
-    explicit Forward(const Problem& P, Arena& arena) : P(P) {
-        arena.reserve(2 * Aimed::bytes() + Masks::bytes() + LOADS * Expansion::bytes(false) + 64 * 16 + TILE * 25
-                      + sizeof(real) * (TILE * (DP + VP + 3) + 3 * L + CHUNK * (2 * DP + VP + ROWS + LOADS * ROWS)));
-        here.allocate(arena); next.allocate(arena);
-        for (int l = 0; l < LOADS; l++) expansions[l].allocate(arena, false);
-        loads.expansion = expansions;
+    explicit Forward(const Problem& P, Arena& arena) : P(P), loads(P) {
+        arena.reserve(2 * Aimed::bytes() + Masks::bytes() + loads.bytes(false) + 64 * 16 + TILE * 25
+                      + sizeof(real) * (TILE * (DP + VP + 3) + 3 * L + CHUNK * (2 * DP + VP + ROWS)));
+        aimed[0].allocate(arena); aimed[1].allocate(arena);
+        loads.allocate(arena, false);
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
-        loads.spare = arena.take<real>(LOADS * ROWS * CHUNK);
         q = arena.take<real>(TILE * DP); o = arena.take<real>(TILE * VP);
         for (real** p : {&maximum, &total, &log_sum}) *p = arena.take<real>(TILE + L);
         started = arena.take<bool>(TILE);
@@ -57,97 +58,229 @@ struct Forward {
         scores = arena.take<real>(ROWS * CHUNK);
     }
 
-    // Scores of one query over the keys [from, to), in place. Gives their maximum.
-    template <bool PLAIN> INLINE real row_scores(real* row, int i, int r, int from, int to) {
-        const real* elements[LOADS + 1];
-        if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
-        V best = splat(LOWEST);
-        each_score<PLAIN>(P, numbers, tile, keys, masks, elements, row, i, from, to, [&](int j, V, V x, bool masked) __attribute__((always_inline)) {
-            best = larger(best, x);
-            if (!PLAIN_SCORE || masked) store(row + j, x);
-        });
-        return PLAIN_SCORE ? largest(best) * numbers.scale_log2e : largest(best);
+    // Scores of queries i .. i + M - 1 against N vectors of keys from key j on, into `scores`, and their maxima per lane. b: the
+    // vectors in their panel, b_row apart. CHECKED: a query may see some of the keys only.
+    template <int M, int N, bool CHECKED>
+    __attribute__((noinline)) void score_block(int i, int j, const real* b, int64_t b_row, bool plain, V* best) const {
+        const Tile& tile = here->tile;
+        const Keys& keys = here->keys;
+        const Numbers numbers = this->numbers;
+        constexpr int parts = (D + 63) / 64, most = (D + parts - 1) / parts;      // sums are cut, so that their error does not grow
+        const real* a = q + i * DP;
+        real* row = scores + j;
+        V s[M][N];
+        UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] = V{};
+        if (USES_SCORE || plain) for (int from = 0; from < D; from += most) {
+            if (from) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {
+                store(row + r * CHUNK + n * L, from > most ? s[r][n] + load(row + r * CHUNK + n * L) : s[r][n]);
+                s[r][n] = V{};
+            }
+            for (int d = from; d < min(from + most, D); d++, b += b_row) {
+                V x[N];
+                UNROLL for (int n = 0; n < N; n++) x[n] = load(b + n * L);
+                UNROLL for (int r = 0; r < M; r++) {
+                    const V y = splat(a[r * DP + d]);
+                    UNROLL for (int n = 0; n < N; n++) s[r][n] += y * x[n];
+                }
+            }
+        }
+        const I inside = lanes() < splat_integer(keys.count - j - (N - 1) * L);      // of the last vector
+        const real* elements[M][LOADS + 1];
+        if (!PLAIN_SCORE && !plain) UNROLL for (int r = 0; r < M; r++) loads.rows(P, numbers, tile, keys, i + r, r, j, j + N * L, elements[r]);
+        UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {
+            real* to = row + r * CHUNK + n * L;
+            V x = parts > 1 ? s[r][n] + load(to) : s[r][n];
+            if constexpr (!PLAIN_SCORE) x = plain ? x * splat(numbers.scale) : score(P, numbers, tile.terms[i + r], keys.terms, elements[r], j + n * L, x);
+            if constexpr (CHECKED) x = checked(i + r, j + n * L, plain, x);
+            if (n == N - 1) x = select(inside, x, splat(-INF));
+            best[r] = larger(best[r], x);
+            store(to, x);
+        }
     }
-    // m queries from i on against the packed chunk
-    void rows(int i, int m) {
-        const Run run = run_of_rows(tile, keys, i, m);
-        if (run.begin >= run.end) return;
-        real *const rows = scores, *const out = o + i * VP, *const best = maximum + i, *const sums = total + i;
-        const int first = run.begin / L, last = (run.end + L - 1) / L, from = first * L, to = last * L;
+    // the scores of query i and the keys from j on, -inf where it does not see the key
+    INLINE V checked(int i, int j, bool plain, V x) const {
+        const real* row = masks.row(i);
+        const Run run = run_of(here->tile, here->keys, i);
+        bool compare = RESIDUAL && !plain;
+        if (row) x += load(row + j);
+        else for (int a = 0; a < RANK; a++) compare |= here->tile.checked[a] && !here->keys.prefix;
+        if (compare || j < run.begin || j + L > run.end) x = select(visible(P, numbers, here->tile, here->keys, run, i, j, plain), x, splat(-INF));
+        return x;
+    }
+    template <int M> INLINE void score_rows(int n, int i, int j, const real* b, int64_t b_row, bool check, bool plain, V* best) const {
+        if (check) switch (n) {
+            case 1: return score_block<M, 1, true>(i, j, b, b_row, plain, best);
+            case 2: return score_block<M, 2, true>(i, j, b, b_row, plain, best);
+            case 3: return score_block<M, 3, true>(i, j, b, b_row, plain, best);
+            default: if constexpr (COLUMNS > 3) return score_block<M, 4, true>(i, j, b, b_row, plain, best);
+        } else switch (n) {
+            case 1: return score_block<M, 1, false>(i, j, b, b_row, plain, best);
+            case 2: return score_block<M, 2, false>(i, j, b, b_row, plain, best);
+            case 3: return score_block<M, 3, false>(i, j, b, b_row, plain, best);
+            default: if constexpr (COLUMNS > 3) return score_block<M, 4, false>(i, j, b, b_row, plain, best);
+        }
+    }
+    // N vectors of output of M queries, from vector `at` on: o = o * before + weights * values, times `after` where they are finished.
+    template <int M, int N>
+    __attribute__((noinline)) void value_block(int i, int at, Run run, const V* before, const V* after) {
+        V sum[M][N];
+        real* rows = o + i * VP + at * L;
+        if (before) { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(rows + r * VP + n * L) * before[r]; }
+        else { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = V{}; }
+        const real *weight = scores + run.begin, *value = v + run.begin * VP + at * L;
+        for (int t = run.begin; t < run.end;) {
+            if (t > run.begin) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {      // sums are cut here, too
+                real* part = rows + r * VP + n * L;
+                store(part, t > run.begin + LONGEST_SUM ? load(part) + sum[r][n] : sum[r][n]);
+                sum[r][n] = V{};
+            }
+            const int stop = min(t + LONGEST_SUM, run.end);
+            for (; t < stop; t++, weight++, value += VP) {
+                V x[N];
+                UNROLL for (int n = 0; n < N; n++) x[n] = load(value + n * L);
+                UNROLL for (int r = 0; r < M; r++) {
+                    const V y = splat(weight[r * CHUNK]);
+                    UNROLL for (int n = 0; n < N; n++) sum[r][n] += y * x[n];
+                }
+            }
+        }
+        const bool cut = run.end - run.begin > LONGEST_SUM, direct = after && P.out_layout.channel == 1;
+        UNROLL for (int r = 0; r < M; r++) {
+            element* to = out + here->out_offset[i + r] + at * L;
+            UNROLL for (int n = 0; n < N; n++) {
+                V x = sum[r][n];
+                if (cut) x += load(rows + r * VP + n * L);
+                if (after) x *= after[r];
+                if (direct && (at + n + 1) * L <= DV) store_elements(to + n * L, x);
+                else store(rows + r * VP + n * L, x);
+            }
+        }
+        if (after && (!direct || (at + N) * L > DV)) for (int r = 0; r < M; r++) {
+            element* to = out + here->out_offset[i + r];
+            for (int d = direct ? DV / L * L : at * L; d < min((at + N) * L, DV); d++) to[d * P.out_layout.channel] = put(o[(i + r) * VP + d]);
+        }
+    }
+    template <int M, int AT = 0> INLINE void value_rows(int i, Run run, const V* before, const V* after) {
+        constexpr int N = share(VP / L - AT, COLUMNS);
+        value_block<M, N>(i, AT, run, before, after);
+        if constexpr (AT + N < VP / L) value_rows<M, AT + N>(i, run, before, after);
+    }
+    // M queries from i on against the packed chunk; `last`: no more follow
+    template <int M> void rows(int i, bool last) {
+        const Tile& tile = here->tile;
+        const Keys& keys = here->keys;
+        const bool more = started[i];       // (rows of a block start together)
+        Run run = run_of_rows(tile, keys, i, M), clear = run_of(tile, keys, i);
+        if (run.begin >= run.end) {
+            if (last && more) finish(i, M);
+            return;
+        }
         const bool plain = tile.prefix || keys.prefix;
-        if (USES_SCORE || plain) multiply_panels<D>(m, q + i * DP, panels, first, last, rows, CHUNK);
-        else memset(rows, 0, sizeof(real) * m * CHUNK);
-        real now[ROWS];
-        for (int r = 0; r < m; r++) {
-            now[r] = PLAIN_SCORE || plain ? row_scores<true>(rows + r * CHUNK, i + r, r, from, to) : row_scores<false>(rows + r * CHUNK, i + r, r, from, to);
-            now[r] = max(best[r], now[r]);
+        bool check = RESIDUAL && !plain;
+        for (int a = 0; a < RANK; a++) check |= tile.checked[a] && !keys.prefix;
+        for (int r = 1; r < M; r++) { const Run x = run_of(tile, keys, i + r); clear.begin = max(clear.begin, x.begin); clear.end = min(clear.end, x.end); }
+        const int first = run.begin / L, end = (run.end + L - 1) / L, from = first * L, to = end * L;
+        V best[M];
+        UNROLL for (int r = 0; r < M; r++) best[r] = splat(LOWEST);
+        for (int p = 0; p < panels.count; p++) {
+            const int begin = panels.first(p), x = max(begin, first), y = min(panels.first(p + 1), end);
+            if (x >= y) continue;
+            const bool some = check || x * L < clear.begin || min(y * L, keys.count) > clear.end;
+            score_rows<M>(y - x, i, x * L, panels.data + begin * L * D + (x - begin) * L, (panels.first(p + 1) - begin) * L, some, plain, best);
         }
         const V unit = unit_of(numbers);
-        V sum_of[ROWS];
-        for (int r = 0; r < m; r++) {
-            real* row = rows + r * CHUNK;
-            V added{};
+        real now[M];
+        V sums[M], before[M], after[M];
+        UNROLL for (int r = 0; r < M; r++) now[r] = largest(best[r]);
+        for (int r = 0; r < M; r++) {
+            now[r] = max(maximum[i + r], PLAIN_SCORE ? now[r] * numbers.scale_log2e : now[r]);
             const V shift = splat(now[r]);
+            real* row = scores + r * CHUNK;
+            V added{};
             for (int j = from; j < to; j += L) {
                 const V e = exp2_vector(exponent(load(row + j), shift, unit));
                 added += e;
                 store(row + j, e);
             }
-            sum_of[r] = added;
+            sums[r] = added;
         }
-        if (POST && !plain) for (int r = 0; r < m; r++) {
-            real* row = rows + r * CHUNK;
+        if (POST && !plain) for (int r = 0; r < M; r++) {
             const real* elements[LOADS + 1];
             loads.rows(P, numbers, tile, keys, i + r, r, from, to, elements);
+            real* row = scores + r * CHUNK;
             for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, tile.terms[i + r], keys.terms, elements, j));
         }
-        const bool more = started[i];       // (rows of a block start together)
-        for (int r = 0; r < m; r++) {
-            real factor = 0;
+        UNROLL for (int r = 0; r < M; r++) {
+            real all = sum(sums[r]);
             if (more) {
-                factor = exp2_vector(splat((best[r] - now[r]) * (PLAIN_SCORE ? 1 : LOG2E)))[0];
-                for (int d = 0; d < VP; d += L) store(out + r * VP + d, load(out + r * VP + d) * splat(factor));
+                before[r] = exp2_vector(splat((maximum[i + r] - now[r]) * (PLAIN_SCORE ? 1 : LOG2E)));
+                all += total[i + r] * before[r][0];
             }
-            sums[r] = sums[r] * factor + sum(sum_of[r]);
-            best[r] = now[r];
+            total[i + r] = all;
+            maximum[i + r] = now[r];
             started[i + r] = true;
+            after[r] = splat(inverse(all));
         }
-        multiply<DV>(m, {rows + run.begin, CHUNK, 1}, run.end - run.begin, v + run.begin * VP, out, more);
+        value_rows<M>(i, run, more ? before : nullptr, last ? after : nullptr);
     }
-    // A few rows of the next tile at a time: all at once would fill the line buffers.
+    // of a sum of weights: 0 where there were none, NaN where one was
+    static INLINE real inverse(real total) { return total > 0 ? 1 / total : total <= 0 ? 0 : total; }
+    // Queries whose last chunk has been, from `o`.
+    void finish(int i, int m) {
+        for (int r = i; r < i + m; r++) store_row<DV>(out + here->out_offset[r], P.out_layout.channel, o + r * VP, inverse(total[r]));
+    }
+    void rows(int i, int m, bool last) {
+        switch (m) {
+            case 1: return rows<1>(i, last);
+            case 2: return rows<2>(i, last);
+            case 3: return rows<3>(i, last);
+            case 4: return rows<4>(i, last);
+            case 5: if constexpr (ROWS > 4) return rows<5>(i, last); break;
+            default: if constexpr (ROWS > 5) return rows<6>(i, last);
+        }
+    }
     INLINE void look_ahead() {
-        for (int n = 0; n < pace && next_query < next_queries; n++, next_query++) {
-            prefetch<D>(P.q + next.q_offset[next_query], P.q_layout.channel);
-            prefetch_for_writing<DV>(P.out + next.out_offset[next_query], P.out_layout.channel);
+        for (int n = 0; n < ahead.pace && ahead.query < ahead.queries; n++, ahead.query++) {
+            prefetch<D>(ahead.q + ahead.aimed->q_offset[ahead.query], P.q_layout.channel);
+            prefetch_for_writing<DV>(ahead.out + ahead.aimed->out_offset[ahead.query], P.out_layout.channel);
         }
-        const element *next_k = P.k + next.tile.batch * P.k_layout.batch + next.tile.kv_head * P.k_layout.head;
-        const element *next_v = P.v + next.tile.batch * P.v_layout.batch + next.tile.kv_head * P.v_layout.head;
-        for (int n = 0; n < pace && next_key < next_keys; n++, next_key++) {
-            if (PADDED && !next.keys.real_key[next_key]) continue;
-            prefetch<D>(next_k + next.keys.k_offset[next_key], P.k_layout.channel);
-            prefetch<DV>(next_v + next.keys.v_offset[next_key], P.v_layout.channel);
+        for (int n = 0; n < ahead.pace && ahead.key < ahead.keys; n++, ahead.key++) {
+            if (PADDED && !ahead.aimed->keys.real_key[ahead.key]) continue;
+            prefetch<D>(ahead.k + ahead.aimed->keys.k_offset[ahead.key], P.k_layout.channel);
+            prefetch<DV>(ahead.v + ahead.aimed->keys.v_offset[ahead.key], P.v_layout.channel);
         }
     }
-    void run(bool more) {
+    template <class T> static INLINE T* corner(T* data, const Layout& t, int64_t b, int64_t h) { return data + b * t.batch + h * t.head; }
+    // `here` for one (batch, head). Looks ahead to `next` for another one, or not.
+    void run(int64_t b, int64_t h, bool more, int64_t next_b, int64_t next_h) {
+        Tile& tile = here->tile;
+        Keys& keys = here->keys;
+        tile.look_at(P, b, h);
         numbers = numbers_of(P, tile);
+        out = corner(P.out, P.out_layout, b, h);
+        const element* q_corner = corner(P.q, P.q_layout, b, h);
+        real* lse = corner(P.lse, P.lse_layout, b, h);
         for (int i = 0; i < tile.queries; i++) {
-            load_query(P, P.q + here.q_offset[i], q + i * DP);
+            load_query(P, q_corner + here->q_offset[i], q + i * DP);
             maximum[i] = LOWEST; total[i] = 0; started[i] = false;
         }
-        const int64_t chunks = tile.chunks(P), kv = tile.kv_head;
-        next_query = next_key = 0;
-        next_queries = more ? next.tile.queries : 0; next_keys = more ? next.keys.count : 0;
-        pace = (max(next_queries, next_keys) * ROWS + tile.queries - 1) / tile.queries;
+        const int64_t chunks = tile.chunks(P), kv = tile.kv_head, group = P.heads / P.kv_heads;
+        const element *k_corner = corner(P.k, P.k_layout, b, kv), *v_corner = corner(P.v, P.v_layout, b, kv);
+        ahead = {next, corner(P.q, P.q_layout, next_b, next_h), corner(P.k, P.k_layout, next_b, next_h / group),
+                 corner(P.v, P.v_layout, next_b, next_h / group), corner(P.out, P.out_layout, next_b, next_h),
+                 0, 0, more ? next->tile.queries : 0, more ? next->keys.count : 0, 0};
+        ahead.pace = (max(ahead.queries, ahead.keys) * ROWS + tile.queries - 1) / tile.queries;
         for (int64_t n = 0; n < chunks; n++) {
-            if (n) keys.aim(P, tile, n);
-            keys.gather<D>(P.k + tile.batch * P.k_layout.batch + kv * P.k_layout.head, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
-            keys.gather<DV>(P.v + tile.batch * P.v_layout.batch + kv * P.v_layout.head, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
+            if (keys.chunk != n) keys.aim(P, tile, n);
+            keys.look_at(P, tile);
+            keys.gather<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
+            keys.gather<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             pack_panels<D>(panels, k, keys.count);
             masks.aim(tile, keys);
             loads.aim(P, tile, keys, nullptr);
             for (int i = 0, m; i < tile.queries; i += m) {
                 m = share(tile.queries - i, ROWS);
-                rows(i, m);
+                rows(i, m, n + 1 == chunks);
                 if (n + 1 == chunks) look_ahead();
             }
         }
@@ -159,10 +292,8 @@ struct Forward {
             store(log_sum + i, select(sums > V{}, logs, select(sums <= V{}, splat(-INF), sums)));
         }
         for (int i = 0; i < tile.queries; i++) {
-            const bool some = total[i] > 0;
-            if (!started[i] || !some) for (int d = 0; d < VP; d++) o[i * VP + d] = 0;
-            store_row<DV>(P.out + here.out_offset[i], P.out_layout.channel, o + i * VP, some ? 1 / total[i] : !(total[i] <= 0) ? total[i] : 0);
-            P.lse[here.lse_offset[i]] = log_sum[i];
+            if (total[i] <= 0) for (int d = 0; d < DV; d++) out[here->out_offset[i] + d * P.out_layout.channel] = put(0);
+            lse[here->lse_offset[i]] = log_sum[i];
         }
     }
 };
@@ -179,14 +310,21 @@ extern "C" void attend_forward(const Problem* problem) {
         static thread_local Arena arena;
         Forward work(P, arena);
         const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = items * (me + 1) / n;
-        int64_t item = items * me / n;
-        if (item < stop) work.next.aim(P, item, tiles, all);
+        int64_t b, h, tile, item = items * me / n;
+        if (item < stop) {
+            work.loads.order.item(P, P.heads, item, all, b, h, tile);
+            work.here->aim(P, tile, tiles);
+        }
         for (; item < stop; item++) {
-            const Aimed now = work.here;
+            const bool more = item + 1 < stop;
+            int64_t next_b = b, next_h = h, next_tile = tile;
+            if (more) work.loads.order.item(P, P.heads, item + 1, all, next_b, next_h, next_tile);
+            Aimed *const here = work.here, *const other = here == work.aimed ? work.aimed + 1 : work.aimed;
+            work.next = next_tile == here->number ? here : other;
+            if (work.next->number != next_tile) work.next->aim(P, next_tile, tiles);
+            work.run(b, h, more, next_b, next_h);
             work.here = work.next;
-            work.next = now;
-            if (item + 1 < stop) work.next.aim(P, item + 1, tiles, all);
-            work.run(item + 1 < stop);
+            b = next_b; h = next_h;
         }
     }
 }

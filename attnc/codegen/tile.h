@@ -103,9 +103,9 @@ struct Tile {
         terms = arena.take<QueryTerms>(TILE);
         for (int l = 0; l < LOADS; l++) load_offset[l] = arena.take<int64_t>(TILE);
     }
-    // tile `t` of the product of pieces
-    void aim(const Problem& P, int64_t b, int64_t h, const int64_t* piece) {
-        batch = b; head = h; kv_head = h / (P.heads / P.kv_heads); prefix = false; uniform = true;
+    // the product of these pieces, of any batch and head
+    void aim(const Problem& P, const int64_t* piece) {
+        prefix = false; uniform = true;
         int different = 0, lead = -1;
         const int32_t *lo[RANK], *hi[RANK];
         for (int a = 0; a < RANK; a++) {
@@ -139,7 +139,11 @@ struct Tile {
         for (int a = 0; a < RANK; a++) if (checked[a]) q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
             for (int64_t i = 0; i < length; i++) { const int64_t at = index[a] + (a == RANK - 1 ? i : 0); low[a][n + i] = lo[a][at]; high[a][n + i] = hi[a][at]; }
         });
-        if (QUERY_TERMS || LOADS) {
+    }
+    // from here on the tile is of this batch and head
+    void look_at(const Problem& P, int64_t b, int64_t h) {
+        batch = b; head = h; kv_head = h / (P.heads / P.kv_heads);
+        if ((QUERY_TERMS || LOADS) && !prefix) {
             const Numbers numbers{0, 0, b, h};
             q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
                 integer c[RANK];
@@ -153,20 +157,18 @@ struct Tile {
         }
     }
     // prefix tokens [from, to) as queries: they see every key
-    void aim_prefix(const Problem& P, int64_t b, int64_t h, int64_t from, int64_t to) {
-        batch = b; head = h; kv_head = h / (P.heads / P.kv_heads); prefix = uniform = true; queries = to - from;
+    void aim_prefix(const Problem& P, int64_t from, int64_t to) {
+        prefix = uniform = true; queries = to - from;
         for (int a = 0; a < RANK; a++) { k_box.first[a] = 0; k_box.step[a] = 1; k_box.extent[a] = P.axes[a].real_keys; checked[a] = false; key_index[a] = 0; }
         k_box.close();
         for (int i = 0; i < queries; i++) { begin[i] = 0; end[i] = k_box.count; }
     }
-    // offsets of the queries in a tensor
+    // offsets of the queries in one (batch, head) of a tensor
     void place(const Problem& P, const Layout& t, int64_t from, int64_t* out) const {
         int64_t before[RANK];
         for (int a = 0; a < RANK; a++) before[a] = P.axes[a].queries_before;
         if (prefix) prefix_offsets(t, from, from + queries, out);
         else offsets(t, q_box, before, P.q_grid, 0, queries, out);
-        const int64_t base = batch * t.batch + head * t.head;
-        for (int i = 0; i < queries; i++) out[i] += base;
     }
     // Chunks of keys: the prefix tokens, then the box, CHUNK keys at most each and a whole number of vectors but for the last.
     int64_t prefix_chunks(const Problem& P) const { return (P.k_prefix + CHUNK - 1) / CHUNK; }
@@ -186,6 +188,7 @@ INLINE void load_query(const Problem& P, const element* src, real* dst) {
 // ---- one chunk of keys ----------------------------------------------------------------------------------------------------------------
 struct Keys {
     int count;
+    int64_t chunk;
     bool prefix;
     int64_t begin, end;          // which keys of the box (or of the prefix)
     int64_t *k_offset, *v_offset;
@@ -202,8 +205,9 @@ struct Keys {
         for (int l = 0; l < LOADS; l++) load_offset[l] = arena.take<int64_t>(CHUNK);
         real_key = arena.take<bool>(CHUNK);
     }
-    // chunk number `n` of a tile; offsets are -1 for virtual keys
+    // chunk number `n` of a tile
     void aim(const Problem& P, const Tile& t, int64_t n) {
+        chunk = n;
         const int64_t before_box = t.prefix_chunks(P);
         prefix = n < before_box;
         const int64_t total = prefix ? P.k_prefix : t.k_box.count, parts = (total + CHUNK - 1) / CHUNK, part = prefix ? n : n - before_box;
@@ -224,23 +228,25 @@ struct Keys {
                 }
                 if (KEY_TERMS || LOADS || PADDED) coordinates(t.k_box, a, t.k_box.first[a], t.k_box.step[a], begin, end, c[a]);
             }
-            if (!t.prefix && (KEY_TERMS || LOADS)) {
-                const Numbers numbers{0, 0, t.batch, t.head};
-                for (int i = 0; i < count; i++) {
-                    integer at[RANK];
-                    int64_t from[LOADS + 1];
-                    for (int a = 0; a < RANK; a++) at[a] = c[a][i];
-                    key_terms(P, numbers, at, terms, i, from);
-                    for (int l = 0; l < LOADS; l++) load_offset[l][i] = from[l];
-                }
-                terms.pad(count);
-            }
         }
         for (int i = 0; i < count; i++) real_key[i] = true;
         if (PADDED && !prefix) for (int a = 0; a < RANK; a++) for (int i = 0; i < count; i++) {
             const int64_t position = c[a][i] - key_before[a];
             real_key[i] &= position >= 0 && position < P.axes[a].real_keys;
         }
+    }
+    // what expressions need of the chunk's keys, for the tile's batch and head
+    void look_at(const Problem& P, const Tile& t) {
+        if (!(KEY_TERMS || LOADS) || t.prefix || prefix) return;
+        const Numbers numbers{0, 0, t.batch, t.head};
+        for (int i = 0; i < count; i++) {
+            integer at[RANK];
+            int64_t from[LOADS + 1];
+            for (int a = 0; a < RANK; a++) at[a] = c[a][i];
+            key_terms(P, numbers, at, terms, i, from);
+            for (int l = 0; l < LOADS; l++) load_offset[l][i] = from[l];
+        }
+        terms.pad(count);
     }
     // rows of k or v of one (batch, head), `width` reals apart
     template <int W> INLINE void gather(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* dst) const {
@@ -283,77 +289,6 @@ INLINE I visible(const Problem& P, const Numbers& numbers, const Tile& t, const 
     }
     return ok;
 }
-
-// ---- table elements that enter a score ----------------------------------------------------------------------------------------------
-// values[i][k] = table[offset of query i + offset of key k]. A tile that looks at the same elements as the one before (windows of
-// one head do, and the inside of a neighbourhood) finds them expanded; their gradients are summed in the same places.
-struct Expansion {
-    const real* table = nullptr;
-    real *values, *sums;
-    double* gradient;
-    int64_t *queries, *keys, last;
-    int rows = 0, columns = 0, stride = 0, tiles = 0;
-    void allocate(Arena& arena, bool backward) {
-        queries = arena.take<int64_t>(TILE); keys = arena.take<int64_t>(CHUNK);
-        values = arena.take<real>(EXPANSION); sums = backward ? arena.take<real>(EXPANSION) : nullptr;
-        table = nullptr; rows = columns = 0;
-    }
-    static size_t bytes(bool backward) { return 64 * 4 + 8 * (TILE + CHUNK) + EXPANSION * sizeof(real) * (backward ? 2 : 1); }
-    int64_t offset(int i, int k) const { return min(max<int64_t>(queries[i] + keys[k], 0), last); }
-    // adds the sums to the table's gradient: now and then, so that they stay short and exact
-    void flush() {
-        if (!sums || !rows) return;
-        for (int i = 0; i < rows; i++) for (int k = 0; k < columns; k++) gradient[offset(i, k)] += sums[i * stride + k];
-        memset(sums, 0, sizeof(real) * rows * stride);
-        tiles = 0;
-    }
-    void aim(const Table& t, double* into, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) {
-        bool same = rows == tile.queries && columns == chunk.count && table == t.data;
-        const int64_t base = q[0];
-        for (int i = 0; same && i < rows; i++) same = queries[i] == q[i] - base;
-        for (int i = 0; same && i < columns; i++) same = keys[i] == k[i] + base;
-        if (++tiles == 32 || !same) flush();
-        if (same) return;
-        table = t.data; gradient = into; last = t.last; rows = tile.queries; columns = chunk.count; stride = up(columns, L);
-        for (int i = 0; i < rows; i++) queries[i] = q[i] - base;
-        for (int i = 0; i < columns; i++) keys[i] = k[i] + base;
-        for (int i = 0; i < rows; i++) {
-            for (int j = 0; j < columns; j++) values[i * stride + j] = table[offset(i, j)];
-            for (int j = columns; j < stride; j++) values[i * stride + j] = 0;
-        }
-        if (sums) memset(sums, 0, sizeof(real) * rows * stride);
-    }
-};
-// Where a row's table elements lie: in the expansion, or read into `spare` for the rows at hand.
-struct Loads {
-    Expansion* expansion;
-    real* spare;            // [LOADS][ROWS][CHUNK]
-    bool expanded[LOADS + 1];
-    void aim(const Problem& P, const Tile& t, const Keys& keys, double* const* gradients) {
-        for (int l = 0; l < LOADS; l++) {
-            expanded[l] = !LOAD_MIXED[l] && !t.prefix && !keys.prefix && (int64_t)t.queries * up(keys.count, L) <= EXPANSION && t.chunks(P) == t.prefix_chunks(P) + 1;
-            if (expanded[l]) expansion[l].aim(P.tables[LOAD_TABLE[l]], gradients ? gradients[LOAD_TABLE[l]] : nullptr, t, keys, t.load_offset[l], keys.load_offset[l]);
-        }
-    }
-    int64_t offset(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int l, int i, int k) const {
-        int64_t at = t.load_offset[l][i] + keys.load_offset[l][k];
-        if (LOAD_MIXED[l]) at += mixed_offset(P, numbers, t.terms[i], keys.terms, l, k);
-        return min(max<int64_t>(at, 0), P.tables[LOAD_TABLE[l]].last);
-    }
-    // rows[l]: the elements for query i = first + r, keys [from, to) at least
-    void rows(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int i, int r, int from, int to, const real** out) {
-        for (int l = 0; l < LOADS; l++) {
-            if (expanded[l]) { out[l] = expansion[l].values + (int64_t)i * expansion[l].stride; continue; }
-            real* row = spare + ((int64_t)l * ROWS + r) * CHUNK;
-            if (!t.prefix && !keys.prefix) {
-                const real* table = P.tables[LOAD_TABLE[l]].data;
-                for (int k = from; k < min(to, keys.count); k++) row[k] = table[offset(P, numbers, t, keys, l, i, k)];
-                for (int k = keys.count; k < to; k++) row[k] = 0;
-            }
-            out[l] = row;
-        }
-    }
-};
 
 // Which keys of a chunk the axes after the lead one allow, as 0 or -inf to add to a score. Queries that differ on the lead axis only
 // share a row, so a tile that is narrow there needs few of them.

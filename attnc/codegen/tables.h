@@ -1,0 +1,135 @@
+// ---- table elements that enter a score ----------------------------------------------------------------------------------------------
+// values[i][k] = table[offset of query i + offset of key k] for one tile. Tiles that look at the same elements (windows of one head
+// do) find them expanded; their gradients are summed in the same places.
+struct Expansion {
+    const real* table = nullptr;
+    real *values, *sums;
+    double* gradient;
+    int64_t *queries, *keys, last;
+    int rows = 0, columns = 0, stride = 0, tiles = 0;
+    int64_t offset(int i, int k) const { return min(max<int64_t>(queries[i] + keys[k], 0), last); }
+    // adds the sums to the table's gradient: now and then, so that they stay short and exact
+    void flush() {
+        if (!sums || !rows) return;
+        for (int i = 0; i < rows; i++) for (int k = 0; k < columns; k++) gradient[offset(i, k)] += sums[i * stride + k];
+        memset(sums, 0, sizeof(real) * rows * stride);
+        tiles = 0;
+    }
+    bool holds(const Table& t, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) const {
+        bool same = rows == tile.queries && columns == chunk.count && table == t.data;
+        const int64_t base = q[0];
+        for (int i = 0; same && i < rows; i++) same = queries[i] == q[i] - base;
+        for (int i = 0; same && i < columns; i++) same = keys[i] == k[i] + base;
+        return same;
+    }
+    void fill(const Table& t, double* into, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) {
+        flush();
+        table = t.data; gradient = into; last = t.last; rows = tile.queries; columns = chunk.count; stride = up(columns, L);
+        const int64_t base = q[0];
+        for (int i = 0; i < rows; i++) queries[i] = q[i] - base;
+        for (int i = 0; i < columns; i++) keys[i] = k[i] + base;
+        for (int i = 0; i < rows; i++) {
+            for (int j = 0; j < columns; j++) values[i * stride + j] = table[offset(i, j)];
+            for (int j = columns; j < stride; j++) values[i * stride + j] = 0;
+        }
+        if (sums) memset(sums, 0, sizeof(real) * rows * stride);
+    }
+};
+
+// In which order tiles and heads are walked, and how many expanded tiles are kept on the way.
+struct Order {
+    static constexpr int WAYS = 4;      // shapes of tiles that take turns: the inside, and those that a border cuts
+    bool heads_inner;                   // tiles hardly share keys: a tile is aimed at once for all heads, whose rows are neighbours
+    int64_t queries = 1, keys = 1;      // most of a tile
+    int64_t slots = 0, ways = 1;        // expansions kept of each load, and for each head
+    explicit Order(const Problem& P) {
+        double reuse = 1;               // tiles that meet a key
+        for (int a = 0; a < RANK; a++) {
+            const Axis& x = P.axes[a];
+            int64_t sum = 0, longest = 0, widest = 0;
+            for (int64_t p = 0; p < x.pieces; p++) {
+                const int32_t* piece = x.piece + 3 * p;
+                const int64_t n = max(x.hi[piece[0] * x.columns + piece[2] - 1] - x.lo[piece[0] * x.columns + piece[1]] + 1, 0);
+                sum += n; widest = max(widest, n); longest = max<int64_t>(longest, piece[2] - piece[1]);
+            }
+            queries *= longest; keys *= widest;
+            reuse *= double(sum) / max<int64_t>(x.real_keys, 1);
+        }
+        const int64_t fit = LOADS ? EXPANSION / max<int64_t>(queries * up(keys, L), 1) : 0;
+        heads_inner = reuse < 2 && (!LOADS || fit >= P.heads);
+        if (!fit || P.k_prefix + keys > CHUNK) return;
+        ways = min<int64_t>(heads_inner ? fit / P.heads : fit, WAYS);
+        slots = ways * (heads_inner ? P.heads : 1);
+    }
+    // item number n of a call with so many tiles
+    void item(const Problem& P, int64_t heads, int64_t n, int64_t tiles, int64_t& b, int64_t& h, int64_t& tile) const {
+        if (heads_inner) { h = n % heads; n /= heads; tile = n % tiles; b = n / tiles; }
+        else if (LOADS) { tile = n % tiles; n /= tiles; b = n % P.batch; h = n / P.batch; }
+        else { tile = n % tiles; n /= tiles; h = n % heads; b = n / heads; }
+    }
+    int64_t index(const Problem& P, int64_t heads, int64_t b, int64_t h, int64_t tile, int64_t tiles) const {
+        return heads_inner ? (b * tiles + tile) * heads + h : ((LOADS ? h * P.batch + b : b * heads + h) * tiles + tile);
+    }
+};
+
+// Where a row's table elements lie: in an expansion, or read into `spare` for the rows at hand.
+struct Loads {
+    Order order;
+    Expansion *all, *expansion[LOADS + 1];      // all slots; the tile's, null where its elements are not expanded
+    int* next_way;
+    real* spare;                                // [LOADS][ROWS][CHUNK]
+
+    explicit Loads(const Problem& P) : order(P) {}
+    size_t bytes(bool backward) const {
+        const size_t values = sizeof(real) * order.queries * up(order.keys, L) * (backward ? 2 : 1);
+        return LOADS * (order.slots * (values + 8 * (order.queries + order.keys) + sizeof(Expansion) + 4 + 64 * 6) + sizeof(real) * ROWS * CHUNK + 64);
+    }
+    void allocate(Arena& arena, bool backward) {
+        const int64_t n = LOADS * order.slots, pairs = order.queries * up(order.keys, L);
+        spare = arena.take<real>(LOADS * ROWS * CHUNK);
+        all = arena.take<Expansion>(n);
+        next_way = arena.take<int>(n);
+        for (int64_t i = 0; i < n; i++) {
+            all[i] = Expansion();
+            next_way[i] = 0;
+            all[i].values = arena.take<real>(pairs);
+            all[i].sums = backward ? arena.take<real>(pairs) : nullptr;
+            all[i].queries = arena.take<int64_t>(order.queries); all[i].keys = arena.take<int64_t>(order.keys);
+        }
+    }
+    void aim(const Problem& P, const Tile& t, const Keys& keys, double* const* gradients) {
+        for (int l = 0; l < LOADS; l++) {
+            expansion[l] = nullptr;
+            if (LOAD_MIXED[l] || !order.slots || t.prefix || keys.prefix || t.chunks(P) != t.prefix_chunks(P) + 1) continue;
+            const int64_t first = (l * (order.slots / order.ways) + (order.heads_inner ? t.head : 0)) * order.ways;
+            const Table& table = P.tables[LOAD_TABLE[l]];
+            for (int w = 0; w < order.ways && !expansion[l]; w++)
+                if (all[first + w].holds(table, t, keys, t.load_offset[l], keys.load_offset[l])) expansion[l] = all + first + w;
+            if (!expansion[l]) {
+                expansion[l] = all + first + next_way[first];
+                next_way[first] = (next_way[first] + 1) % order.ways;
+                expansion[l]->fill(table, gradients ? gradients[LOAD_TABLE[l]] : nullptr, t, keys, t.load_offset[l], keys.load_offset[l]);
+            }
+            if (++expansion[l]->tiles == 32) expansion[l]->flush();
+        }
+    }
+    void flush() { for (int64_t i = 0; i < LOADS * order.slots; i++) all[i].flush(); }
+    int64_t offset(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int l, int i, int k) const {
+        int64_t at = t.load_offset[l][i] + keys.load_offset[l][k];
+        if (LOAD_MIXED[l]) at += mixed_offset(P, numbers, t.terms[i], keys.terms, l, k);
+        return min(max<int64_t>(at, 0), P.tables[LOAD_TABLE[l]].last);
+    }
+    // out[l]: the elements for query i = first + r, keys [from, to) at least
+    INLINE void rows(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int i, int r, int from, int to, const real** out) const {
+        for (int l = 0; l < LOADS; l++) {
+            if (expansion[l]) { out[l] = expansion[l]->values + (int64_t)i * expansion[l]->stride; continue; }
+            real* row = spare + ((int64_t)l * ROWS + r) * CHUNK;
+            if (!t.prefix && !keys.prefix) {
+                const real* table = P.tables[LOAD_TABLE[l]].data;
+                for (int k = from; k < min(to, keys.count); k++) row[k] = table[offset(P, numbers, t, keys, l, i, k)];
+                for (int k = keys.count; k < to; k++) row[k] = 0;
+            }
+            out[l] = row;
+        }
+    }
+};
