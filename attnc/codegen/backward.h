@@ -215,7 +215,7 @@ struct Backward {
             pack_panels<D>(k_panels, k, keys.count);
             pack_panels<DV>(v_panels, v, keys.count);
             masks.aim(tile, keys);
-            loads.aim(P, tile, keys, table_sums);
+            loads.aim(P, numbers, tile, keys, table_sums);
             stride = up(keys.count, L) + L;
             if (stride / L % 2 == 0) stride += L;      // rows that lie a power of two apart would share cache sets
             const bool last = n + 1 == tile.chunks(P);

@@ -172,7 +172,7 @@ def describe(spec: Spec, backward: bool) -> list[str]:
     ]
 
 
-def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], Terms]:
+def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], bool, Terms]:
     a, s = spec.attend, spec.structure
     axes = ir.AXES.get(spec.rank, tuple(f"axis{i}" for i in range(spec.rank)))
     terms = Terms(axes, spec.tables, spec.int_tables)
@@ -209,15 +209,20 @@ def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], Term
             out.append(f"// d {'score' if name == 'load_slopes' else 'factor'} / d each table element\n" if lines else "")
             out.append(f"INLINE void {name}({args}) {{\n{raw if 'raw' in body else ''}{body}}}\n")
     offsets = [p.load_offset(node) for node in terms.loads]
-    mixed = [f"        case {i}: return {o[2]};\n" for i, o in enumerate(offsets) if o[2] is not None]
+    ones = "".join(f"        case {i}: return {o[2]};\n" for i, o in enumerate(offsets) if o[2] != "0")
+    out.append("// the part of a table offset that is the same for all pairs of a head\n" if ones else "")
+    cases = f"    switch (load) {{\n{ones}    }}\n" if ones else ""
+    out.append(f"INLINE int64_t head_offset(const Problem& P, const Numbers& numbers, int load) {{\n{cases}    return 0;\n}}\n")
+    mixed = [f"        case {i}: return {o[3]};\n" for i, o in enumerate(offsets) if o[3] is not None]
     out.append("// the part of a table offset that mixes query and key\n" if mixed else "")
     cases = f"    switch (load) {{\n{''.join(mixed)}    }}\n" if mixed else ""
     out.append(f"INLINE int64_t mixed_offset({pair}, int load, int k) {{\n{cases}    return 0;\n}}\n")
-    text = _term_structs(p, offsets) + "".join(out)
-    return text, [terms.tables.index(n.args[0]) for n in terms.loads], [o[2] is not None for o in offsets], terms
+    structs = _term_structs(p, offsets)
+    apart = [o[3] is None and "numbers." not in o[0] + o[1] for o in offsets]
+    return structs + "".join(out), [terms.tables.index(n.args[0]) for n in terms.loads], apart, "numbers." in structs, terms
 
 
-def _term_structs(p: Printer, offsets: list[tuple[str, str, str | None]]) -> str:
+def _term_structs(p: Printer, offsets: list[tuple[str, str, str, str | None]]) -> str:
     """The terms per query and per key, and what computes them."""
     query, key = p.terms.query, p.terms.key
     kinds = {"int": "integer", "bool": "integer", "real": "real"}
@@ -249,7 +254,7 @@ def source(spec: Spec, backward: bool) -> str:
     """The whole C++ source of one direction."""
     refuse(spec)
     a, s = spec.attend, spec.structure
-    hooks, tables, mixed, terms = _hooks(spec, backward)
+    hooks, tables, apart, by_head, terms = _hooks(spec, backward)
     k = spec.kernel(backward)
     plain = a.score == ir.SCORE and s.residual == ir.TRUE and a.post is None
     slope = derivative(_placed(spec, a.score), ir.SCORE)
@@ -266,9 +271,11 @@ def source(spec: Spec, backward: bool) -> str:
             f"constexpr int TILE = {k.queries}, CHUNK = {k.keys};   // most queries of a tile, keys of a chunk\n",
             f"constexpr int LOADS = {len(tables)};   // table elements that a score reads\n",
             f"constexpr int LOAD_TABLE[] = {{{', '.join(map(str, [*tables, 0]))}}};\n",
-            f"constexpr bool LOAD_MIXED[] = {{{', '.join(map(flag, [*mixed, False]))}}};\n",
+            f"constexpr bool LOAD_APART[] = {{{', '.join(map(flag, [*apart, False]))}}};",
+            "   // offset = a query's part + a key's part + the head's\n",
             "constexpr int64_t EXPANSION = 131072;   // most table elements that a thread keeps expanded, of each load\n",
             f"constexpr int QUERY_TERMS = {len(terms.query)}, KEY_TERMS = {len(terms.key)};\n",
+            f"constexpr bool TERMS_BY_HEAD = {flag(by_head)};\n",
             f"constexpr bool PADDED = {flag(spec.padded)}, RESIDUAL = {flag(s.residual != ir.TRUE)};\n",
             f"constexpr bool POST = {flag(a.post is not None)};   // a factor of the weights\n",
             f"constexpr bool PLAIN_SCORE = {flag(plain)}, USES_SCORE = {flag(uses)}, "

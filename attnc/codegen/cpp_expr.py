@@ -216,16 +216,16 @@ class Printer:
         return self.wide(self.vector(e), "real")
 
     # ------------------------------------------------------------------------------------------------------------ table offsets
-    def load_offset(self, e: Expr) -> tuple[str, str, str | None]:
-        """Where a load reads: the query's part of the offset, the key's part, and what neither explains (None: nothing)."""
+    def load_offset(self, e: Expr) -> tuple[str, str, str, str | None]:
+        """Where a load reads: the query's part of the offset, the key's part, that of head and batch, and the rest (None: nothing)."""
         name, *indices = e.args
         t = self.terms.tables.index(name)
-        parts: dict[str, list[str]] = {"q": [], "k": [], "both": []}
+        parts: dict[str, list[str]] = {"q": [], "k": [], "one": [], "both": []}
         for dim, index in enumerate(indices):
             stride = f"P.tables[{t}].stride[{dim}]"
             for sign, term in _summands(index):
                 d = depends(term)
-                side = "k" if d == {"k"} else "q" if d <= {"q"} else "both"
+                side = "one" if not d else "k" if d == {"k"} else "q" if d == {"q"} else "both"
                 text = self.of_pair(term) if side == "both" else self.at_point(term)
                 if "t" in d or "s" in d:
                     raise UnsupportedError(
@@ -237,7 +237,7 @@ class Printer:
         def total(terms: list[str]) -> str:
             return " ".join(terms).removeprefix("+ ") or "0"
 
-        return total(parts["q"]), total(parts["k"]), total(parts["both"]) if parts["both"] else None
+        return total(parts["q"]), total(parts["k"]), total(parts["one"]), total(parts["both"]) if parts["both"] else None
 
 
 def _summands(e: Expr) -> list[tuple[int, Expr]]:

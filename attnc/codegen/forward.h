@@ -42,82 +42,109 @@ struct Forward {
     Panels panels;
     Ahead ahead;
     real *q, *k, *v, *scores, *o, *maximum, *total, *log_sum;
+    real odd_keys[2 * DP];
+    int odd;                // keys that are in no panel
     element* out;
+    static constexpr int64_t STRIDE = CHUNK + L;      // of rows of scores: a power of two would make stores look like later loads
     bool* started;
+    const real** q_row;     // [queries] where their channels lie
 
     explicit Forward(const Problem& P, Arena& arena) : P(P), loads(P) {
-        arena.reserve(2 * Aimed::bytes() + Masks::bytes() + loads.bytes(false) + 64 * 16 + TILE * 25
-                      + sizeof(real) * (TILE * (DP + VP + 3) + 3 * L + CHUNK * (2 * DP + VP + ROWS)));
+        arena.reserve(2 * Aimed::bytes() + Masks::bytes() + loads.bytes(false) + 64 * 16 + TILE * 33
+                      + sizeof(real) * (TILE * (DP + VP + 3) + 3 * L + CHUNK * (2 * DP + VP) + ROWS * STRIDE));
         aimed[0].allocate(arena); aimed[1].allocate(arena);
         loads.allocate(arena, false);
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
         q = arena.take<real>(TILE * DP); o = arena.take<real>(TILE * VP);
         for (real** p : {&maximum, &total, &log_sum}) *p = arena.take<real>(TILE + L);
-        started = arena.take<bool>(TILE);
+        started = arena.take<bool>(TILE); q_row = arena.take<const real*>(TILE);
         k = arena.take<real>(CHUNK * DP); panels.data = arena.take<real>(CHUNK * DP); v = arena.take<real>(CHUNK * VP);
-        scores = arena.take<real>(ROWS * CHUNK);
+        scores = arena.take<real>(ROWS * STRIDE);
     }
 
-    // Scores of queries i .. i + M - 1 against N vectors of keys from key j on, into `scores`, and their maxima per lane. b: the
-    // vectors in their panel, b_row apart. CHECKED: a query may see some of the keys only.
-    template <int M, int N, bool CHECKED>
-    __attribute__((noinline)) void score_block(int i, int j, const real* b, int64_t b_row, bool plain, V* best) const {
-        const Tile& tile = here->tile;
-        const Keys& keys = here->keys;
+    // q . k of queries i .. i + M - 1 and N vectors of keys from key j on (b: the vectors in their panel, b_row apart), to `scores`.
+    // FINISH: as scores, with their maxima per lane; all queries see all these keys.
+    template <int M, int N, bool FINISH>
+    __attribute__((noinline)) void score_block(int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
         const Numbers numbers = this->numbers;
         constexpr int parts = (D + 63) / 64, most = (D + parts - 1) / parts;      // sums are cut, so that their error does not grow
-        const real* a = q + i * DP;
         real* row = scores + j;
+        const real* a[M];
+        UNROLL for (int r = 0; r < M; r++) a[r] = q_row[i + r];
         V s[M][N];
-        UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] = V{};
-        if (USES_SCORE || plain) for (int from = 0; from < D; from += most) {
-            if (from) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {
-                store(row + r * CHUNK + n * L, from > most ? s[r][n] + load(row + r * CHUNK + n * L) : s[r][n]);
-                s[r][n] = V{};
-            }
+        for (int from = 0; from < D; from += most) {
+            UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] = V{};
             for (int d = from; d < min(from + most, D); d++, b += b_row) {
                 V x[N];
                 UNROLL for (int n = 0; n < N; n++) x[n] = load(b + n * L);
                 UNROLL for (int r = 0; r < M; r++) {
-                    const V y = splat(a[r * DP + d]);
+                    const V y = splat(a[r][d]);
                     UNROLL for (int n = 0; n < N; n++) s[r][n] += y * x[n];
                 }
             }
+            if (from) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] += load(row + r * STRIDE + n * L);
+            if (from + most < D) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(row + r * STRIDE + n * L, s[r][n]);
         }
-        const I inside = lanes() < splat_integer(keys.count - j - (N - 1) * L);      // of the last vector
-        const real* elements[M][LOADS + 1];
-        if (!PLAIN_SCORE && !plain) UNROLL for (int r = 0; r < M; r++) loads.rows(P, numbers, tile, keys, i + r, r, j, j + N * L, elements[r]);
-        UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {
-            real* to = row + r * CHUNK + n * L;
-            V x = parts > 1 ? s[r][n] + load(to) : s[r][n];
-            if constexpr (!PLAIN_SCORE) x = plain ? x * splat(numbers.scale) : score(P, numbers, tile.terms[i + r], keys.terms, elements[r], j + n * L, x);
-            if constexpr (CHECKED) x = checked(i + r, j + n * L, plain, x);
-            if (n == N - 1) x = select(inside, x, splat(-INF));
+        if constexpr (FINISH) {
+            const I inside = lanes() < splat_integer(here->keys.count - j - (N - 1) * L);      // of the last vector
+            UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {
+                V x = s[r][n];
+                if constexpr (!PLAIN_SCORE) x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j + n * L, x);
+                if (n == N - 1) x = select(inside, x, splat(-INF));
+                best[r] = larger(best[r], x);
+                store(row + r * STRIDE + n * L, x);
+            }
+        } else UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(row + r * STRIDE + n * L, s[r][n]);
+    }
+    template <int M, bool FINISH> INLINE void score_rows(int n, int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
+        switch (n) {
+            case 1: return score_block<M, 1, FINISH>(i, j, b, b_row, elements, best);
+            case 2: return score_block<M, 2, FINISH>(i, j, b, b_row, elements, best);
+            case 3: return score_block<M, 3, FINISH>(i, j, b, b_row, elements, best);
+            default: if constexpr (COLUMNS > 3) return score_block<M, 4, FINISH>(i, j, b, b_row, elements, best);
+        }
+    }
+    // The same for the one or two keys after the last whole vector, which a vector of their own would mostly waste: sums over lanes of
+    // channels.
+    template <int M> INLINE void odd_scores(int i, const real* const (*elements)[LOADS + 1], V* best) const {
+        const Numbers numbers = this->numbers;
+        const int j = here->keys.count - odd;
+        V dot[2];
+        for (int t = 0; t < odd; t++) {
+            V s[M];
+            UNROLL for (int r = 0; r < M; r++) s[r] = V{};
+            for (int d = 0; d < DP; d += L) {
+                const V y = load(odd_keys + t * DP + d);
+                UNROLL for (int r = 0; r < M; r++) s[r] += load(q_row[i + r] + d) * y;
+            }
+            dot[t] = fold_rows<M>(s, [](V a, V b) { return a + b; });
+        }
+        UNROLL for (int r = 0; r < M; r++) {
+            V x = odd > 1 ? select(lanes() < splat_integer(1), lane(dot[0], r), lane(dot[1], r)) : lane(dot[0], r);
+            if constexpr (!PLAIN_SCORE) x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j, x);
+            x = select(lanes() < splat_integer(odd), x, splat(-INF));
             best[r] = larger(best[r], x);
-            store(to, x);
+            store(scores + r * STRIDE + j, x);
         }
     }
-    // the scores of query i and the keys from j on, -inf where it does not see the key
-    INLINE V checked(int i, int j, bool plain, V x) const {
-        const real* row = masks.row(i);
-        const Run run = run_of(here->tile, here->keys, i);
-        bool compare = RESIDUAL && !plain;
-        if (row) x += load(row + j);
-        else for (int a = 0; a < RANK; a++) compare |= here->tile.checked[a] && !here->keys.prefix;
-        if (compare || j < run.begin || j + L > run.end) x = select(visible(P, numbers, here->tile, here->keys, run, i, j, plain), x, splat(-INF));
-        return x;
-    }
-    template <int M> INLINE void score_rows(int n, int i, int j, const real* b, int64_t b_row, bool check, bool plain, V* best) const {
-        if (check) switch (n) {
-            case 1: return score_block<M, 1, true>(i, j, b, b_row, plain, best);
-            case 2: return score_block<M, 2, true>(i, j, b, b_row, plain, best);
-            case 3: return score_block<M, 3, true>(i, j, b, b_row, plain, best);
-            default: if constexpr (COLUMNS > 3) return score_block<M, 4, true>(i, j, b, b_row, plain, best);
-        } else switch (n) {
-            case 1: return score_block<M, 1, false>(i, j, b, b_row, plain, best);
-            case 2: return score_block<M, 2, false>(i, j, b, b_row, plain, best);
-            case 3: return score_block<M, 3, false>(i, j, b, b_row, plain, best);
-            default: if constexpr (COLUMNS > 3) return score_block<M, 4, false>(i, j, b, b_row, plain, best);
+    // Products in `scores` of queries i .. i + m - 1 and the keys [from, to) become scores, -inf where a query does not see a key.
+    __attribute__((noinline)) void check_rows(int i, int m, int from, int to, bool plain, const real* const (*elements)[LOADS + 1], V* best) const {
+        const Tile& tile = here->tile;
+        const Keys& keys = here->keys;
+        bool axes = false;
+        for (int a = 0; a < RANK; a++) axes |= tile.checked[a] && !keys.prefix;
+        for (int r = 0; r < m; r++) {
+            const real* row = masks.row(i + r);
+            const Run run = run_of(tile, keys, i + r);
+            const bool always = (RESIDUAL && !plain) || (axes && !row);
+            for (int j = from; j < to; j += L) {
+                V x = load(scores + r * STRIDE + j);
+                if constexpr (!PLAIN_SCORE) x = plain ? x * splat(numbers.scale) : score(P, numbers, tile.terms[i + r], keys.terms, elements[r], j, x);
+                if (row) x += load(row + j);
+                if (always || j < run.begin || j + L > run.end) x = select(visible(P, numbers, tile, keys, run, i + r, j, plain), x, splat(-INF));
+                best[r] = larger(best[r], x);
+                store(scores + r * STRIDE + j, x);
+            }
         }
     }
     // N vectors of output of M queries, from vector `at` on: o = o * before + weights * values, times `after` where they are finished.
@@ -139,7 +166,7 @@ struct Forward {
                 V x[N];
                 UNROLL for (int n = 0; n < N; n++) x[n] = load(value + n * L);
                 UNROLL for (int r = 0; r < M; r++) {
-                    const V y = splat(weight[r * CHUNK]);
+                    const V y = splat(weight[r * STRIDE]);
                     UNROLL for (int n = 0; n < N; n++) sum[r][n] += y * x[n];
                 }
             }
@@ -176,58 +203,72 @@ struct Forward {
             return;
         }
         const bool plain = tile.prefix || keys.prefix;
-        bool check = RESIDUAL && !plain;
+        bool check = (RESIDUAL && !plain) || (plain && !PLAIN_SCORE) || !USES_SCORE;
         for (int a = 0; a < RANK; a++) check |= tile.checked[a] && !keys.prefix;
         for (int r = 1; r < M; r++) { const Run x = run_of(tile, keys, i + r); clear.begin = max(clear.begin, x.begin); clear.end = min(clear.end, x.end); }
         const int first = run.begin / L, end = (run.end + L - 1) / L, from = first * L, to = end * L;
         V best[M];
-        UNROLL for (int r = 0; r < M; r++) best[r] = splat(LOWEST);
+        const real* elements[M][LOADS + 1];
+        for (int r = 0; r < M; r++) {
+            best[r] = splat(LOWEST);
+            if (!PLAIN_SCORE && !plain) loads.rows(P, numbers, tile, keys, i + r, r, from, to, elements[r]);
+        }
         for (int p = 0; p < panels.count; p++) {
             const int begin = panels.first(p), x = max(begin, first), y = min(panels.first(p + 1), end);
             if (x >= y) continue;
-            const bool some = check || x * L < clear.begin || min(y * L, keys.count) > clear.end;
-            score_rows<M>(y - x, i, x * L, panels.data + begin * L * D + (x - begin) * L, (panels.first(p + 1) - begin) * L, some, plain, best);
+            const real* b = panels.data + begin * L * D + (x - begin) * L;
+            const int64_t width = (panels.first(p + 1) - begin) * L;
+            if (check || x * L < clear.begin || min(y * L, keys.count) > clear.end) {
+                if (USES_SCORE || plain) score_rows<M, false>(y - x, i, x * L, b, width, elements, best);
+                else for (int r = 0; r < M; r++) memset(scores + r * STRIDE + x * L, 0, sizeof(real) * (y - x) * L);
+                check_rows(i, M, x * L, y * L, plain, elements, best);
+            } else score_rows<M, true>(y - x, i, x * L, b, width, elements, best);
         }
+        if constexpr (M <= L && D % L == 0) if (odd) odd_scores<M>(i, elements, best);
+        // maxima, sums and factors of L rows at a time
+        constexpr int groups = (M + L - 1) / L;
         const V unit = unit_of(numbers);
-        real now[M];
-        V sums[M], before[M], after[M];
-        UNROLL for (int r = 0; r < M; r++) now[r] = largest(best[r]);
-        for (int r = 0; r < M; r++) {
-            now[r] = max(maximum[i + r], PLAIN_SCORE ? now[r] * numbers.scale_log2e : now[r]);
-            const V shift = splat(now[r]);
-            real* row = scores + r * CHUNK;
-            V added{};
-            for (int j = from; j < to; j += L) {
-                const V e = exp2_vector(exponent(load(row + j), shift, unit));
-                added += e;
-                store(row + j, e);
-            }
-            sums[r] = added;
+        V now[groups], sums[M], before[M], after[M];
+        const auto bigger = [](V a, V b) { return larger(a, b); };
+        const auto plus = [](V a, V b) { return a + b; };
+        each_group<M>([&]<int G, int N>() __attribute__((always_inline)) {
+            const V top = fold_rows<N>((const V(&)[N])best[G * L], bigger);
+            now[G] = larger(load(maximum + i + G * L), PLAIN_SCORE ? top * splat(numbers.scale_log2e) : top);
+        });
+        UNROLL for (int r = 0; r < M; r++) { best[r] = lane(now[r / L], r % L); sums[r] = V{}; }
+        for (int j = from; j < to; j += L) {
+            V e[M];
+            UNROLL for (int r = 0; r < M; r++) e[r] = exponent(load(scores + r * STRIDE + j), best[r], unit);
+            UNROLL for (int r = 0; r < M; r++) e[r] = exp2_vector(e[r]);
+            UNROLL for (int r = 0; r < M; r++) { sums[r] += e[r]; store(scores + r * STRIDE + j, e[r]); }
         }
         if (POST && !plain) for (int r = 0; r < M; r++) {
-            const real* elements[LOADS + 1];
-            loads.rows(P, numbers, tile, keys, i + r, r, from, to, elements);
-            real* row = scores + r * CHUNK;
-            for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, tile.terms[i + r], keys.terms, elements, j));
+            real* row = scores + r * STRIDE;
+            for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, tile.terms[i + r], keys.terms, elements[r], j));
         }
-        UNROLL for (int r = 0; r < M; r++) {
-            real all = sum(sums[r]);
-            if (more) {
-                before[r] = exp2_vector(splat((maximum[i + r] - now[r]) * (PLAIN_SCORE ? 1 : LOG2E)));
-                all += total[i + r] * before[r][0];
-            }
-            total[i + r] = all;
-            maximum[i + r] = now[r];
-            started[i + r] = true;
-            after[r] = splat(inverse(all));
-        }
+        each_group<M>([&]<int G, int N>() __attribute__((always_inline)) {
+            const V old = load(maximum + i + G * L), factor = exp2_vector((old - now[G]) * splat(PLAIN_SCORE ? 1 : LOG2E));
+            const V all = fold_rows<N>((const V(&)[N])sums[G * L], plus) + load(total + i + G * L) * factor;
+            const V inverse = select(all > V{}, splat(1) / all, select(all <= V{}, V{}, all));      // 0 of no weights, NaN of a NaN
+            const I mine = lanes() < splat_integer(N);
+            store(maximum + i + G * L, select(mine, now[G], old));
+            store(total + i + G * L, select(mine, all, load(total + i + G * L)));
+            UNROLL for (int r = 0; r < N; r++) { before[G * L + r] = lane(factor, r); after[G * L + r] = lane(inverse, r); }
+        });
+        for (int r = 0; r < M; r++) started[i + r] = true;
         value_rows<M>(i, run, more ? before : nullptr, last ? after : nullptr);
     }
-    // of a sum of weights: 0 where there were none, NaN where one was
-    static INLINE real inverse(real total) { return total > 0 ? 1 / total : total <= 0 ? 0 : total; }
+    // f<G, N>(): rows G * L .. G * L + N - 1 of M
+    template <int M, int G = 0, class F> static INLINE void each_group(F f) {
+        f.template operator()<G, min(M - G * L, L)>();
+        if constexpr (M > (G + 1) * L) each_group<M, G + 1>(f);
+    }
     // Queries whose last chunk has been, from `o`.
     void finish(int i, int m) {
-        for (int r = i; r < i + m; r++) store_row<DV>(out + here->out_offset[r], P.out_layout.channel, o + r * VP, inverse(total[r]));
+        for (int r = i; r < i + m; r++) {
+            const real all = total[r];
+            store_row<DV>(out + here->out_offset[r], P.out_layout.channel, o + r * VP, all > 0 ? 1 / all : all <= 0 ? 0 : all);
+        }
     }
     void rows(int i, int m, bool last) {
         switch (m) {
@@ -261,7 +302,9 @@ struct Forward {
         const element* q_corner = corner(P.q, P.q_layout, b, h);
         real* lse = corner(P.lse, P.lse_layout, b, h);
         for (int i = 0; i < tile.queries; i++) {
-            load_query(P, q_corner + here->q_offset[i], q + i * DP);
+            const element* row = q_corner + here->q_offset[i];
+            if constexpr (sizeof(element) == sizeof(real)) q_row[i] = (const real*)row;
+            if (sizeof(element) != sizeof(real) || P.q_layout.channel != 1 || P.scale <= 0) { load_query(P, row, q + i * DP); q_row[i] = q + i * DP; }
             maximum[i] = LOWEST; total[i] = 0; started[i] = false;
         }
         const int64_t chunks = tile.chunks(P), kv = tile.kv_head, group = P.heads / P.kv_heads;
@@ -273,11 +316,13 @@ struct Forward {
         for (int64_t n = 0; n < chunks; n++) {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
-            keys.gather<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
+            odd = keys.count % L;
+            if (odd > 2 || keys.count < L || D % L || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            for (int t = 0; t < odd; t++) load_row<D>(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * DP);
+            keys.pack<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);
             keys.gather<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
-            pack_panels<D>(panels, k, keys.count);
             masks.aim(tile, keys);
-            loads.aim(P, tile, keys, nullptr);
+            loads.aim(P, numbers, tile, keys, nullptr);
             for (int i = 0, m; i < tile.queries; i += m) {
                 m = share(tile.queries - i, ROWS);
                 rows(i, m, n + 1 == chunks);

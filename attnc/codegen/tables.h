@@ -1,38 +1,43 @@
 // ---- table elements that enter a score ----------------------------------------------------------------------------------------------
-// values[i][k] = table[offset of query i + offset of key k] for one tile. Tiles that look at the same elements (windows of one head
-// do) find them expanded; their gradients are summed in the same places.
-struct Expansion {
-    const real* table = nullptr;
-    real *values, *sums;
-    double* gradient;
-    int64_t *queries, *keys, last;
-    int rows = 0, columns = 0, stride = 0, tiles = 0;
-    int64_t offset(int i, int k) const { return min(max<int64_t>(queries[i] + keys[k], 0), last); }
-    // adds the sums to the table's gradient: now and then, so that they stay short and exact
-    void flush() {
-        if (!sums || !rows) return;
-        for (int i = 0; i < rows; i++) for (int k = 0; k < columns; k++) gradient[offset(i, k)] += sums[i * stride + k];
-        memset(sums, 0, sizeof(real) * rows * stride);
-        tiles = 0;
-    }
-    bool holds(const Table& t, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) const {
-        bool same = rows == tile.queries && columns == chunk.count && table == t.data;
+// values[i][k] = table[offset of query i + offset of key k + offset of the head]. Tiles of one shape (windows) look at the same
+// elements and find them expanded; their gradients are summed in the same places.
+struct Shape {
+    int64_t *queries, *keys;        // offsets
+    int rows = 0, columns = 0, version = 0;
+    bool holds(const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) const {
+        bool same = rows == tile.queries && columns == chunk.count;
         const int64_t base = q[0];
         for (int i = 0; same && i < rows; i++) same = queries[i] == q[i] - base;
         for (int i = 0; same && i < columns; i++) same = keys[i] == k[i] + base;
         return same;
     }
-    void fill(const Table& t, double* into, const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) {
-        flush();
-        table = t.data; gradient = into; last = t.last; rows = tile.queries; columns = chunk.count; stride = up(columns, L);
+    void take(const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) {
+        rows = tile.queries; columns = chunk.count; version++;
         const int64_t base = q[0];
         for (int i = 0; i < rows; i++) queries[i] = q[i] - base;
         for (int i = 0; i < columns; i++) keys[i] = k[i] + base;
-        for (int i = 0; i < rows; i++) {
-            for (int j = 0; j < columns; j++) values[i * stride + j] = table[offset(i, j)];
-            for (int j = columns; j < stride; j++) values[i * stride + j] = 0;
+    }
+};
+struct Expansion {
+    real *values, *sums;
+    double* gradient;
+    int64_t shift, last;
+    int stride = 0, tiles = 0, version = 0;     // of the shape that it was filled for; 0: none
+    int64_t offset(const Shape& s, int i, int k) const { return min(max<int64_t>(s.queries[i] + s.keys[k] + shift, 0), last); }
+    // adds the sums to the table's gradient: now and then, so that they stay short and exact
+    void flush(const Shape& s) {
+        if (!sums || !version) return;
+        for (int i = 0; i < s.rows; i++) for (int k = 0; k < s.columns; k++) gradient[offset(s, i, k)] += sums[i * stride + k];
+        memset(sums, 0, sizeof(real) * s.rows * stride);
+        tiles = 0;
+    }
+    void fill(const Shape& s, const Table& t, double* into, int64_t head) {
+        gradient = into; last = t.last; shift = head; stride = up(s.columns, L); version = s.version; tiles = 0;
+        for (int i = 0; i < s.rows; i++) {
+            for (int k = 0; k < s.columns; k++) values[i * stride + k] = t.data[offset(s, i, k)];
+            for (int k = s.columns; k < stride; k++) values[i * stride + k] = 0;
         }
-        if (sums) memset(sums, 0, sizeof(real) * rows * stride);
+        if (sums) memset(sums, 0, sizeof(real) * s.rows * stride);
     }
 };
 
@@ -75,48 +80,68 @@ struct Order {
 // Where a row's table elements lie: in an expansion, or read into `spare` for the rows at hand.
 struct Loads {
     Order order;
-    Expansion *all, *expansion[LOADS + 1];      // all slots; the tile's, null where its elements are not expanded
-    int* next_way;
+    Shape* shapes;                              // [LOADS][ways]
+    Expansion *all, *expansion[LOADS + 1];      // [LOADS][slots / ways][ways]; the tile's, null where its elements are not expanded
+    int next_way[LOADS + 1];
     real* spare;                                // [LOADS][ROWS][CHUNK]
 
     explicit Loads(const Problem& P) : order(P) {}
     size_t bytes(bool backward) const {
         const size_t values = sizeof(real) * order.queries * up(order.keys, L) * (backward ? 2 : 1);
-        return LOADS * (order.slots * (values + 8 * (order.queries + order.keys) + sizeof(Expansion) + 4 + 64 * 6) + sizeof(real) * ROWS * CHUNK + 64);
+        return LOADS * (order.slots * (values + sizeof(Expansion) + 64 * 3) + sizeof(real) * ROWS * CHUNK
+                        + order.ways * (sizeof(Shape) + 8 * (order.queries + order.keys) + 64 * 3) + 64 * 3);
     }
     void allocate(Arena& arena, bool backward) {
         const int64_t n = LOADS * order.slots, pairs = order.queries * up(order.keys, L);
         spare = arena.take<real>(LOADS * ROWS * CHUNK);
+        shapes = arena.take<Shape>(LOADS * order.ways);
         all = arena.take<Expansion>(n);
-        next_way = arena.take<int>(n);
+        for (int64_t i = 0; n && i < LOADS * order.ways; i++) {
+            shapes[i] = Shape();
+            shapes[i].queries = arena.take<int64_t>(order.queries); shapes[i].keys = arena.take<int64_t>(order.keys);
+        }
         for (int64_t i = 0; i < n; i++) {
             all[i] = Expansion();
-            next_way[i] = 0;
             all[i].values = arena.take<real>(pairs);
             all[i].sums = backward ? arena.take<real>(pairs) : nullptr;
-            all[i].queries = arena.take<int64_t>(order.queries); all[i].keys = arena.take<int64_t>(order.keys);
         }
+        for (int l = 0; l < LOADS; l++) next_way[l] = 0;
     }
-    void aim(const Problem& P, const Tile& t, const Keys& keys, double* const* gradients) {
+    Expansion& slot(int l, int64_t head, int64_t way) const { return all[l * order.slots + head * order.ways + way]; }
+    void aim(const Problem& P, const Numbers& numbers, Tile& t, const Keys& keys, double* const* gradients) {
         for (int l = 0; l < LOADS; l++) {
             expansion[l] = nullptr;
-            if (LOAD_MIXED[l] || !order.slots || t.prefix || keys.prefix || t.chunks(P) != t.prefix_chunks(P) + 1) continue;
-            const int64_t first = (l * (order.slots / order.ways) + (order.heads_inner ? t.head : 0)) * order.ways;
-            const Table& table = P.tables[LOAD_TABLE[l]];
-            for (int w = 0; w < order.ways && !expansion[l]; w++)
-                if (all[first + w].holds(table, t, keys, t.load_offset[l], keys.load_offset[l])) expansion[l] = all + first + w;
-            if (!expansion[l]) {
-                expansion[l] = all + first + next_way[first];
-                next_way[first] = (next_way[first] + 1) % order.ways;
-                expansion[l]->fill(table, gradients ? gradients[LOAD_TABLE[l]] : nullptr, t, keys, t.load_offset[l], keys.load_offset[l]);
+            if (!LOAD_APART[l] || !order.slots || t.prefix || keys.prefix || t.chunks(P) != t.prefix_chunks(P) + 1) continue;
+            Shape* const shape = shapes + l * order.ways;
+            if (t.version[l] < 0 || shape[t.way[l]].version != t.version[l]) find(l, t, keys);
+            const Shape& mine = shape[t.way[l]];
+            Expansion& x = slot(l, order.heads_inner ? t.head : 0, t.way[l]);
+            const int64_t shift = head_offset(P, numbers, l);
+            if (x.version != mine.version || x.shift != shift) {
+                x.flush(mine);      // (of another head; other shapes' sums went when the shape did)
+                x.fill(mine, P.tables[LOAD_TABLE[l]], gradients ? gradients[LOAD_TABLE[l]] : nullptr, shift);
             }
-            if (++expansion[l]->tiles == 32) expansion[l]->flush();
+            if (++x.tiles == 32) x.flush(mine);
+            expansion[l] = &x;
         }
     }
-    void flush() { for (int64_t i = 0; i < LOADS * order.slots; i++) all[i].flush(); }
+    // the tile's shape among those that are kept, or in the place of one
+    void find(int l, Tile& t, const Keys& keys) {
+        Shape* const shape = shapes + l * order.ways;
+        int w = 0;
+        while (w < order.ways && !shape[w].holds(t, keys, t.load_offset[l], keys.load_offset[l])) w++;
+        if (w == order.ways) {
+            w = next_way[l];
+            next_way[l] = (w + 1) % order.ways;
+            for (int64_t head = 0; head < order.slots / order.ways; head++) { Expansion& x = slot(l, head, w); x.flush(shape[w]); x.version = 0; }
+            shape[w].take(t, keys, t.load_offset[l], keys.load_offset[l]);
+        }
+        t.way[l] = w; t.version[l] = shape[w].version;
+    }
+    void flush() { for (int64_t i = 0; i < LOADS * order.slots; i++) all[i].flush(shapes[i / order.slots * order.ways + i % order.ways]); }
     int64_t offset(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int l, int i, int k) const {
-        int64_t at = t.load_offset[l][i] + keys.load_offset[l][k];
-        if (LOAD_MIXED[l]) at += mixed_offset(P, numbers, t.terms[i], keys.terms, l, k);
+        int64_t at = t.load_offset[l][i] + keys.load_offset[l][k] + head_offset(P, numbers, l);
+        if (!LOAD_APART[l]) at += mixed_offset(P, numbers, t.terms[i], keys.terms, l, k);
         return min(max<int64_t>(at, 0), P.tables[LOAD_TABLE[l]].last);
     }
     // out[l]: the elements for query i = first + r, keys [from, to) at least

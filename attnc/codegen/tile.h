@@ -95,6 +95,7 @@ struct Tile {
     integer *low[RANK], *high[RANK];
     QueryTerms* terms;
     int64_t* load_offset[LOADS + 1];
+    int way[LOADS + 1], version[LOADS + 1];      // where its table elements are expanded: see Loads
 
     static size_t bytes() { return TILE * ((2 + LOADS) * 8 + sizeof(QueryTerms) + RANK * 2 * sizeof(integer)) + 64 * (5 + LOADS + 2 * RANK); }
     void allocate(Arena& arena) {
@@ -139,22 +140,26 @@ struct Tile {
         for (int a = 0; a < RANK; a++) if (checked[a]) q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
             for (int64_t i = 0; i < length; i++) { const int64_t at = index[a] + (a == RANK - 1 ? i : 0); low[a][n + i] = lo[a][at]; high[a][n + i] = hi[a][at]; }
         });
+        for (int l = 0; l < LOADS; l++) version[l] = -1;
+        if (!TERMS_BY_HEAD) find_terms(P, 0, 0);
     }
     // from here on the tile is of this batch and head
     void look_at(const Problem& P, int64_t b, int64_t h) {
         batch = b; head = h; kv_head = h / (P.heads / P.kv_heads);
-        if ((QUERY_TERMS || LOADS) && !prefix) {
-            const Numbers numbers{0, 0, b, h};
-            q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
-                integer c[RANK];
-                for (int a = 0; a < RANK; a++) c[a] = q_box.first[a] + q_box.step[a] * index[a];
-                for (int64_t i = 0; i < length; i++, c[RANK - 1] += q_box.step[RANK - 1]) {
-                    int64_t at[LOADS + 1];
-                    query_terms(P, numbers, c, terms[n + i], at);
-                    for (int l = 0; l < LOADS; l++) load_offset[l][n + i] = at[l];
-                }
-            });
-        }
+        if (TERMS_BY_HEAD && !prefix) find_terms(P, b, h);
+    }
+    void find_terms(const Problem& P, int64_t b, int64_t h) {
+        if (!QUERY_TERMS && !LOADS) return;
+        const Numbers numbers{0, 0, b, h};
+        q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
+            integer c[RANK];
+            for (int a = 0; a < RANK; a++) c[a] = q_box.first[a] + q_box.step[a] * index[a];
+            for (int64_t i = 0; i < length; i++, c[RANK - 1] += q_box.step[RANK - 1]) {
+                int64_t at[LOADS + 1];
+                query_terms(P, numbers, c, terms[n + i], at);
+                for (int l = 0; l < LOADS; l++) load_offset[l][n + i] = at[l];
+            }
+        });
     }
     // prefix tokens [from, to) as queries: they see every key
     void aim_prefix(const Problem& P, int64_t from, int64_t to) {
@@ -234,11 +239,13 @@ struct Keys {
             const int64_t position = c[a][i] - key_before[a];
             real_key[i] &= position >= 0 && position < P.axes[a].real_keys;
         }
+        if (!TERMS_BY_HEAD) find_terms(P, t, 0, 0);
     }
-    // what expressions need of the chunk's keys, for the tile's batch and head
-    void look_at(const Problem& P, const Tile& t) {
-        if (!(KEY_TERMS || LOADS) || t.prefix || prefix) return;
-        const Numbers numbers{0, 0, t.batch, t.head};
+    void look_at(const Problem& P, const Tile& t) { if (TERMS_BY_HEAD) find_terms(P, t, t.batch, t.head); }
+    // what expressions need of the chunk's keys
+    void find_terms(const Problem& P, const Tile& t, int64_t b, int64_t h) {
+        if ((!KEY_TERMS && !LOADS) || t.prefix || prefix) return;
+        const Numbers numbers{0, 0, b, h};
         for (int i = 0; i < count; i++) {
             integer at[RANK];
             int64_t from[LOADS + 1];
@@ -258,6 +265,15 @@ struct Keys {
             else load_row<W>(src + offset[i], channel, dst + i * P);
         }
         memset(dst + rows * P, 0, sizeof(real) * (up(rows, L) - rows) * P);
+    }
+    // The same as panels, without the last `but` keys. `rows`: memory for rows that are no whole vectors where they lie.
+    template <int W> INLINE void pack(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
+        if (!PADDED && W % L == 0 && channel == 1)
+            pack_rows<W>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load_elements(src + offset[i] + d); });
+        else {
+            gather<W>(src, channel, offset, pad, rows);
+            pack_panels<W>(panels, rows, count - but);
+        }
     }
 };
 
@@ -353,7 +369,7 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
 template <int W, int NEAR = 2> INLINE void prefetch(const element* row, int64_t channel) {
     if (channel != 1) return;
     UNROLL for (int d = 0; d < W; d += 64 / (int)sizeof(element)) __builtin_prefetch(row + d, 0, NEAR);
-    if (W * sizeof(element) % 64 || W * sizeof(element) > 64) __builtin_prefetch(row + W - 1, 0, NEAR);
+    if (((uintptr_t)row & 63) + W * sizeof(element) > up(W * sizeof(element), 64)) __builtin_prefetch(row + W - 1, 0, NEAR);
 }
 template <int W> INLINE void prefetch_for_writing(const element* row, int64_t channel) {
     if (channel != 1) return;

@@ -66,6 +66,25 @@ template <int H, class Op> INLINE V fold(V v, Op op) {      // combines lanes th
 }
 INLINE real sum(V v) { return fold<L / 2>(v, [](V a, V b) { return a + b; })[0]; }
 INLINE real largest(V v) { return fold<L / 2>(v, [](V a, V b) { return larger(a, b); })[0]; }
+// Lane r of the result: op over the lanes of x[r], r < M <= L. While several rows are left, two are folded into one vector at a time.
+template <int M, int H, class Op> INLINE V fold_pairs(const V (&x)[M], Op op) {
+    if constexpr (M == 1) {
+        if constexpr (H == 0) return x[0]; else return fold<max(H, 1)>(x[0], op);
+    } else {
+        constexpr int pairs = (M + 1) / 2;
+        V y[pairs];
+        UNROLL for (int r = 0; r < pairs; r++) {
+            const V a = x[2 * r], b = x[min(2 * r + 1, M - 1)];
+            y[r] = op(arrange(a, b, [](int l) { return l & H ? L + (l ^ H) : l; }), arrange(a, b, [](int l) { return l & H ? L + l : l | H; }));
+        }
+        return fold_pairs<pairs, H / 2>(y, op);
+    }
+}
+template <int M, class Op> INLINE V fold_rows(const V (&x)[M], Op op) {
+    const V y = fold_pairs<M, L / 2>(x, op);
+    return arrange(y, y, [](int r) { int lane = 0; for (int h = L / 2; h && r; h /= 2, r /= 2) lane += r % 2 * h; return lane; });
+}
+INLINE V lane(V x, int i) { return permute(x, splat_integer(i)); }      // one lane in all
 
 // ---- functions ---------------------------------------------------------------------------------------------------------------
 // 2^x = 2^n * 2^r with |r| <= 1/2: adding `round_to_integer` rounds x to n, whose bits then are the low bits of the sum.
@@ -73,13 +92,11 @@ INLINE real largest(V v) { return fold<L / 2>(v, [](V a, V b) { return larger(a,
 constexpr real round_to_integer = 12582912.f, smallest_exponent = -126.f, largest_exponent = 128.f;
 constexpr int mantissa = 23;
 // (2^r - 1) / r, relative error 6e-9 before rounding
+constexpr real EXP2[] = {0.000154614475f, 0.00133908674f, 0.00961805667f, 0.055503571f, 0.240226509f, 0.693147188f};
 INLINE V exp2_minus_one_over(V r) {
-    V p = splat(0.000154614475f);
-    p = p * r + splat(0.00133908674f);
-    p = p * r + splat(0.00961805667f);
-    p = p * r + splat(0.055503571f);
-    p = p * r + splat(0.240226509f);
-    return p * r + splat(0.693147188f);
+    V p = splat(EXP2[0]);
+    UNROLL for (int k = 1; k < 6; k++) p = p * r + splat(EXP2[k]);
+    return p;
 }
 #else
 constexpr real round_to_integer = 6755399441055744., smallest_exponent = -1022., largest_exponent = 1024.;
@@ -299,24 +316,28 @@ INLINE void transpose(V (&x)[L]) {
     if constexpr (L > 2) exchange<2>(x);
     exchange<1>(x);
 }
-// `rows` rows of `src`, up(W, L) apart and readable to a whole number of vectors of rows
-template <int W> void pack_panels(Panels& panels, const real* src, int rows) {
-    constexpr int P = up(W, L);
+// load(i, d): L channels of row i from channel d on, padded with zeros
+template <int W, class Load> INLINE void pack_rows(Panels& panels, int rows, Load load_part) {
     panels.resize(rows);
     for (int p = 0; p < panels.count; p++) {
         const int begin = panels.first(p), width = (panels.first(p + 1) - begin) * L;
         for (int v = 0; v * L < width; v++) {
-            const real* s = src + (int64_t)(begin + v) * L * P;
+            const int first = (begin + v) * L, there = min(rows - first, L);
             real* dst = panels.data + (int64_t)begin * L * W + v * L;
             for (int d = 0; d < W; d += L) {
                 V x[L];
-                UNROLL for (int i = 0; i < L; i++) x[i] = load(s + i * P + d);
+                if (there == L) { UNROLL for (int i = 0; i < L; i++) x[i] = load_part(first + i, d); }
+                else { UNROLL for (int i = 0; i < L; i++) x[i] = i < there ? load_part(first + i, d) : V{}; }
                 transpose(x);
                 if (d + L <= W) { UNROLL for (int i = 0; i < L; i++) store(dst + (int64_t)(d + i) * width, x[i]); }
                 else for (int i = 0; i < W - d; i++) store(dst + (int64_t)(d + i) * width, x[i]);
             }
         }
     }
+}
+// rows of `src`, up(W, L) apart
+template <int W> void pack_panels(Panels& panels, const real* src, int rows) {
+    pack_rows<W>(panels, rows, [&](int i, int d) __attribute__((always_inline)) { return load(src + (int64_t)i * up(W, L) + d); });
 }
 // C[m rows][vectors from .. to of the panels' rows] = A[m][W] times the panels; A's rows are up(W, L) apart
 template <int W> INLINE void multiply_panels(int m, const real* a, const Panels& panels, int from, int to, real* c, int64_t c_row) {
