@@ -1,8 +1,10 @@
 // One vector type for every instruction set, by the compiler's vector extensions. L lanes of `real` fill one register:
 // wider vectors are split badly by compilers. A comparison gives a vector of integers, 0 or -1 per lane.
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(HALF_REGISTERS)
 constexpr int REGISTER = 64, ROWS = 6, COLUMNS = 4;   // register block of a product: ROWS x COLUMNS vectors
+#elif defined(__AVX512VL__)
+constexpr int REGISTER = 32, ROWS = 6, COLUMNS = 4;
 #elif defined(__AVX__)
 constexpr int REGISTER = 32, ROWS = 4, COLUMNS = 3;
 #elif defined(__aarch64__)
@@ -203,7 +205,7 @@ INLINE element put(real x) { uint32_t u; memcpy(&u, &x, 4); return x == x ? (u +
 #else
 typedef _Float16 element;
 typedef _Float16 E_memory __attribute__((vector_size(2 * L), aligned(2), may_alias));
-#if defined(__AVX512F__) && defined(__F16C__)
+#if defined(__AVX512F__) && defined(__F16C__) && !defined(HALF_REGISTERS)
 #include <immintrin.h>
 INLINE V load_elements(const element* p) { return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store_elements(element* p, V v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }

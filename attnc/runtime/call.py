@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -65,15 +66,30 @@ def strides(t: Tensor, grid: tuple[int, ...], prefix: int) -> Strides:
     return Strides(s[0], s[1], tuple(s[2:-1]), s[-1], 0, 0)
 
 
+@lru_cache(maxsize=1024)
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    dense, step = [0] * len(shape), 1
+    for d in sorted(range(len(shape)), key=lambda d: (-strides[d], d), reverse=True):
+        dense[d] = step
+        step *= max(shape[d], 1)
+    return tuple(dense)
+
+
+def in_order(t: Tensor, gradient: Tensor) -> bool:
+    """Whether a tensor of t's shape is laid out as empty_like_order promises."""
+    return gradient.stride() == _dense(gradient.shape, t.stride())
+
+
 def empty_like_order(t: Tensor, channels: int) -> Tensor:
     """A dense tensor with t's shape but for the last dimension, its dimensions laid out in memory in the order of t's strides.
 
     So an output follows its query's layout ([B, N, H, D] seen as [B, H, N, D] gives the same), and nothing is copied
     afterwards.
     """
-    shape = (*t.shape[:-1], channels)
-    strides = t.stride()
-    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
+    shape, strides = (*t.shape[:-1], channels), t.stride()
+    if all(type(n) is int for n in (*shape, *strides)):
+        return torch.empty_strided(shape, _dense(shape, strides), dtype=t.dtype, device=t.device)
+    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))  # sizes are symbols
     inverse = [order.index(d) for d in range(t.dim())]
     return torch.empty([shape[d] for d in order], dtype=t.dtype, device=t.device).permute(inverse)
 

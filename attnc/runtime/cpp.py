@@ -115,7 +115,12 @@ def _channel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:
             f'channel attention with {q.shape[-1]} and {k.shape[-1]} channels of {dtype}: backend "cpp" takes 1 to 256 '
             f'channels of {", ".join(ELEMENTS)}; backend="eager" takes any'
         )
-    return _function(channel_source(dtype, q.shape[-1], k.shape[-1], backward), "channel")
+    return _channel_kernel(dtype, q.shape[-1], k.shape[-1], backward)
+
+
+@lru_cache(maxsize=256)
+def _channel_kernel(dtype: str, dim: int, key_dim: int, backward: bool) -> Any:
+    return _function(channel_source(dtype, dim, key_dim, backward), "channel")
 
 
 def channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -7,6 +7,7 @@ of it.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc import ir
 from attnc.errors import UnsupportedError
-from attnc.runtime.call import Call, empty_like_order, lse_like
+from attnc.runtime.call import Call, empty_like_order, in_order, lse_like
 from attnc.schedule import bounds
 from attnc.schedule.geometry import Geometry, geometry
 from attnc.schedule.split import HeadRun, split
@@ -78,7 +79,8 @@ def table_names(p: ir.Program) -> tuple[str, ...]:
 
 def backend_module(name: str) -> ModuleType:
     """The module of a backend; triton and the compiler are needed only once one is used."""
-    return importlib.import_module(BACKENDS[name])
+    path = BACKENDS[name]
+    return sys.modules.get(path) or importlib.import_module(path)
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,9 @@ def _rows_of(t: Tensor, cut: tuple[int, slice] | None) -> Tensor:
 
 def _like(t: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the memory order that the fake kernel promised."""
-    wanted = empty_like_order(t, t.shape[-1])
-    return gradient if gradient.stride() == wanted.stride() and gradient.dtype == t.dtype else wanted.copy_(gradient)
+    if in_order(t, gradient) and gradient.dtype == t.dtype:
+        return gradient
+    return empty_like_order(t, t.shape[-1]).copy_(gradient)
 
 
 def _attend(
