@@ -38,10 +38,12 @@ struct Aimed {                 // a tile, its first chunk of keys, and where its
     Tile tile;
     Keys keys;
     int64_t *q_offset, *out_offset, *grad_offset, *lse_offset, *grad_lse_offset, *dq_offset, segment, number;
-    static size_t bytes() { return Tile::bytes() + Keys::bytes() + 6 * (TILE * 8 + 64); }
+    int64_t *dk_offset, *dv_offset;     // of the keys, where the item is one tile
+    static size_t bytes() { return Tile::bytes() + Keys::bytes() + 6 * (TILE * 8 + 64) + 2 * (CHUNK * 8 + 64); }
     void allocate(Arena& arena) {
         tile.allocate(arena); keys.allocate(arena);
         for (int64_t** p : {&q_offset, &out_offset, &grad_offset, &lse_offset, &grad_lse_offset, &dq_offset}) *p = arena.take<int64_t>(TILE);
+        dk_offset = arena.take<int64_t>(CHUNK); dv_offset = arena.take<int64_t>(CHUNK);
         segment = number = -1;
     }
     bool is_at(const Item& item, int64_t n) const { return segment == item.number && number == n % item.each; }
@@ -69,6 +71,12 @@ struct Aimed {                 // a tile, its first chunk of keys, and where its
         if (P.grad_lse) tile.place(P, P.grad_lse_layout, from, grad_lse_offset);
         keys.count = 0;
         if (tile.chunks(P)) keys.aim(P, tile, 0);
+        if (item.alone) {
+            int64_t before[RANK];
+            for (int a = 0; a < RANK; a++) before[a] = P.axes[a].keys_before;
+            offsets(P.dk_layout, tile.k_box, before, P.k_grid, 0, keys.count, dk_offset);
+            offsets(P.dv_layout, tile.k_box, before, P.k_grid, 0, keys.count, dv_offset);
+        }
     }
 };
 struct Backward {
@@ -83,8 +91,11 @@ struct Backward {
     double* table_sums[TABLES + 1];
     int64_t* sum_row;
     int64_t stride;                // of rows of `weights` and `slopes`
+    element* dq_corner;
+    bool direct, dq_direct;        // dk and dv, dq are written as they are computed
+    int odd;                       // keys that are in no panel
     struct Ahead {                 // what the next tile needs, prefetched a few rows at a time: all at once would fill the line buffers
-        const element *q, *k, *v, *out, *grad_out, *dq;
+        const element *q, *k, *v, *out, *grad_out, *dq, *dk, *dv;
         int query, key, queries, keys, pace;
     } ahead;
 
@@ -143,6 +154,23 @@ struct Backward {
             for (int j = from; j < min(to, keys.count); j++) if (spare[l * CHUNK + j] != 0) sums[loads.offset(P, numbers, tile, keys, l, i, j)] += spare[l * CHUNK + j];
         }
     }
+    // Products of m rows of `a` with the one or two keys (or values) after the last whole vector, which a vector of their own would
+    // mostly waste: sums over lanes of channels.
+    template <int W> INLINE void odd_products(int m, const real* a, const real* b, real* to) const {
+        if constexpr (W % L == 0 && ROWS <= L) {
+            V dot[2];
+            for (int t = 0; t < odd; t++, b += W) {
+                V s[ROWS];
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    s[r] = V{};
+                    if (r < m) for (int d = 0; d < W; d += L) s[r] += load(a + r * W + d) * load(b + d);
+                }
+                dot[t] = fold_rows<ROWS>(s, [](V x, V y) { return x + y; });
+            }
+            UNROLL for (int r = 0; r < ROWS; r++) if (r < m)
+                store(to + r * stride, odd > 1 ? select(lanes() < splat_integer(1), lane(dot[0], r), lane(dot[1], r)) : lane(dot[0], r));
+        }
+    }
     // m queries from i on against the packed chunk
     void rows(int i, int m) {
         const Tile& tile = here->tile;
@@ -154,14 +182,22 @@ struct Backward {
             memset(x, 0, sizeof(real) * from);
             memset(x + to, 0, sizeof(real) * (width - to));
         }
-        if (from == to) return;
+        if (from == to) { if (dq_direct) write_dq(i, m); return; }
         const bool plain = tile.prefix || keys.prefix;
+        const int whole = keys.count - odd;
+        if (odd) odd_products<D>(m, q + i * DP, k + whole * DP, weights + i * stride + whole);
+        if (odd) odd_products<DV>(m, g + i * VP, v + whole * VP, slopes + i * stride + whole);
         if (USES_SCORE || plain) multiply_panels<D>(m, q + i * DP, k_panels, first, last, weights + i * stride, stride);
         else for (int r = i; r < i + m; r++) memset(weights + r * stride, 0, sizeof(real) * width);
         multiply_panels<DV>(m, g + i * VP, v_panels, first, last, slopes + i * stride, stride);
         for (int r = 0; r < m; r++) if (PLAIN_SCORE || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
-        if (USES_SCORE || plain) multiply<D>(m, {slopes + i * stride + run.begin, stride, 1}, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
+        const Scalars slope{slopes + i * stride + run.begin, stride, 1};
+        if constexpr (D % L == 0) if (dq_direct && run.end - run.begin <= LONGEST_SUM)
+            return multiply_out<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq_corner, here->dq_offset + i, real(P.scale));
+        if (USES_SCORE || plain) multiply<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
+        if (dq_direct) write_dq(i, m);
     }
+    void write_dq(int i, int m) { for (int r = i; r < i + m; r++) store_row<D>(dq_corner + here->dq_offset[r], P.dq_layout.channel, dq + r * DP, real(P.scale)); }
     INLINE void look_ahead() {
         for (int n = 0; n < ahead.pace && ahead.query < ahead.queries; n++, ahead.query++) {
             prefetch<D>(ahead.q + next->q_offset[ahead.query], P.q_layout.channel);
@@ -173,6 +209,10 @@ struct Backward {
             if (PADDED && !next->keys.real_key[ahead.key]) continue;
             prefetch<D>(ahead.k + next->keys.k_offset[ahead.key], P.k_layout.channel);
             prefetch<DV>(ahead.v + next->keys.v_offset[ahead.key], P.v_layout.channel);
+            if (direct) {
+                prefetch_for_writing<D>(ahead.dk + next->dk_offset[ahead.key], 1);
+                prefetch_for_writing<DV>(ahead.dv + next->dv_offset[ahead.key], 1);
+            }
         }
     }
     template <class T> static INLINE T* corner(T* data, const Layout& t, int64_t b, int64_t h) { return data + b * t.batch + h * t.head; }
@@ -181,17 +221,18 @@ struct Backward {
     void run(int64_t b, int64_t h, const Segment& segment, real* dk_sums, real* dv_sums, bool alone, bool more, int64_t next_b, int64_t next_h) {
         Tile& tile = here->tile;
         Keys& keys = here->keys;
-        const int64_t *q_offset = here->q_offset, *out_offset = here->out_offset, *grad_offset = here->grad_offset, *lse_offset = here->lse_offset, *dq_offset = here->dq_offset;
+        const int64_t *q_offset = here->q_offset, *out_offset = here->out_offset, *grad_offset = here->grad_offset, *lse_offset = here->lse_offset;
         tile.look_at(P, b, h);
         numbers = numbers_of(P, tile);
         const int64_t kv = tile.kv_head, next_kv = next_h / (P.heads / P.kv_heads);
         const element *q_corner = corner(P.q, P.q_layout, b, h), *k_corner = corner(P.k, P.k_layout, b, kv), *v_corner = corner(P.v, P.v_layout, b, kv);
         const element *out_corner = corner(P.out, P.out_layout, b, h), *grad_corner = corner(P.grad_out, P.grad_out_layout, b, h);
         const real *lse_corner = corner(P.lse, P.lse_layout, b, h), *grad_lse_corner = corner(P.grad_lse, P.grad_lse_layout, b, h);
-        element* dq_corner = corner(P.dq, P.dq_layout, b, h);
+        dq_corner = corner(P.dq, P.dq_layout, b, h);
+        dq_direct = tile.chunks(P) == 1 && P.dq_layout.channel == 1 && (USES_SCORE || tile.prefix);
         ahead = {corner(P.q, P.q_layout, next_b, next_h), corner(P.k, P.k_layout, next_b, next_kv), corner(P.v, P.v_layout, next_b, next_kv),
                  corner(P.out, P.out_layout, next_b, next_h), corner(P.grad_out, P.grad_out_layout, next_b, next_h), corner(P.dq, P.dq_layout, next_b, next_h),
-                 0, 0, more ? next->tile.queries : 0, more ? next->keys.count : 0, 0};
+                 corner(P.dk, P.dk_layout, next_b, next_kv), corner(P.dv, P.dv_layout, next_b, next_kv), 0, 0, more ? next->tile.queries : 0, more ? next->keys.count : 0, 0};
         ahead.pace = (max(ahead.queries, ahead.keys) * ROWS + 3 * tile.queries - 1) / (3 * tile.queries);
         memset(dq, 0, sizeof(real) * tile.queries * DP);
         for (int i = 0; i < tile.queries; i++) {
@@ -210,10 +251,12 @@ struct Backward {
         for (int64_t n = 0; n < tile.chunks(P); n++) {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
+            odd = keys.count % L;
+            if (odd > 2 || keys.count < L || D % L || DV % L || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
             keys.gather<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
-            keys.gather<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
-            pack_panels<D>(k_panels, k, keys.count);
-            pack_panels<DV>(v_panels, v, keys.count);
+            pack_panels<D>(k_panels, k, keys.count - odd);
+            keys.pack<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v, v_panels, odd);
+            for (int t = keys.count - odd; t < keys.count; t++) load_row<DV>(v_corner + keys.v_offset[t], P.v_layout.channel, v + t * VP);
             masks.aim(tile, keys);
             loads.aim(P, numbers, tile, keys, table_sums);
             stride = up(keys.count, L) + L;
@@ -228,11 +271,18 @@ struct Backward {
             real *dk_here = alone ? dk_sums : dk, *dv_here = alone ? dv_sums : dv;
             for (int j = 0, m; j < keys.count; j += m) {
                 m = share(keys.count - j, ROWS);
-                if (product) multiply<D>(m, {slopes + j, 1, stride}, tile.queries, q, dk_here + j * DP, false);
-                if (last) look_ahead();
-                multiply<DV>(m, {weights + j, 1, stride}, tile.queries, g, dv_here + j * VP, false);
+                const Scalars slope{slopes + j, 1, stride}, weight{weights + j, 1, stride};
+                if (!direct) {
+                    if (product) multiply<D>(m, slope, tile.queries, q, dk_here + j * DP, false);
+                    multiply<DV>(m, weight, tile.queries, g, dv_here + j * VP, false);
+                } else if constexpr (D % L == 0 && DV % L == 0) {
+                    multiply_out<D>(m, slope, tile.queries, q, corner(P.dk, P.dk_layout, b, kv), here->dk_offset + j, real(P.scale < 0 ? -P.scale : P.scale));
+                    if (last) look_ahead();
+                    multiply_out<DV>(m, weight, tile.queries, g, corner(P.dv, P.dv_layout, b, kv), here->dv_offset + j, 1);
+                }
                 if (last) look_ahead();
             }
+            if (direct) continue;
             if (alone) {
                 if (!product) memset(dk_here, 0, sizeof(real) * keys.count * DP);
                 continue;
@@ -244,7 +294,7 @@ struct Backward {
                 for (int d = 0; d < VP; d += L) store(y + d, load(y + d) + load(dv + j * VP + d));
             }
         }
-        for (int i = 0; i < tile.queries; i++) store_row<D>(dq_corner + dq_offset[i], P.dq_layout.channel, dq + i * DP, real(P.scale));
+        if (!dq_direct || !tile.chunks(P)) write_dq(0, tile.queries);
     }
     // rows of the chunk's keys among the segment's sums
     void rows_of(const Segment& segment) {
@@ -330,10 +380,11 @@ extern "C" void attend_backward(const Problem* problem) {
                 const int64_t n = inside ? t + 1 : 0;
                 work.next = work.here->is_at(following, n) ? work.here : work.here == work.aimed ? work.aimed + 1 : work.aimed;
                 if (!work.next->is_at(following, n)) work.next->aim(P, following, n);
+                work.direct = now.alone && !PADDED && USES_SCORE && P.dk_layout.channel == 1 && P.dv_layout.channel == 1 && D % L == 0 && DV % L == 0;
                 work.run(now.b, now.head(P, t), now.segment, dk, dv, now.alone, inside || item + 1 < stop, following.b, following.head(P, n));
                 work.here = work.next;
             }
-            if (!P.split) work.finish(now.b, now.kv, now.segment, 0, now.segment.rows, dk, dv, pads);
+            if (!P.split && !work.direct) work.finish(now.b, now.kv, now.segment, 0, now.segment.rows, dk, dv, pads);
         }
         work.loads.flush();
         if (P.split) {      // add up what the segments of one owner have for each key, in their order

@@ -347,13 +347,15 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
     const real* allowed_row = masks.row(i);
     bool checks = RESIDUAL && !PLAIN;
     if (!allowed_row) for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
+    const bool all = !checks && !allowed_row && run.begin <= from;      // nothing but the run's end is to be looked at
     const int clear_from = checks ? to : min<int>(up(run.begin, L), to), clear_to = checks ? to : run.end / L * L;
     auto part = [&](int j, int stop, bool ends, bool row_of_masks) __attribute__((always_inline)) {
         for (; j < stop; j += L) {
             const V s = load(row + j);
             V x = !PLAIN ? score(P, numbers, tile.terms[i], keys.terms, elements, j, s) : PLAIN_SCORE ? s : s * splat(numbers.scale);
             if (row_of_masks) x += load(allowed_row + j);
-            if (ends) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));
+            if (ends && all) x = select(lanes() < splat_integer(run.end - j), x, splat(-INF));
+            else if (ends) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));
             f(j, s, x, ends || row_of_masks);
         }
     };

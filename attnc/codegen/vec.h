@@ -297,6 +297,36 @@ template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const 
     multiply<W>(rows, A, terms, b, up(W, L), c, up(W, L), add);
 }
 
+// The same, written as elements: row i of the product, times `factor`, goes to `to` + offset[i]. Channels are adjacent there and W is
+// a multiple of L; at most LONGEST_SUM terms.
+template <int M, int N>
+__attribute__((noinline)) void block_out(Scalars A, int64_t terms, const real* b, int64_t b_row, element* to, const int64_t* offset, real factor) {
+    V s[M][N];
+    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] = V{};
+    const real* a = A.a;
+    for (int64_t t = 0; t < terms; t++, a += A.column, b += b_row) {
+        V x[N];
+        UNROLL for (int j = 0; j < N; j++) x[j] = load(b + j * L);
+        UNROLL for (int i = 0; i < M; i++) {
+            const V y = splat(a[i * A.row]);
+            UNROLL for (int j = 0; j < N; j++) s[i][j] += y * x[j];
+        }
+    }
+    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) store_elements(to + offset[i] + j * L, s[i][j] * splat(factor));
+}
+template <int W, int AT = 0> INLINE void multiply_out(int m, Scalars A, int64_t terms, const real* b, element* to, const int64_t* offset, real factor) {
+    constexpr int N = share(W / L - AT, COLUMNS);
+    switch (m) {
+        case 1: block_out<1, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
+        case 2: block_out<2, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
+        case 3: block_out<3, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
+        case 4: block_out<4, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
+        case 5: if constexpr (ROWS > 4) block_out<5, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
+        default: if constexpr (ROWS > 5) block_out<6, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor);
+    }
+    if constexpr (AT + N < W / L) multiply_out<W, AT + N>(m, A, terms, b, to, offset, factor);
+}
+
 // ---- transposed panels -----------------------------------------------------------------------------------------------------------
 // Rows of W channels become panels of up to COLUMNS vectors of rows: panel p holds rows first(p) * L .., channel by channel.
 struct Panels {
