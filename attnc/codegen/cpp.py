@@ -286,7 +286,7 @@ def source(spec: Spec, backward: bool) -> str:
     loop = header("backward.h" if backward else "forward.h")
     if spec.band and not backward:
         numbers += f"#define BAND {spec.band}   // keys of the last axis that a query sees, on grids long enough\n"
-        loop = header("band.h") + loop
+        loop = header("band.h") + header("band_forward.h") + loop
     parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
     text = "\n".join(parts)
     return re.sub(r"\n{3,}", "\n\n", text)

@@ -32,6 +32,14 @@ INLINE real to_real(integer x) { return real(x); }
 INLINE V select(I test, V yes, V no) { return test ? yes : no; }
 INLINE I select(I test, I yes, I no) { return test ? yes : no; }
 INLINE V larger(V a, V b) { return a > b ? a : b; }
+// Holds a value in a register where the compiler would rather read it from memory again for each of its uses.
+template <class T> INLINE void keep(T& x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+}
 INLINE I lanes() { I x; UNROLL for (int i = 0; i < L; i++) x[i] = i; return x; }
 
 constexpr int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }

@@ -1,0 +1,123 @@
+// ---- bands forward: a group's scores are all kept, so softmax looks at each row once ---------------------------------------------
+struct BandForward : Band {
+    Grid q_grid, out_grid, lse_grid;
+    V unit;
+    real *q, *o, *s;                         // [row][channel][L], [row][channel][L], [row][line][key][L]
+    Item here, next;
+    bool dense;                              // a token's channels are one run of memory
+    int rows;                                // of the group at hand
+    int64_t count[GROUP];                    // keys that each of them sees
+    // what the next group needs, token by token
+    struct Ahead { const element *k, *v, *q, *out; int lines, rows, columns, line, column, pace; } ahead;
+
+    BandForward(const Problem& P, const Plan& plan, Arena& arena)
+        : Band(P, plan), q_grid(plan, P.q_layout), out_grid(plan, P.out_layout), lse_grid(plan, P.lse_layout) {
+        unit = splat(real(P.scale * 1.4426950408889634));
+        dense = P.q_layout.channel == 1 && P.k_layout.channel == 1 && P.v_layout.channel == 1 && P.out_layout.channel == 1;
+        arena.reserve(Band::bytes(plan) + sizeof(real) * (plan.scores() + GROUP * L * (D + DV)) + plan.planes * 32 + 64 * 8);
+        allocate(arena);
+        q = arena.take<real>(GROUP * D * L); o = arena.take<real>(GROUP * DV * L); s = arena.take<real>(plan.scores());
+        for (Item* i : {&here, &next}) { i->k_plane = arena.take<int64_t>(plan.planes); i->v_plane = arena.take<int64_t>(plan.planes); }
+    }
+    // While the block from column x on is computed: the same columns of the next group, which may be the next item's first.
+    void aim_ahead(int64_t x, int64_t row, bool more) {
+        const bool same = row + GROUP < here.y_to;
+        ahead.columns = 0;
+        if (!dense || !(same || more)) return;
+        const Item& item = same ? here : next;
+        const int64_t from = same ? row + GROUP : item.y_from, to = min(from + GROUP, item.y_to), at = item.x_from + (x - here.x_from);
+        const int64_t line = same ? item.y_hi[from - 1] + 1 : item.y_lo[from];
+        if (at >= item.x_to) return;
+        ahead.columns = min<int64_t>(L, item.x_to - at);
+        ahead.lines = item.y_hi[to - 1] + 1 - line; ahead.rows = to - from;
+        ahead.k = P.k + item.k_plane[item.planes - 1] + k_grid.at(line, item.x_lo[at]);
+        ahead.v = P.v + item.v_plane[item.planes - 1] + v_grid.at(line, item.x_lo[at]);
+        ahead.q = P.q + item.place(P, P.q_layout) + q_grid.at(from, at);
+        ahead.out = P.out + item.place(P, P.out_layout) + out_grid.at(from, at);
+        ahead.line = ahead.column = 0;
+        ahead.pace = max(ahead.lines, ahead.rows) * ahead.columns / (line_count * up(DV, SUMS) / SUMS) + 1;
+    }
+    INLINE void look_ahead() {
+        for (int n = 0; n < ahead.pace && ahead.column < ahead.columns; n++) {
+            if (ahead.line < ahead.lines) {
+                prefetch<D>(ahead.k + k_grid.at(ahead.line, ahead.column), 1);
+                prefetch<DV>(ahead.v + v_grid.at(ahead.line, ahead.column), 1);
+            }
+            if (ahead.line < ahead.rows) {
+                prefetch<D>(ahead.q + q_grid.at(ahead.line, ahead.column), 1);
+                prefetch<DV>(ahead.out + out_grid.at(ahead.line, ahead.column), 1);
+            }
+            if (++ahead.line >= max(ahead.lines, ahead.rows)) { ahead.line = 0; ahead.column++; }
+        }
+    }
+    template <Way WAY, int N> __attribute__((noinline)) void channels(int d, const V* factor) {
+        sums<DV, WAY, N>(d, values, s, factor, o, [&]() __attribute__((always_inline)) { look_ahead(); });
+    }
+    template <Way WAY> void block(V* log_sum) {
+        V best[GROUP], factor[GROUP];
+        products<D, WAY>(q, keys, s, best);
+        for (int r = 0; r < GROUP; r++) factor[r] = V{};
+        for (int r = 0; r < rows; r++) {
+            real* p = s + r * plan.row_scores();
+            const V shift = best[r] * unit;
+            V total{};
+            for (int64_t i = 0; i < count[r]; i++) {
+                const V e = exp2_vector(load(p + i * L) * unit - shift);
+                total += e;
+                store(p + i * L, e);
+            }
+            const I none = total <= V{};
+            factor[r] = select(none, V{}, splat(1) / total);
+            log_sum[r] = select(none, splat(-INF), (shift + log2(total)) * splat(LN2));
+        }
+        int d = 0;
+        for (; d + SUMS <= DV; d += SUMS) channels<WAY, SUMS>(d, factor);
+        if constexpr (DV % SUMS != 0) channels<WAY, DV % SUMS>(d, factor);
+    }
+    void run(bool more) {
+        const element* q_from = P.q + here.place(P, P.q_layout);
+        element* out_from = P.out + here.place(P, P.out_layout);
+        real* lse_from = P.lse + here.place(P, P.lse_layout);
+        int64_t have = 0;                    // lines before it are in the rings, or no longer needed
+        for (int64_t row = here.y_from; row < here.y_to; row += GROUP) {
+            rows = min<int64_t>(GROUP, here.y_to - row);
+            const int64_t end = here.y_hi[row + rows - 1] + 1;
+            load_lines(here, max<int64_t>(have, here.y_lo[row]), end);
+            have = end;
+            list_lines(here, row, rows, [&](int64_t r, int64_t n) { return r * plan.row_scores() + n * BAND * L; });
+            for (int r = 0; r < rows; r++) count[r] = here.planes * (here.y_hi[row + r] - here.y_lo[row + r] + 1) * BAND;
+            for (int64_t x = here.x_from; x < here.x_to; x += L) {
+                const int wide = min<int64_t>(L, here.x_to - x);
+                for (int r = 0; r < rows; r++)
+                    load_columns<D>(q_from + q_grid.at(row + r, x), q_grid.step, q_grid.channel, wide, q + r * D * L, L);
+                aim_ahead(x, row, more);
+                V log_sum[GROUP];
+                if (aim(here, x, wide) == EASY) block<EASY>(log_sum); else block<TWO>(log_sum);
+                for (int r = 0; r < rows; r++) {
+                    element* out = out_from + out_grid.at(row + r, x);
+                    store_columns<DV>(o + r * DV * L, L, out, out_grid.step, out_grid.channel, wide);
+                    real* lse = lse_from + lse_grid.at(row + r, x);
+                    for (int i = 0; i < wide; i++) lse[i * lse_grid.step] = log_sum[r][i];
+                }
+            }
+        }
+    }
+};
+inline bool band_forward(const Problem& P) {
+    const Plan plan(P);
+    if (!plan.fits) return false;
+#pragma omp parallel num_threads(P.threads)
+    {
+        static thread_local Arena arena;
+        BandForward work(P, plan, arena);
+        const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = plan.items * (me + 1) / n;
+        int64_t item = plan.items * me / n;
+        auto find = [&] { while (item < stop) if (work.next.aim(P, plan, item++)) return true; return false; };
+        for (bool more = find(); more;) {
+            std::swap(work.here, work.next);
+            more = find();
+            work.run(more);
+        }
+    }
+    return true;
+}
