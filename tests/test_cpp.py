@@ -383,36 +383,6 @@ def test_score(name):
     check(p, sizes, tables=tables, **more)
 
 
-BANDS = {
-    "two vectors": (neighborhood(s=3), (9, 37), {"dim": 24, "kind": "packed"}),
-    "clamped both sides of one vector": (neighborhood(s=5), (6, 13), {"dim": 16, "value_dim": 20}),
-    "dilated": (neighborhood(s=7, d=3), (25, 70), {"dim": 32, "heads": 1}),
-    "even": (neighborhood(s=4), (7, 50), {"dim": 33, "value_dim": 7, "kind": "channels_first"}),
-    "one row": (neighborhood(s=3), (1, 40), {"kv_heads": 1}),
-    "too short for its width": (neighborhood(s=7), (12, 5), {}),
-    "volume": (neighborhood(s=3), (4, 5, 18), {"dim": 17, "heads": 4, "kv_heads": 2}),
-    "wide heads": (neighborhood(s=3), (5, 34), {"dim": 144, "heads": 1}),
-    "negative scale": (neighborhood(s=3), (5, 20), {"scale": -0.3}),
-    "float64": (neighborhood(s=3), (6, 35), {"dtype": torch.float64, "dim": 10}),
-    "bfloat16": (neighborhood(s=3), (6, 35), {"dtype": torch.bfloat16, "dim": 24}),
-    "a row in strips": (neighborhood(s=7), (8, 700), {"dim": 48, "heads": 1, "batch": 1}),
-}
-
-
-@pytest.mark.parametrize("name", BANDS)
-def test_bands(name):
-    p, grid, options = BANDS[name]
-    program = make_program(p, len(grid))
-    dim = options.get("dim", 8)
-    assert "#define BAND" in source(Spec(program, dim, options.get("value_dim", dim), "float32"), False)
-    check(p, grid, **options)
-
-
-def test_only_bands_are_taken_as_bands():
-    for p in (window(s=7), causal_axes(), axial(), full(), overlapping(s=3)):
-        assert "#define BAND" not in source(Spec(make_program(p), 8, 8, "float32"), False)
-
-
 def test_keys_on_another_grid():
     check(make_program(pooled(r=2), kv=(5, 4)), (10, 8), k_grid=(5, 4))
 
@@ -544,8 +514,7 @@ def test_other_instruction_sets(instructions, monkeypatch):
     for c in caches:
         c.cache_clear()
     try:
-        for p, grid, options in (BANDS["two vectors"], BANDS["volume"], (window(s=4), (9, 11), {"dim": 24})):
-            check(p, grid, **options)
+        check(window(s=4), (9, 11), dim=24)
         for name in ("long", "channels first", "bfloat16 packed"):
             check_channel(name)
     finally:

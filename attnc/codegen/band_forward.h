@@ -1,5 +1,6 @@
 // ---- bands forward: a group's scores are all kept, so softmax looks at each row once ---------------------------------------------
-struct BandForward : Band {
+namespace band {
+struct Forward : Band {
     Grid q_grid, out_grid, lse_grid;
     V unit;
     real *q, *o, *s;                         // [row][channel][L], [row][channel][L], [row][line][key][L]
@@ -10,14 +11,25 @@ struct BandForward : Band {
     // what the next group needs, token by token
     struct Ahead { const element *k, *v, *q, *out; int lines, rows, columns, line, column, pace; } ahead;
 
-    BandForward(const Problem& P, const Plan& plan, Arena& arena)
+    Forward(const Problem& P, const Plan& plan, Arena& arena)
         : Band(P, plan), q_grid(plan, P.q_layout), out_grid(plan, P.out_layout), lse_grid(plan, P.lse_layout) {
         unit = splat(real(P.scale * 1.4426950408889634));
         dense = P.q_layout.channel == 1 && P.k_layout.channel == 1 && P.v_layout.channel == 1 && P.out_layout.channel == 1;
-        arena.reserve(Band::bytes(plan) + sizeof(real) * (plan.scores() + GROUP * L * (D + DV)) + plan.planes * 32 + 64 * 8);
+        arena.reserve(Band::bytes(plan) + sizeof(real) * (plan.scores() + GROUP * L * (D + DV)) + plan.planes * 16 + 64 * 8);
         allocate(arena);
         q = arena.take<real>(GROUP * D * L); o = arena.take<real>(GROUP * DV * L); s = arena.take<real>(plan.scores());
-        for (Item* i : {&here, &next}) { i->k_plane = arena.take<int64_t>(plan.planes); i->v_plane = arena.take<int64_t>(plan.planes); }
+        for (Item* i : {&here, &next}) i->plane = arena.take<int64_t>(plan.planes);
+    }
+    // item number `item` of the call
+    bool aim_next(int64_t item) {
+        int64_t rest = item;
+        auto take = [&](int64_t n) { const int64_t i = rest % n; rest /= n; return i; };
+        const int64_t chunk = take(plan.chunks), strip = take(plan.strips);
+        for (int a = RANK - 1; a >= 0; a--) next.residue[a] = take(min(P.axes[a].split, P.q_grid[a]));
+        for (int a = Y - 1; a >= 0; a--) next.index[a] = take(tokens_of(P.q_grid[a], P.axes[a].split, 0));
+        next.h = take(P.heads); next.b = rest;
+        for (int a = 0; a < Y; a++) if (next.index[a] >= tokens_of(P.q_grid[a], P.axes[a].split, next.residue[a])) return false;
+        return next.aim(P, plan, strip, chunk);
     }
     // While the block from column x on is computed: the same columns of the next group, which may be the next item's first.
     void aim_ahead(int64_t x, int64_t row, bool more) {
@@ -30,8 +42,8 @@ struct BandForward : Band {
         if (at >= item.x_to) return;
         ahead.columns = min<int64_t>(L, item.x_to - at);
         ahead.lines = item.y_hi[to - 1] + 1 - line; ahead.rows = to - from;
-        ahead.k = P.k + item.k_plane[item.planes - 1] + k_grid.at(line, item.x_lo[at]);
-        ahead.v = P.v + item.v_plane[item.planes - 1] + v_grid.at(line, item.x_lo[at]);
+        ahead.k = P.k + item.key_place(P, P.k_layout, item.plane[item.planes - 1]) + k_grid.at(line, item.x_lo[at]);
+        ahead.v = P.v + item.key_place(P, P.v_layout, item.plane[item.planes - 1]) + v_grid.at(line, item.x_lo[at]);
         ahead.q = P.q + item.place(P, P.q_layout) + q_grid.at(from, at);
         ahead.out = P.out + item.place(P, P.out_layout) + out_grid.at(from, at);
         ahead.line = ahead.column = 0;
@@ -53,7 +65,7 @@ struct BandForward : Band {
     template <Way WAY, int N> __attribute__((noinline)) void channels(int d, const V* factor) {
         sums<DV, WAY, N>(d, values, s, factor, o, [&]() __attribute__((always_inline)) { look_ahead(); });
     }
-    template <Way WAY> void block(V* log_sum) {
+    template <Way WAY> void attend(V* log_sum) {
         V best[GROUP], factor[GROUP];
         products<D, WAY>(q, keys, s, best);
         for (int r = 0; r < GROUP; r++) factor[r] = V{};
@@ -78,21 +90,23 @@ struct BandForward : Band {
         const element* q_from = P.q + here.place(P, P.q_layout);
         element* out_from = P.out + here.place(P, P.out_layout);
         real* lse_from = P.lse + here.place(P, P.lse_layout);
+        aim_blocks(here);
         int64_t have = 0;                    // lines before it are in the rings, or no longer needed
         for (int64_t row = here.y_from; row < here.y_to; row += GROUP) {
             rows = min<int64_t>(GROUP, here.y_to - row);
             const int64_t end = here.y_hi[row + rows - 1] + 1;
             load_lines(here, max<int64_t>(have, here.y_lo[row]), end);
             have = end;
-            list_lines(here, row, rows, [&](int64_t r, int64_t n) { return r * plan.row_scores() + n * BAND * L; });
+            list_lines(here, row, rows, 0, [&](int64_t r) { return r * plan.row_scores(); });
             for (int r = 0; r < rows; r++) count[r] = here.planes * (here.y_hi[row + r] - here.y_lo[row + r] + 1) * BAND;
-            for (int64_t x = here.x_from; x < here.x_to; x += L) {
-                const int wide = min<int64_t>(L, here.x_to - x);
+            block = blocks;
+            for (int64_t x = here.x_from; x < here.x_to; x += L, block++) {
+                const int wide = block->count;
                 for (int r = 0; r < rows; r++)
                     load_columns<D>(q_from + q_grid.at(row + r, x), q_grid.step, q_grid.channel, wide, q + r * D * L, L);
                 aim_ahead(x, row, more);
                 V log_sum[GROUP];
-                if (aim(here, x, wide) == EASY) block<EASY>(log_sum); else block<TWO>(log_sum);
+                if (block->way == EASY) attend<EASY>(log_sum); else attend<TWO>(log_sum);
                 for (int r = 0; r < rows; r++) {
                     element* out = out_from + out_grid.at(row + r, x);
                     store_columns<DV>(o + r * DV * L, L, out, out_grid.step, out_grid.channel, wide);
@@ -103,16 +117,19 @@ struct BandForward : Band {
         }
     }
 };
-inline bool band_forward(const Problem& P) {
-    const Plan plan(P);
+inline bool forward(const Problem& P) {
+    Plan plan(P, false);
     if (!plan.fits) return false;
+    int64_t items = P.batch * P.heads * plan.classes * plan.q_planes * plan.strips;
+    if (items && items % P.threads && items < 8 * P.threads) plan.chunks = min(plan.groups, (4 * P.threads + items - 1) / items);
+    items *= plan.chunks;
 #pragma omp parallel num_threads(P.threads)
     {
         static thread_local Arena arena;
-        BandForward work(P, plan, arena);
-        const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = plan.items * (me + 1) / n;
-        int64_t item = plan.items * me / n;
-        auto find = [&] { while (item < stop) if (work.next.aim(P, plan, item++)) return true; return false; };
+        Forward work(P, plan, arena);
+        const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = items * (me + 1) / n;
+        int64_t item = items * me / n;
+        auto find = [&] { while (item < stop) if (work.aim_next(item++)) return true; return false; };
         for (bool more = find(); more;) {
             std::swap(work.here, work.next);
             more = find();
@@ -120,4 +137,5 @@ inline bool band_forward(const Problem& P) {
         }
     }
     return true;
+}
 }

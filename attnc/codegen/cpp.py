@@ -284,9 +284,10 @@ def source(spec: Spec, backward: bool) -> str:
     )
     body = header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")
     loop = header("backward.h" if backward else "forward.h")
-    if spec.band and not backward:
+    if spec.band:
         numbers += f"#define BAND {spec.band}   // keys of the last axis that a query sees, on grids long enough\n"
-        loop = header("band.h") + header("band_forward.h") + loop
+        parts = ("band_plan.h", "band.h", "band_backward.h" if backward else "band_forward.h")
+        loop = "".join(map(header, parts)) + loop
     parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
     text = "\n".join(parts)
     return re.sub(r"\n{3,}", "\n\n", text)

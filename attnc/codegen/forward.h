@@ -345,7 +345,7 @@ struct Forward {
 extern "C" void attend_forward(const Problem* problem) {
     const Problem& P = *problem;
 #ifdef BAND
-    if (band_forward(P)) return;
+    if (band::forward(P)) return;
 #endif
     int64_t tiles = 1;
     for (int a = 0; a < RANK; a++) tiles *= P.axes[a].pieces;

@@ -70,6 +70,14 @@ INLINE V permute(V a, V b, I from) {
     return __builtin_shuffle(a, b, from);
 #endif
 }
+// Lane i of the result is lane from[i] of a, or 0 where from[i] is L.
+INLINE V permute_or_zero(V a, I from) {
+#if defined(__AVX512F__) && !defined(__clang__)
+    return __builtin_shuffle(a, V{}, from);
+#else
+    return select(from < splat_integer(L), permute(a, from), V{});
+#endif
+}
 template <int H, class Op> INLINE V fold(V v, Op op) {      // combines lanes that are H apart, then H / 2, ...
     v = op(v, arrange(v, v, [](int i) { return i ^ H; }));
     if constexpr (H > 1) return fold<H / 2>(v, op); else return v;
