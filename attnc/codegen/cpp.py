@@ -286,8 +286,8 @@ def source(spec: Spec, backward: bool) -> str:
     loop = header("backward.h" if backward else "forward.h")
     if spec.band:
         numbers += f"#define BAND {spec.band}   // keys of the last axis that a query sees, on grids long enough\n"
-        parts = ("band_plan.h", "band.h", "band_backward.h" if backward else "band_forward.h")
-        loop = "".join(map(header, parts)) + loop
+        names = ("band_plan.h", "band.h", "band_backward.h" if backward else "band_forward.h")
+        loop = "".join(map(header, names)) + loop
     parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
     text = "\n".join(parts)
     return re.sub(r"\n{3,}", "\n\n", text)
