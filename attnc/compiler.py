@@ -177,7 +177,8 @@ class Operator:
         for what, t in (("q", q), ("k", k), ("v", v)):
             if t is not None and not isinstance(t, Tensor):
                 raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
-        qr, kr, vr = self._rows(q, k, v)
+        rows = self._rows(q, k, v)
+        qr, kr, vr = rows if len(rows) == 3 else rows[0].unbind(0)
         self._check(qr, kr, vr)
         if isinstance(scale, Tensor):
             raise ShapeError(
@@ -205,16 +206,14 @@ class Operator:
         if return_lse and traced.normalizer != "softmax":
             raise ShapeError(f"{name}: return_lse=True, but weights by {traced.normalizer} have no log-sum-exp")
         ordered = self._tables(traced.tables, tables, qr, kr, vr)
-        out, lse = self._run(qr, kr, vr, ordered, scale, q_grid, k_grid, traced.text, backend)
+        out, lse = self._run(rows, ordered, scale, q_grid, k_grid, traced.text, backend)
         shaped = layouts.from_rows(out, self._layouts[len(q_grid)])
         return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
     def _run(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        rows: tuple[Tensor, ...],
         tables: list[Tensor],
         scale: float,
         q_grid: tuple[int, ...],
@@ -222,18 +221,19 @@ class Operator:
         text: str,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        attend = torch.ops.attnc.attend
+        attend = torch.ops.attnc.attend if len(rows) == 3 else torch.ops.attnc.attend_packed
         if self.fallback is None or backend in ("torch", "eager"):
-            return attend(q, k, v, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
         try:
-            return attend(q, k, v, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
         except UnsupportedError as e:
             if not self._warned:
                 warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
                 self._warned = True
-            return attend(q, k, v, tables, scale, q_grid, k_grid, text, "torch")  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, "torch")  # type: ignore[no-any-return]
 
-    def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+        """q, k and v as rows, or the three of them in one tensor."""
         name = self.source.name
         if self.layout is None:
             if k is None or v is None:
@@ -251,8 +251,7 @@ class Operator:
                 raise ShapeError(
                     f"{name}: the layout {self.layout.text!r} packs q, k and v in the first argument; k and v are left out"
                 )
-            q, k, v = layouts.to_rows(q, self.layout, self.heads, "qkv")
-            return q, k, v
+            return (layouts.to_rows(q, self.layout, self.heads, "qkv"),)
         if k is None or v is None:
             raise ShapeError(f"{name}: the layout {self.layout.text!r} has no `three`: q, k and v are three tensors")
         out: list[Tensor] = []
@@ -265,8 +264,8 @@ class Operator:
                     heads = t.shape[at] // width  # grouped-query: fewer heads of the same width
                 elif what == "v":
                     heads = out[1].shape[1]
-            out.append(layouts.to_rows(t, self.layout, heads, what)[0])
-        return out[0], out[1], out[2]
+            out.append(layouts.to_rows(t, self.layout, heads, what))
+        return tuple(out)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         name = self.source.name

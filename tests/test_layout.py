@@ -57,6 +57,7 @@ def test_layouts_mean_what_einops_says(drawn: tuple[str, tuple[str, ...], bool])
     t = rearrange(plain, f"{names} -> {text}")
     merged = any(len(g) > 1 and set(g) == set(axes) for g in parsed.groups)
     rows = layouts.to_rows(t, parsed, SIZES["h"], "t")
+    rows = rows if packed else rows[None]
     for row, part in zip(rows, plain if packed else (plain,), strict=True):
         assert torch.equal(row, part.flatten(2, -2) if merged else part)
         assert row.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()
@@ -78,7 +79,8 @@ def test_an_output_in_the_querys_order_merges_without_a_copy(drawn: tuple[str, t
     text, *_ = drawn
     parsed = layouts.parse(text)
     shape = [torch.tensor([SIZES[n] for n in g]).prod().item() for g in parsed.groups]
-    row = layouts.to_rows(torch.zeros([int(n) for n in shape]), parsed, SIZES["h"], "t")[0]
+    row = layouts.to_rows(torch.zeros([int(n) for n in shape]), parsed, SIZES["h"], "t")
+    row = row[0] if parsed.packed else row
     out = empty_like_order(row, SIZES["d"])
     merged = layouts.from_rows(out, parsed)
     assert merged.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()

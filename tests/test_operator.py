@@ -51,7 +51,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("backend", ["torch", "eager"])
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own copies of list arguments
-def test_opcheck_of_the_four_operators(how: str, backend: str) -> None:
+def test_opcheck_of_the_operators(how: str, backend: str) -> None:
     """Schemas, fake kernels (strides too), autograd and AOT dispatch; on strided inputs, where fake kernels lie most easily."""
     q, k, v = (LAYOUTS[how](t) for t in rows())
     op = compiled(patterns.neighborhood(3, bias="relative"))
@@ -70,6 +70,9 @@ def test_opcheck_of_the_four_operators(how: str, backend: str) -> None:
     backward = (q, k, v, [bias], out, lse, g, gl, 0.3, (4, 5), (4, 5), text, backend)
     torch.library.opcheck(OPS.channel.default, (leaf(q), leaf(k), leaf(v), 0.3, backend), test_utils=every)
     torch.library.opcheck(OPS.attend_backward.default, backward, test_utils=every)
+    qkv = torch.stack((q, k, v), int(how == "packed")).movedim(int(how == "packed"), 0)
+    torch.library.opcheck(OPS.attend_packed.default, (leaf(qkv), *attend[3:]), test_utils=every)
+    torch.library.opcheck(OPS.attend_packed_backward.default, (qkv, *backward[3:]), test_utils=every)
     torch.library.opcheck(OPS.channel_backward.default, (q, k, v, g, 0.3, backend), test_utils=every)
 
 
@@ -97,6 +100,23 @@ def test_backwards_change_and_alias_nothing() -> None:
     results = [*found[:3], *found[3], *OPS.channel_backward(q, k, v, g, 0.3, "torch")]
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
     assert len({t.untyped_storage().data_ptr() for t in (*inputs, *results)}) == len(inputs) + len(results)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", "eager"])
+def test_a_packed_tensor_gets_one_gradient(backend: str) -> None:
+    """Equal to the gradients of q, k and v apart; nothing puts three tensors together afterwards."""
+    op = attnc.compile(patterns.window(3, bias="relative"), layout="b y x (three h d)", heads=2, backend=backend)
+    qkv = torch.randn(2, 6, 7, 48, requires_grad=True)
+    bias = torch.randn(2, 5, 5, requires_grad=True)
+    weight = torch.randn(2, 6, 7, 16)
+    with Seen() as seen:
+        found = torch.autograd.grad((op(qkv, bias=bias) * weight).sum(), (qkv, bias))
+    assert not [n for n in seen.names if n.split(".")[1] in ("cat", "stack")]
+    apart = attnc.compile(patterns.window(3, bias="relative"), layout="b y x (h d)", heads=2, backend=backend)
+    q, k, v = (t.flatten(-2) for t in qkv.unflatten(-1, (3, 2, 8)).unbind(-3))
+    truth = torch.autograd.grad((apart(q, k, v, bias=bias) * weight).sum(), (qkv, bias))
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_opcheck_of_integer_tables_and_pads() -> None:
@@ -368,7 +388,7 @@ def test_packed_layouts_copy_nothing(layout: str, shape: tuple[int, ...], grown:
     low, high = t.data_ptr(), t.data_ptr() + 4 * t.untyped_storage().size()
     assert all(low <= p.data_ptr() < high for p in parts)
     truth = compiled()(*[p.reshape(2, 2, 20, 8) for p in parts])
-    back = layouts.to_rows(out, layouts.parse(layout.replace("three ", "").replace("three", "")), 2, "out")[0]
+    back = layouts.to_rows(out, layouts.parse(layout.replace("three ", "").replace("three", "")), 2, "out")
     torch.testing.assert_close(back.reshape(2, 2, 20, 8), truth)
 
 
@@ -386,8 +406,8 @@ def test_separate_layouts(layout: str, shape: tuple[int, ...]) -> None:
     tensors = [torch.randn(shape) for _ in range(3)]
     out = op(*tensors)
     parsed = layouts.parse(layout)
-    flat = [layouts.to_rows(t, parsed, 2, "q")[0].reshape(2, 2, 20, 8) for t in tensors]
-    back = layouts.to_rows(out, parsed, 2, "out")[0].reshape(2, 2, 20, 8)
+    flat = [layouts.to_rows(t, parsed, 2, "q").reshape(2, 2, 20, 8) for t in tensors]
+    back = layouts.to_rows(out, parsed, 2, "out").reshape(2, 2, 20, 8)
     torch.testing.assert_close(back, compiled()(*flat))
     assert out.shape == shape
     assert out.stride() == tensors[0].stride()  # the query's memory order

@@ -199,11 +199,12 @@ def run_forward(
 
 def run_backward(
     function: Any, ready: Ready, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grad_out: Tensor, grad_lse: Tensor | None, scale: float, tables: dict[str, Tensor],
+    grad_out: Tensor, grad_lse: Tensor | None, scale: float, tables: dict[str, Tensor], into: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """dq, dk, dv and the gradients of the real tables (and of pad_k, pad_v), in the tables' shapes and dtypes."""
+    """dq, dk, dv (`into` three tensors or new ones) and the gradients of the real tables (and of pad_k, pad_v), in the tables'
+    shapes and dtypes."""
     real = real_of(q.dtype)
-    dq, dk, dv = (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
+    dq, dk, dv = into or (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
     p = ready.problem(q, k, scale)
     grad_out, lse = grad_out.to(q.dtype), lse.to(real)
     rows = (("q", q, 0), ("k", k, 1), ("v", v, 1), ("out", out, 0), ("grad_out", grad_out, 0))

@@ -27,6 +27,7 @@ class Call:
     without keys (its output row and gradients are zero). grad_lse may be None. Gradients of tables have the tables' shapes.
 
     part: one of several calls that share their queries (a union); its backward gets the out and lse of all of them together.
+    into: tensors that a backward may write dq, dk and dv into, and return as such.
     """
 
     program: ir.Program
@@ -34,6 +35,7 @@ class Call:
     scale: float
     tables: dict[str, Tensor]
     part: bool = False
+    into: tuple[Tensor, ...] | None = None
 
     @property
     def attend(self) -> ir.Attend:

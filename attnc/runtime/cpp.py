@@ -96,7 +96,7 @@ def backward(
     ready = _ready(spec, call.geometry, True, q.shape[0] * k.shape[1], torch.get_num_threads())
     return cpp_host.run_backward(
         _kernel(spec, True), ready, q.detach(), k.detach(), v.detach(), out.detach(), lse.detach(), grad_out, grad_lse,
-        call.scale, call.tables,
+        call.scale, call.tables, call.into,
     )  # fmt: skip
 
 

@@ -93,8 +93,8 @@ def _split_sizes(layout: Layout, group: tuple[str, ...], length: int, heads: int
     return [known.get(n) or length // product for n in group]
 
 
-def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> tuple[Tensor, ...]:
-    """Views [B, H, N, D] (axes in one group) or [B, H, *grid, D]: one, or three of a packed tensor."""
+def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> Tensor:
+    """A view [B, H, N, D] (axes in one group) or [B, H, *grid, D]; with a leading dimension of three of a packed tensor."""
     if t.dim() != len(layout.groups):
         raise ShapeError(f"{what} has shape {tuple(t.shape)}, but the layout {layout.text!r} has {len(layout.groups)} dimensions")
     names: list[str] = []
@@ -108,13 +108,12 @@ def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> tuple[Te
             t = t.unflatten(d, _split_sizes(layout, group, t.shape[d], heads, what))  # type: ignore[no-untyped-call]
             names[:0] = group
     order = ["b", "h", *(["tokens"] if "tokens" in names else layout.axes), "d"]
-    if not layout.packed:
-        return (t.permute([names.index(n) for n in order]),)
-    at = names.index("three")
-    if t.shape[at] != 3:
-        raise ShapeError(f"layout {layout.text!r}: the dimension `three` of {what} has length {t.shape[at]}")
-    rest = [n for n in names if n != "three"]
-    return tuple(part.permute([rest.index(n) for n in order]) for part in t.unbind(at))
+    if layout.packed:
+        order.insert(0, "three")
+        length = t.shape[names.index("three")]
+        if length != 3:
+            raise ShapeError(f"layout {layout.text!r}: the dimension `three` of {what} has length {length}")
+    return t.permute([names.index(n) for n in order])
 
 
 def from_rows(out: Tensor, layout: Layout) -> Tensor:

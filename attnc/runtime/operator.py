@@ -1,7 +1,7 @@
 """The torch.library operators. A program travels as JSON text, so a traced or exported graph is complete in itself.
 
 attnc::attend and attnc::channel have fake kernels and autograd; their backwards are operators too, so torch.compile sees all
-of it.
+of it. attnc::attend_packed takes q, k and v stacked in one tensor and gives one gradient, which nobody has to put together.
 """
 
 from __future__ import annotations
@@ -40,6 +40,14 @@ _library.define(
 _library.define(
     "attend_backward(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
     " float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
+)
+_library.define(
+    "attend_packed(Tensor qkv, Tensor[] tables, float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    "attend_packed_backward(Tensor qkv, Tensor[] tables, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
+    " float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend) -> (Tensor, Tensor[])"
 )
 _library.define("channel(Tensor q, Tensor k, Tensor v, float scale, str backend) -> Tensor")
 _library.define(
@@ -242,12 +250,14 @@ def _attend_backward(
     k_grid: Any,
     program: str,
     backend: str,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     module = backend_module(backend)
     runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
     names = table_names(program_of(program))
     if len(runs) == 1 and len(runs[0].calls) == 1:
-        dq, dk, dv, sums = module.backward(runs[0].calls[0], q, k, v, out, lse, grad_out, grad_lse)
+        call = replace(runs[0].calls[0], into=into)
+        dq, dk, dv, sums = module.backward(call, q, k, v, out, lse, grad_out, grad_lse)
     else:
         rows = (q, k, v, out, lse, grad_out, grad_lse)
         dq, dk, dv, sums = _sum_of_runs(module, runs, rows, dict(zip(names, tables, strict=True)))
@@ -255,7 +265,30 @@ def _attend_backward(
         sums[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32)
         for n, t in zip(names, tables, strict=True)
     ]
-    return _like(q, dq), _like(k, dk), _like(v, dv), gradients
+    if into is None:
+        return _like(q, dq), _like(k, dk), _like(v, dv), gradients
+    for place, found in zip(into, (dq, dk, dv), strict=True):
+        if found is not place:
+            place.copy_(found)
+    return *into, gradients
+
+
+def _attend_packed(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _attend(*qkv.unbind(0), *rest)
+
+
+def _attend_packed_fake(qkv: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    return empty_like_order(qkv[0], qkv.shape[-1]), lse_like(qkv[0])
+
+
+def _attend_packed_backward(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    gradient = empty_like_order(qkv, qkv.shape[-1])
+    *_, parts = _attend_backward(*qkv.unbind(0), *rest, into=gradient.unbind(0))
+    return gradient, parts
+
+
+def _attend_packed_backward_fake(qkv: Tensor, tables: list[Tensor], *rest: Any, **named: Any) -> tuple[Tensor, list[Tensor]]:
+    return empty_like_order(qkv, qkv.shape[-1]), _table_gradients_fake(tables)
 
 
 def _sum_of_runs(
@@ -279,25 +312,30 @@ def _sum_of_runs(
 def _attend_backward_fake(
     q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    parts = [t.new_empty(t.shape) if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for t in tables]
     dq, dk, dv = (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
-    return dq, dk, dv, parts
+    return dq, dk, dv, _table_gradients_fake(tables)
+
+
+def _table_gradients_fake(tables: list[Tensor]) -> list[Tensor]:
+    return [t.new_empty(t.shape) if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for t in tables]
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tables, scale, q_grid, k_grid, program, backend = inputs
+    *rows, tables, scale, q_grid, k_grid, program, backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *tables)
-    ctx.rest = (scale, q_grid, k_grid, program, backend)
+    ctx.save_for_backward(*output, *rows, *tables)
+    ctx.count, ctx.rest = len(rows), (scale, q_grid, k_grid, program, backend)
 
 
 def _attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, *tables = ctx.saved_tensors
+    out, lse, *saved = ctx.saved_tensors
+    rows, tables = saved[: ctx.count], saved[ctx.count :]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv, parts = torch.ops.attnc.attend_backward(q, k, v, tables, out, lse, grad_out, grad_lse, *ctx.rest)
+    backward = torch.ops.attnc.attend_backward if ctx.count == 3 else torch.ops.attnc.attend_packed_backward
+    *gradients, parts = backward(*rows, tables, out, lse, grad_out, grad_lse, *ctx.rest)
     learned = [g if t.is_floating_point() else None for g, t in zip(parts, tables, strict=True)]
-    return dq, dk, dv, learned, None, None, None, None, None
+    return *gradients, learned, None, None, None, None, None
 
 
 def _channel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
@@ -351,6 +389,8 @@ def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _kernel, _fake in (
     ("attend", _attend, _attend_fake),
     ("attend_backward", _attend_backward, _attend_backward_fake),
+    ("attend_packed", _attend_packed, _attend_packed_fake),
+    ("attend_packed_backward", _attend_packed_backward, _attend_packed_backward_fake),
     ("channel", _channel, _channel_fake),
     ("channel_backward", _channel_backward, _channel_backward_fake),
 ):
@@ -369,7 +409,8 @@ def _keep_backend(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.backend = inputs[-1]
 
 
-for _name in ("attend_backward", "channel_backward"):
+for _name in ("attend_backward", "attend_packed_backward", "channel_backward"):
     torch.library.register_autograd(f"attnc::{_name}", _no_second_derivative, setup_context=_keep_backend, lib=_library)
-torch.library.register_autograd("attnc::attend", _attend_gradient, setup_context=_attend_setup, lib=_library)
+for _name in ("attend", "attend_packed"):
+    torch.library.register_autograd(f"attnc::{_name}", _attend_gradient, setup_context=_attend_setup, lib=_library)
 torch.library.register_autograd("attnc::channel", _channel_gradient, setup_context=_channel_setup, lib=_library)
