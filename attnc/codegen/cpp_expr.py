@@ -217,7 +217,7 @@ class Printer:
 
     # ------------------------------------------------------------------------------------------------------------ table offsets
     def load_offset(self, e: Expr) -> tuple[str, str, str, str | None]:
-        """Where a load reads: the query's part of the offset, the key's part, that of head and batch, and the rest (None: nothing)."""
+        """Where a load reads: the offset's part of the query, of the key, of head and batch, of the pair (None: nothing)."""
         name, *indices = e.args
         t = self.terms.tables.index(name)
         parts: dict[str, list[str]] = {"q": [], "k": [], "one": [], "both": []}

@@ -270,11 +270,13 @@ def _attend_backward(
     for place, found in zip(into, (dq, dk, dv), strict=True):
         if found is not place:
             place.copy_(found)
-    return *into, gradients
+    dq, dk, dv = into
+    return dq, dk, dv, gradients
 
 
 def _attend_packed(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _attend(*qkv.unbind(0), *rest)
+    q, k, v = qkv.unbind(0)
+    return _attend(q, k, v, *rest)
 
 
 def _attend_packed_fake(qkv: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -283,7 +285,8 @@ def _attend_packed_fake(qkv: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, 
 
 def _attend_packed_backward(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
     gradient = empty_like_order(qkv, qkv.shape[-1])
-    *_, parts = _attend_backward(*qkv.unbind(0), *rest, into=gradient.unbind(0))
+    q, k, v = qkv.unbind(0)
+    *_, parts = _attend_backward(q, k, v, *rest, into=gradient.unbind(0))
     return gradient, parts
 
 
