@@ -147,7 +147,8 @@ struct Forward {
             }
         }
     }
-    // N vectors of output of M queries, from vector `at` on: o = o * before + weights * values, times `after` where they are finished.
+    // N vectors of output of M queries, from vector `at` on: o = o * before + weights * values; where `after` is given they are finished
+    // and written times that.
     template <int M, int N>
     __attribute__((noinline)) void value_block(int i, int at, Run run, const V* before, const V* after) {
         V sum[M][N];
@@ -155,70 +156,65 @@ struct Forward {
         if (before) { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(rows + r * VP + n * L) * before[r]; }
         else { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = V{}; }
         const real *weight = scores + run.begin, *value = v + run.begin * VP + at * L;
-        for (int t = run.begin; t < run.end;) {
-            if (t > run.begin) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {      // sums are cut here, too
-                real* part = rows + r * VP + n * L;
-                store(part, t > run.begin + LONGEST_SUM ? load(part) + sum[r][n] : sum[r][n]);
-                sum[r][n] = V{};
-            }
-            const int stop = min(t + LONGEST_SUM, run.end);
-            for (; t < stop; t++, weight++, value += VP) {
-                V x[N];
-                UNROLL for (int n = 0; n < N; n++) x[n] = load(value + n * L);
-                UNROLL for (int r = 0; r < M; r++) {
-                    const V y = splat(weight[r * STRIDE]);
-                    UNROLL for (int n = 0; n < N; n++) sum[r][n] += y * x[n];
-                }
+        for (int t = run.begin; t < run.end; t++, weight++, value += VP) {
+            V x[N];
+            UNROLL for (int n = 0; n < N; n++) x[n] = load(value + n * L);
+            UNROLL for (int r = 0; r < M; r++) {
+                const V y = splat(weight[r * STRIDE]);
+                UNROLL for (int n = 0; n < N; n++) sum[r][n] += y * x[n];
             }
         }
-        const bool cut = run.end - run.begin > LONGEST_SUM, direct = after && P.out_layout.channel == 1;
-        UNROLL for (int r = 0; r < M; r++) {
+        if (after) UNROLL for (int r = 0; r < M; r++) {
             element* to = out + here->out_offset[i + r] + at * L;
-            UNROLL for (int n = 0; n < N; n++) {
-                V x = sum[r][n];
-                if (cut) x += load(rows + r * VP + n * L);
-                if (after) x *= after[r];
-                if (direct && (at + n + 1) * L <= DV) store_elements(to + n * L, x);
-                else store(rows + r * VP + n * L, x);
-            }
-        }
-        if (after && (!direct || (at + N) * L > DV)) for (int r = 0; r < M; r++) {
-            element* to = out + here->out_offset[i + r];
-            for (int d = direct ? DV / L * L : at * L; d < min((at + N) * L, DV); d++) to[d * P.out_layout.channel] = put(o[(i + r) * VP + d]);
-        }
+            UNROLL for (int n = 0; n < N; n++) store_elements(to + n * L, sum[r][n] * after[r]);
+        } else UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(rows + r * VP + n * L, sum[r][n]);
     }
     template <int M, int AT = 0> INLINE void value_rows(int i, Run run, const V* before, const V* after) {
         constexpr int N = share(VP / L - AT, COLUMNS);
         value_block<M, N>(i, AT, run, before, after);
         if constexpr (AT + N < VP / L) value_rows<M, AT + N>(i, run, before, after);
     }
-    // M queries from i on against the packed chunk; `last`: no more follow
-    template <int M> void rows(int i, bool last) {
+    // What m queries from i on see of the chunk: keys that any of them sees, that all see; whether more than these ends is to be checked.
+    struct Sight {
+        Run run, clear;
+        bool check, plain;
+    };
+    __attribute__((noinline)) Sight sight_of(int i, int m) const {
         const Tile& tile = here->tile;
         const Keys& keys = here->keys;
+        Sight s{run_of_rows(tile, keys, i, m), run_of(tile, keys, i), false, tile.prefix || keys.prefix};
+        for (int r = 1; r < m; r++) {
+            const Run x = run_of(tile, keys, i + r);
+            s.clear = {max(s.clear.begin, x.begin), min(s.clear.end, x.end)};
+        }
+        s.check = s.plain ? !PLAIN_SCORE : RESIDUAL || !USES_SCORE;
+        for (int a = 0; a < RANK; a++) s.check |= tile.checked[a] && !keys.prefix;
+        return s;
+    }
+    __attribute__((noinline)) void find_elements(int i, int m, int from, int to, const real* (*elements)[LOADS + 1]) const {
+        for (int r = 0; r < m; r++) loads.rows(P, numbers, here->tile, here->keys, i + r, r, from, to, elements[r]);
+    }
+    // M queries from i on against the packed chunk; `last`: no more follow
+    template <int M> void rows(int i, bool last) {
         const bool more = started[i];       // (rows of a block start together)
-        Run run = run_of_rows(tile, keys, i, M), clear = run_of(tile, keys, i);
+        const Sight sight = sight_of(i, M);
+        const Run run = sight.run;
+        const bool plain = sight.plain;
         if (run.begin >= run.end) {
             if (last && more) finish(i, M);
             return;
         }
-        const bool plain = tile.prefix || keys.prefix;
-        bool check = (RESIDUAL && !plain) || (plain && !PLAIN_SCORE) || !USES_SCORE;
-        for (int a = 0; a < RANK; a++) check |= tile.checked[a] && !keys.prefix;
-        for (int r = 1; r < M; r++) { const Run x = run_of(tile, keys, i + r); clear.begin = max(clear.begin, x.begin); clear.end = min(clear.end, x.end); }
         const int first = run.begin / L, end = (run.end + L - 1) / L, from = first * L, to = end * L;
         V best[M];
         const real* elements[M][LOADS + 1];
-        for (int r = 0; r < M; r++) {
-            best[r] = splat(LOWEST);
-            if (!PLAIN_SCORE && !plain) loads.rows(P, numbers, tile, keys, i + r, r, from, to, elements[r]);
-        }
+        UNROLL for (int r = 0; r < M; r++) best[r] = splat(LOWEST);
+        if (LOADS && !plain) find_elements(i, M, from, to, elements);
         for (int p = 0; p < panels.count; p++) {
             const int begin = panels.first(p), x = max(begin, first), y = min(panels.first(p + 1), end);
             if (x >= y) continue;
             const real* b = panels.data + begin * L * D + (x - begin) * L;
             const int64_t width = (panels.first(p + 1) - begin) * L;
-            if (check || x * L < clear.begin || min(y * L, keys.count) > clear.end) {
+            if (sight.check || x * L < sight.clear.begin || min(y * L, here->keys.count) > sight.clear.end) {
                 if (USES_SCORE || plain) score_rows<M, false>(y - x, i, x * L, b, width, elements, best);
                 else for (int r = 0; r < M; r++) memset(scores + r * STRIDE + x * L, 0, sizeof(real) * (y - x) * L);
                 check_rows(i, M, x * L, y * L, plain, elements, best);
@@ -244,7 +240,7 @@ struct Forward {
         }
         if (POST && !plain) for (int r = 0; r < M; r++) {
             real* row = scores + r * STRIDE;
-            for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, tile.terms[i + r], keys.terms, elements[r], j));
+            for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j));
         }
         each_group<M>([&]<int G, int N>() __attribute__((always_inline)) {
             const V old = load(maximum + i + G * L), factor = exp2_vector((old - now[G]) * splat(PLAIN_SCORE ? 1 : LOG2E));
@@ -256,7 +252,13 @@ struct Forward {
             UNROLL for (int r = 0; r < N; r++) { before[G * L + r] = lane(factor, r); after[G * L + r] = lane(inverse, r); }
         });
         for (int r = 0; r < M; r++) started[i + r] = true;
-        value_rows<M>(i, run, more ? before : nullptr, last ? after : nullptr);
+        const bool direct = last && DV % L == 0 && P.out_layout.channel == 1;
+        for (int t = run.begin; t < run.end; t += LONGEST_SUM) {      // sums are cut here, too
+            const int stop = min(t + LONGEST_SUM, run.end);
+            value_rows<M>(i, {t, stop}, more || t > run.begin ? before : nullptr, direct && stop == run.end ? after : nullptr);
+            if (t == run.begin) UNROLL for (int r = 0; r < M; r++) before[r] = splat(1);
+        }
+        if (last && !direct) finish(i, M);
     }
     // f<G, N>(): rows G * L .. G * L + N - 1 of M
     template <int M, int G = 0, class F> static INLINE void each_group(F f) {

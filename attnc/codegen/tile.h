@@ -256,7 +256,7 @@ struct Keys {
         terms.pad(count);
     }
     // rows of k or v of one (batch, head), `width` reals apart
-    template <int W> INLINE void gather(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* dst) const {
+    template <int W> __attribute__((noinline)) void gather(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* dst) const {
         constexpr int64_t P = up(W, L);
         const int rows = count;      // (a copy: the compiler must think that a store below might change a member)
         const bool* there = real_key;
@@ -267,7 +267,7 @@ struct Keys {
         memset(dst + rows * P, 0, sizeof(real) * (up(rows, L) - rows) * P);
     }
     // The same as panels, without the last `but` keys. `rows`: memory for rows that are no whole vectors where they lie.
-    template <int W> INLINE void pack(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
+    template <int W> __attribute__((noinline)) void pack(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
         if (!PADDED && W % L == 0 && channel == 1)
             pack_rows<W>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load_elements(src + offset[i] + d); });
         else {
