@@ -87,13 +87,13 @@ def test_bands(name):
     p, grid, options = BANDS[name]
     program, dim = program_of(name), options.get("dim", 8)
     for backward in (False, True):
-        assert "#define BAND" in source(Spec(program, dim, options.get("value_dim", dim), "float32"), backward)
+        assert "int BAND =" in source(Spec(program, dim, options.get("value_dim", dim), "float32"), backward, band=True)
     check(program if "k_grid" in options else p, grid, **options)
 
 
 def test_only_bands_are_taken_as_bands():
     for p in (window(s=7), causal_axes(), axial(), full(), overlapping(s=3)):
-        assert "#define BAND" not in source(Spec(make_program(p), 8, 8, "float32"), False)
+        assert not Spec(make_program(p), 8, 8, "float32").band
 
 
 @pytest.mark.parametrize("name", ["one vector and one query", "grouped queries", "dilated volume"])

@@ -345,11 +345,8 @@ struct Backward {
         }
     }
 };
-extern "C" void attend_backward(const Problem* problem) {
+extern "C" bool attend_backward(const Problem* problem) {
     const Problem& P = *problem;
-#ifdef BAND
-    if (band::backward(P)) return;
-#endif
     int64_t segments = 1, others = 1, table_size = 0;
     for (int a = 0; a < RANK; a++) segments *= P.axes[a].segments;
     for (int a = 1; a < RANK; a++) others *= P.axes[a].segments;
@@ -442,4 +439,5 @@ extern "C" void attend_backward(const Problem* problem) {
     }
     free(all_sums);
     free(shared);
+    return true;
 }

@@ -362,3 +362,5 @@ inline bool backward(const Problem& P) {
     return true;
 }
 }
+// false: this call's tokens are no band, and nothing was written
+extern "C" bool attend_backward(const Problem* problem) { return band::backward(*problem); }

@@ -139,3 +139,5 @@ inline bool forward(const Problem& P) {
     return true;
 }
 }
+// false: this call's tokens are no band, and nothing was written
+extern "C" bool attend_forward(const Problem* problem) { return band::forward(*problem); }

@@ -99,7 +99,7 @@ class Spec:
         row = size * (3 * (d + v) if backward else 2 * d + v)
         keys = min(max(BUFFERS[backward] // row // 32 * 32, 64), 256 if backward else 512)
         queries = 128 if backward or d + v > 256 else 256
-        return Kernel(queries, keys, LANES, 6, self.dim + self.value_dim, backward)
+        return Kernel(queries, keys, LANES, 6, self.dim, self.value_dim, backward, self.band)
 
 
 def refuse(spec: Spec) -> None:
@@ -250,8 +250,8 @@ def _term_structs(p: Printer, offsets: list[tuple[str, str, str, str | None]]) -
     return "".join(out)
 
 
-def source(spec: Spec, backward: bool) -> str:
-    """The whole C++ source of one direction."""
+def source(spec: Spec, backward: bool, band: bool = False) -> str:
+    """The whole C++ source of one direction: boxes of keys, which any call can take, or `band` (where the spec has one)."""
     refuse(spec)
     a, s = spec.attend, spec.structure
     hooks, tables, apart, by_head, terms = _hooks(spec, backward)
@@ -283,11 +283,11 @@ def source(spec: Spec, backward: bool) -> str:
         ]
     )
     body = header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")
-    loop = header("backward.h" if backward else "forward.h")
-    if spec.band:
-        numbers += f"#define BAND {spec.band}   // keys of the last axis that a query sees, on grids long enough\n"
-        names = ("band_plan.h", "band.h", "band_backward.h" if backward else "band_forward.h")
-        loop = "".join(map(header, names)) + loop
+    direction = "backward.h" if backward else "forward.h"
+    loop = header(direction)
+    if band:
+        numbers += f"constexpr int BAND = {spec.band};   // keys of the last axis that a query sees, on grids long enough\n"
+        loop = "".join(map(header, ("band_plan.h", "band.h", f"band_{direction}")))
     parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
     text = "\n".join(parts)
     return re.sub(r"\n{3,}", "\n\n", text)

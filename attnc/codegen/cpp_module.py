@@ -11,6 +11,7 @@ from attnc.codegen import cpp_host
 from attnc.codegen.cpp import Spec, channel_source, describe, source
 from attnc.errors import ShapeError
 from attnc.schedule.boxes import tiling
+from attnc.schedule.choose import Choice, choose
 from attnc.schedule.geometry import Geometry, geometry
 
 THREADS = 8  # what tiles are chosen for; any number runs them
@@ -23,6 +24,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,14 @@ def function(source: str, name: str) -> Any:
     if said:
         raise RuntimeError(f"the C++ compiler failed\\n{said}")
     found = getattr(ctypes.CDLL(os.fspath(folder / "kernel.so")), name)
-    found.restype = None
+    found.restype = ctypes.c_bool
     return found
+
+
+def kernels(sources: tuple[str, ...], name: str) -> Iterator[Any]:
+    """The kernels of one direction in the order they are tried, each built when it is its turn."""
+    for source in sources:
+        yield function(source, name)
 '''
 
 ATTENTION = '''
@@ -55,7 +63,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *tables: Tensor) -> Tensor:
         named = dict(zip(TABLES, tables))
-        out, lse = run_forward(function(FORWARD, "attend_forward"), READY_FORWARD, q, k, v, scale, named)
+        out, lse = run_forward(kernels(FORWARD, "attend_forward"), READY_FORWARD, q, k, v, scale, named)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, out, lse, *tables)
         return out
@@ -64,8 +72,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         q, k, v, out, lse, *tables = ctx.saved_tensors
         named = dict(zip(TABLES, tables))
-        kernel = function(BACKWARD, "attend_backward")
-        dq, dk, dv, gradients = run_backward(kernel, READY_BACKWARD, q, k, v, out, lse, grad_out, None, ctx.scale, named)
+        tried = kernels(BACKWARD, "attend_backward")
+        dq, dk, dv, gradients = run_backward(tried, READY_BACKWARD, q, k, v, out, lse, grad_out, None, ctx.scale, named)
         return dq, dk, dv, None, *(gradients.get(name) for name in TABLES)
 
 
@@ -88,7 +96,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         out = empty_in_order(q, q.shape[-1])
-        run_channel(function(FORWARD, "channel"), scale, {"q": q, "k": k, "v": v, "out": out})
+        run_channel(function(FORWARD[0], "channel"), scale, {"q": q, "k": k, "v": v, "out": out})
         ctx.scale = scale
         ctx.save_for_backward(q, k, v)
         return out
@@ -98,7 +106,7 @@ class Attention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         dq, dk, dv = (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
         tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
-        run_channel(function(BACKWARD, "channel"), ctx.scale, tensors)
+        run_channel(function(BACKWARD[0], "channel"), ctx.scale, tensors)
         return dq, dk, dv, None
 
 
@@ -117,9 +125,9 @@ def _host() -> str:
     return text[text.index("FLAGS = ") :].rstrip() + "\n"
 
 
-def axis_tables(geo: Geometry, spec: Spec, backward: bool, items: int, threads: int) -> tuple[Any, ...]:
+def axis_tables(geo: Geometry, spec: Spec, choice: Choice, backward: bool, items: int, threads: int) -> tuple[Any, ...]:
     """The arguments of `Ready`: sizes and tables of a call's axes, as plain numbers."""
-    t = tiling(geo, spec.kernel(backward), items, threads)
+    t = tiling(geo, spec.kernel(backward), choice.sides, items, threads)
     axes = [
         {
             **{name: int(getattr(a, name)) for name in cpp_host.AXIS_NUMBERS},
@@ -160,8 +168,8 @@ def emit_cpu(
     value_dim = head_dim if value_dim is None else value_dim
     names: dict[str, str] = {"D": str(head_dim), "DV": str(value_dim), "DTYPE": dtype}
     if isinstance(program.attend, ir.Channel):
-        forward, backward = (channel_source(dtype, head_dim, value_dim, b) for b in (False, True))
-        head = [line[3:].rstrip() for line in forward.splitlines()[:5] if line.startswith("//")]
+        sources: list[tuple[str, ...]] = [(channel_source(dtype, head_dim, value_dim, b),) for b in (False, True)]
+        head = [line[3:].rstrip() for line in sources[0][0].splitlines()[:5] if line.startswith("//")]
         tail = CHANNEL
         setup = ""
     else:
@@ -169,19 +177,27 @@ def emit_cpu(
         if grid is None:
             raise ShapeError(f"pattern {spec.attend.name}: a stand-alone CPU module needs a grid")
         geo = geometry(program, grid, kv_grid or grid)
-        forward, backward = source(spec, False), source(spec, True)
+        choices = [choose(geo, spec.kernel(b), heads, THREADS) for b in (False, True)]
+        # a band's kernel may find that the call is none on this machine's vectors: then the other one runs
+        sources = [
+            tuple(source(spec, b, band) for band in ((True, False) if choice.band else (False,)))
+            for b, choice in zip((False, True), choices, strict=True)
+        ]
         head = [*describe(spec, False), "", f"Made for the grid {'x'.join(map(str, grid))} and {heads} heads (any number runs)."]
         pads = [f'    tables.setdefault("pad_{n}", q.new_zeros(1, {w}))\n' for n, w in (("k", head_dim), ("v", value_dim))]
         tables = (*spec.tables, *spec.int_tables, *(("pad_k", "pad_v") if spec.padded else ()))
         names |= {"NQ": str(geo.n_queries), "NK": str(geo.n_keys), "NAMES": ", ".join(tables) or "none"}
         names["PADS"] = "".join(pads) if spec.padded else ""
         setup = f"TABLES = {tables!r}\n" + "".join(
-            f"READY_{n} = {_ready(axis_tables(geo, spec, n == 'BACKWARD', heads, THREADS))}\n" for n in ("FORWARD", "BACKWARD")
+            f"READY_{name} = {_ready(axis_tables(geo, spec, choice, name == 'BACKWARD', heads, THREADS))}\n"
+            for name, choice in zip(("FORWARD", "BACKWARD"), choices, strict=True)
         )
         tail = ATTENTION
     for name, text in names.items():
         tail = tail.replace(f"@{name}@", text)
     text = "\n".join(head).strip().replace('"""', "'''")
     doc = f'"""{text}\n\nBuilt on first use by the C++ compiler of the machine.\n"""\n\n'
-    kernels = f'\nFORWARD = r"""{forward}"""\n\nBACKWARD = r"""{backward}"""\n'
+    kernels = ""
+    for name, texts in zip(("FORWARD", "BACKWARD"), sources, strict=True):
+        kernels += f"\n{name} = (\n" + "".join(f'    r"""{text}""",\n' for text in texts) + ")\n"
     return f"{doc}{IMPORTS}\n{_host()}{LIBRARY}\n{setup}{tail}{kernels}"

@@ -344,11 +344,8 @@ struct Forward {
         }
     }
 };
-extern "C" void attend_forward(const Problem* problem) {
+extern "C" bool attend_forward(const Problem* problem) {
     const Problem& P = *problem;
-#ifdef BAND
-    if (band::forward(P)) return;
-#endif
     int64_t tiles = 1;
     for (int a = 0; a < RANK; a++) tiles *= P.axes[a].pieces;
     const int64_t all = tiles + (P.q_prefix + TILE - 1) / TILE, items = P.batch * P.heads * all;
@@ -374,4 +371,5 @@ extern "C" void attend_forward(const Problem* problem) {
             b = next_b; h = next_h;
         }
     }
+    return true;
 }

@@ -30,9 +30,10 @@ def issued(backend: str, program: ir.Program, g: Geometry, *, heads: int, head_d
     if backend == "cpp":
         from attnc.codegen.cpp import Spec
         from attnc.schedule.boxes import tiling
+        from attnc.schedule.choose import choose
 
-        kernel = Spec(program, head_dim, value_dim, dtype).kernel(backward=False)
-        axes = tiling(g, kernel, heads, torch.get_num_threads()).axes
+        kernel, threads = Spec(program, head_dim, value_dim, dtype).kernel(backward=False), torch.get_num_threads()
+        axes = tiling(g, kernel, choose(g, kernel, heads, threads).sides, heads, threads).axes
         return heads * _runs([_extents(a) for a in axes], kernel.rows, kernel.lanes) + beside
     if backend == "torch":
         return heads * boxes.count(g).elements + beside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Call:
 
     part: one of several calls that share their queries (a union); its backward gets the out and lse of all of them together.
     into: tensors that a backward may write dq, dk and dv into, and return as such.
+    choice: how it runs, one of the backend's candidates; None leaves it to the backend.
     """
 
     program: ir.Program
@@ -36,6 +38,7 @@ class Call:
     tables: dict[str, Tensor]
     part: bool = False
     into: tuple[Tensor, ...] | None = None
+    choice: Any = None
 
     @property
     def attend(self) -> ir.Attend:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from attnc.codegen.cpp_module import axis_tables
 from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.runtime.cache import entry
 from attnc.runtime.call import Call, empty_like_order
+from attnc.schedule.choose import Choice, choose
+from attnc.schedule.geometry import Geometry
 
 __all__ = ["backward", "channel_backward", "channel_forward", "forward"]
 
@@ -59,13 +62,27 @@ def _function(text: str, name: str) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _kernel(spec: Spec, backward: bool) -> Any:
-    return _function(source(spec, backward), "attend_backward" if backward else "attend_forward")
+def _kernel(spec: Spec, backward: bool, band: bool) -> Any:
+    function = _function(source(spec, backward, band), "attend_backward" if backward else "attend_forward")
+    function.restype = ctypes.c_bool
+    return function
+
+
+def _kernels(spec: Spec, backward: bool, choice: Choice) -> Iterator[Any]:
+    """The kernels to try in turn, each built when it is its turn: whether a call is a band, the band's kernel says last."""
+    if choice.band:
+        yield _kernel(spec, backward, True)
+    yield _kernel(spec, backward, False)
 
 
 @lru_cache(maxsize=256)
-def _ready(spec: Spec, geometry: Any, backward: bool, items: int, threads: int) -> cpp_host.Ready:
-    return cpp_host.Ready(*axis_tables(geometry, spec, backward, items, threads))
+def _ready(spec: Spec, geometry: Geometry, choice: Choice, backward: bool, items: int, threads: int) -> cpp_host.Ready:
+    return cpp_host.Ready(*axis_tables(geometry, spec, choice, backward, items, threads))
+
+
+@lru_cache(maxsize=256)
+def _choice(spec: Spec, geometry: Geometry, backward: bool, items: int, threads: int) -> Choice:
+    return choose(geometry, spec.kernel(backward), items, threads)
 
 
 def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
@@ -83,9 +100,10 @@ def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of one call."""
     spec = _check(call, q, k, v)
-    items = q.shape[0] * q.shape[1]
-    ready = _ready(spec, call.geometry, False, items, torch.get_num_threads())
-    return cpp_host.run_forward(_kernel(spec, False), ready, q.detach(), k.detach(), v.detach(), call.scale, call.tables)
+    size = (False, q.shape[0] * q.shape[1], torch.get_num_threads())
+    choice = call.choice or _choice(spec, call.geometry, *size)
+    ready, kernels = _ready(spec, call.geometry, choice, *size), _kernels(spec, False, choice)
+    return cpp_host.run_forward(kernels, ready, q, k, v, call.scale, call.tables)
 
 
 def backward(
@@ -93,11 +111,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """dq, dk, dv and the gradients of tables."""
     spec = _check(call, q, k, v)
-    ready = _ready(spec, call.geometry, True, q.shape[0] * k.shape[1], torch.get_num_threads())
-    return cpp_host.run_backward(
-        _kernel(spec, True), ready, q.detach(), k.detach(), v.detach(), out.detach(), lse.detach(), grad_out, grad_lse,
-        call.scale, call.tables, call.into,
-    )  # fmt: skip
+    size = (True, q.shape[0] * k.shape[1], torch.get_num_threads())
+    choice = call.choice or _choice(spec, call.geometry, *size)
+    ready, kernels = _ready(spec, call.geometry, choice, *size), _kernels(spec, True, choice)
+    return cpp_host.run_backward(kernels, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, call.tables, call.into)
 
 
 def _channel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:

@@ -1,0 +1,108 @@
+"""How a call on the CPU runs: the sides of its query tiles, and whether its rows are walked as bands. Candidates with a cost each.
+
+The cost is a model, in cycles of one (batch, head); its constants were fitted to measured calls. `attnc.tune` measures the best of
+the candidates instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnc.schedule.boxes import Ints, Kernel, ends, pieces
+from attnc.schedule.geometry import Axis, Geometry
+
+SIDES = (1, 2, 3, 4, 6, 8, 12, 14, 16, 18, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """sides: queries of a tile per axis, 0 for the whole of an axis or block. band: lanes are queries of one row, if that fits."""
+
+    sides: tuple[int, ...]
+    band: bool = False
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Totals over the pieces of one axis: what the cost of a product of axes is made of."""
+
+    side: int
+    longest: int  # queries of the longest piece
+    pieces: int
+    pairs: float  # sum of queries x keys
+    seen: float  # sum over queries of the keys that each sees
+    keys: float
+    queries: float
+    masked: bool
+
+
+def _cut(a: Axis, lo: Ints, hi: Ints, side: int) -> _Cut:
+    p = pieces(a, side)
+    first_lo, last_hi = lo[p[:, 0], p[:, 1]], hi[p[:, 0], p[:, 2] - 1]
+    keys, queries = (last_hi - first_lo + 1).clip(0).astype(float), (p[:, 2] - p[:, 1]).astype(float)
+    masked = bool((lo[p[:, 0], p[:, 2] - 1] != first_lo).any() or (hi[p[:, 0], p[:, 1]] != last_hi).any())
+    pairs, longest = float((keys * queries).sum()), int(queries.max(initial=1))
+    return _Cut(side, longest, len(p), pairs, float(a.pairs()), float(keys.sum()), float(queries.sum()), masked)
+
+
+def _cost(cuts: tuple[_Cut, ...], kernel: Kernel) -> float:
+    """Cycles of one (batch, head), roughly."""
+    width = kernel.dim + kernel.value_dim
+    lead = next((i for i, c in enumerate(cuts) if c.keys > c.pieces), len(cuts) - 1)
+    inner = 1.0
+    for c in cuts[lead + 1 :]:
+        inner *= c.queries / max(c.pieces, 1)
+    span = max(kernel.rows / inner, 1.0)  # rows of the lead axis that one block of queries touches
+    if inner % kernel.rows:
+        span += 0.5
+    boxes = tiles = packed = gathered = 1.0
+    live = 1.0
+    for i, c in enumerate(cuts):
+        boxes *= c.pairs
+        live *= min(c.pairs, c.seen + (span - 1) * c.queries) if i == lead else c.pairs
+        tiles *= c.pieces
+        packed *= c.keys
+        gathered *= c.queries
+    live += gathered * kernel.lanes / 2  # the last vector of a row is half empty
+    masks = sum(c.masked for c in cuts[lead + 1 :])
+    per_pair = (width + 20 + 6 * masks) / kernel.lanes
+    cost = live * per_pair + packed * width * 0.35 + gathered * width * 0.15 + tiles * 500 + gathered / kernel.rows * 60
+    chunks = -(-packed // (tiles * kernel.keys)) if tiles else 1.0
+    cost += (chunks - 1) * gathered * (width * 0.5 + 40)
+    if kernel.backward:
+        cost += (boxes + live * 0.6) * width / kernel.lanes + packed * width * 0.4
+    return cost
+
+
+@lru_cache(maxsize=256)
+def candidates(geo: Geometry, kernel: Kernel, items: int, threads: int) -> tuple[tuple[float, Choice], ...]:
+    """Every choice with its cost, the cheapest first, for `items` (batch, head) pairs on so many threads."""
+    options = []
+    for a in geo.axes:
+        lo, hi = ends(a)
+        longest = a.block or -(-a.queries // a.split)
+        sides = {s for s in SIDES if s < longest} | {0}
+        if not a.block and len(geo.axes) == 1:
+            sides = {s for s in sides if s >= 16 or not s}
+        cuts = [_cut(a, lo, hi, s) for s in sorted(sides)]
+        options.append([c for c in cuts if c.longest <= kernel.queries])
+    found = []
+    for product in itertools.product(*options):
+        if math.prod(c.longest for c in product) > kernel.queries:
+            continue
+        n = items * math.prod(c.pieces for c in product)
+        uneven = -(-n // threads) * threads / n if n else 1.0
+        cost = _cost(product, kernel) * (1 + (uneven - 1) * 0.9)
+        found.append((cost, Choice(tuple(c.side for c in product))))
+    found.sort(key=lambda x: x[0])
+    if kernel.band:
+        found.insert(0, (0.0, Choice(found[0][1].sides, band=True)))
+    return tuple(found)
+
+
+def choose(geo: Geometry, kernel: Kernel, items: int, threads: int) -> Choice:
+    """The cheapest by the model."""
+    return candidates(geo, kernel, items, threads)[0][1]
