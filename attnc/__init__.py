@@ -46,10 +46,12 @@ if TYPE_CHECKING:
     from attnc.report.emit import emit
     from attnc.report.explain import explain
     from attnc.report.inspect import inspect
+    from attnc.tuning import Shape, Tuning, tune
 
 __version__ = "0.1.0"
 _LAZY = {
     **dict.fromkeys(("compile", "reference", "mask", "Operator"), "attnc.compiler"),
+    **dict.fromkeys(("Shape", "Tuning", "tune"), "attnc.tuning"),
     **{name: f"attnc.report.{name}" for name in ("explain", "draw", "emit", "inspect")},
 }
 __all__ = [
@@ -63,8 +65,10 @@ __all__ = [
     "Mechanism",
     "Operator",
     "Pattern",
+    "Shape",
     "ShapeError",
     "Table",
+    "Tuning",
     "UnsupportedError",
     "channel_attend",
     "clamp",
@@ -89,6 +93,7 @@ __all__ = [
     "softmax",
     "sqrt",
     "tanh",
+    "tune",
     "where",
 ]
 

@@ -191,6 +191,39 @@ def inspect(
 
 
 @app.command()
+def tune(
+    spec: Spec,
+    grid: Grid,
+    heads: Heads = 1,
+    head_dim: HeadDim = 32,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's own number without.")] = None,
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    backward: Annotated[bool, typer.Option(help="Also measure the backward.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
+) -> None:
+    """Measure the ways a pattern can run at a shape, and keep the fastest for later calls."""
+    import torch
+
+    import attnc
+
+    shape = {"grid": _sizes(grid), "heads": heads, "head_dim": head_dim, "dtype": dtype, "batch": batch, "backward": backward}
+    pattern = _resolve(spec)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _working("measuring"):
+        found = attnc.tune(pattern, shape, device)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    elif found.races:
+        _out().print(f"{_plain(found.pattern)} on {found.device}, {found.threads} threads")
+        _out().print(found)
+    else:
+        typer.echo(f"{found.pattern}: there is one way to run it")
+
+
+@app.command()
 def draw(
     spec: Spec,
     grid: Grid,

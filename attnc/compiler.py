@@ -21,6 +21,7 @@ from attnc.runtime import operator
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TUNED = ("cpp",)  # backends with a tuner
 
 
 def has_compiler() -> bool:
@@ -44,6 +45,10 @@ def _traced(text: str) -> Traced:
     return Traced(text, program, operator.table_specs(program), program.attend.normalizer.kind)
 
 
+def _untuned(backend: str) -> str:
+    return f'backend "{backend}" has no tuner yet (there is one for {", ".join(TUNED)}); leave tune= out, or give backend="cpp"'
+
+
 def _left_behind(*_: object) -> NoReturn:
     raise DeclarationError("this operator was unpickled: it runs, and its declaration cannot be traced again; declare it anew")
 
@@ -63,6 +68,7 @@ class Operator:
         heads: int | None = None,
         layout: str | None = None,
         backend: Backend = "auto",
+        tune: bool = False,
         fallback: Literal["torch"] | None = None,
     ) -> None:
         if backend not in ("auto", *operator.BACKENDS):
@@ -72,7 +78,9 @@ class Operator:
         for name, n in (("prefix", prefix), ("kv_prefix", kv_prefix or 0)):
             if not isinstance(n, int) or n < 0:
                 raise DeclarationError(f"{name}={n!r}: a non-negative int")
-        self.source, self.heads, self.backend, self.fallback = source, heads, backend, fallback
+        if tune and backend not in ("auto", *TUNED):
+            raise UnsupportedError(f"{source.name}: tune=True: {_untuned(backend)}")
+        self.source, self.heads, self.backend, self.tune, self.fallback = source, heads, backend, tune, fallback
         self.prefix, self.kv_prefix = prefix, prefix if kv_prefix is None else kv_prefix
         self.layout = layouts.parse(layout) if layout else None
         self.axes, self.grid = axes_and_sizes(grid, self.layout)
@@ -187,6 +195,8 @@ class Operator:
             )
         scale = qr.shape[-1] ** -0.5 if scale is None else float(scale)
         backend = self._backend(qr.device.type)
+        if self.tune and backend not in TUNED:
+            raise UnsupportedError(f"{name}: tune=True: {_untuned(backend)}")
         if isinstance(self.source, Mechanism):
             if tables or return_lse:
                 extra = ", ".join(tables) or "return_lse"
@@ -222,10 +232,11 @@ class Operator:
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         attend = torch.ops.attnc.attend if len(rows) == 3 else torch.ops.attnc.attend_packed
+        more = (True,) if self.tune else ()
         if self.fallback is None or backend in ("torch", "eager"):
-            return attend(*rows, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, *more)  # type: ignore[no-any-return]
         try:
-            return attend(*rows, tables, scale, q_grid, k_grid, text, backend)  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, *more)  # type: ignore[no-any-return]
         except UnsupportedError as e:
             if not self._warned:
                 warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
@@ -404,13 +415,13 @@ def compile(
     """An operator `op(q, k, v, *, scale=None, return_lse=False, grid=None, **tables) -> out` from a pattern or mechanism.
 
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] unless `layout` says otherwise; the grid is row-major, `prefix`
-    tokens come first. Raises DeclarationError for a wrong statement, UnsupportedError for what cannot be lowered.
+    tokens come first. tune=True: the first call of a shape that nothing is kept for measures the candidates of both directions
+    and keeps the winners, see `attnc.tune`. Raises DeclarationError for a wrong statement, UnsupportedError for what cannot be
+    lowered.
     """
     if not isinstance(p, Pattern | Mechanism):
         hint = " (call it with its hyper-parameters first)" if callable(p) else ""
         raise DeclarationError(f"attnc.compile takes a pattern or a mechanism, not {type(p).__name__}{hint}")
-    if tune:
-        raise UnsupportedError(f"pattern {p.name}: tune=True: no tuner is built for this backend yet; leave it out")
     options: dict[str, Any] = {
         "grid": grid,
         "kv_grid": kv_grid,
@@ -418,7 +429,7 @@ def compile(
         "kv_prefix": kv_prefix,
         "pad": pad,
     }
-    return Operator(p, **options, heads=heads, layout=layout, backend=backend, fallback=fallback)
+    return Operator(p, **options, heads=heads, layout=layout, backend=backend, tune=tune, fallback=fallback)
 
 
 def reference(p: Pattern | Mechanism, **options: Any) -> Operator:

@@ -374,8 +374,9 @@ class Program:
 
 # ------------------------------------------------------------------------------------------------------------------ JSON, as
 # data
-def _expr_out(e: Expr) -> Any:
-    return [e.op, e.kind, *[_expr_out(a) if isinstance(a, Expr) else a for a in e.args]]
+def expr_to_data(e: Expr) -> Any:
+    """An expression as nested lists, for JSON."""
+    return [e.op, e.kind, *[expr_to_data(a) if isinstance(a, Expr) else a for a in e.args]]
 
 
 def _expected_kind(op: str, args: tuple[Any, ...]) -> Kind | None:
@@ -392,11 +393,12 @@ def _expected_kind(op: str, args: tuple[Any, ...]) -> Kind | None:
     return "real" if "real" in kinds or op in ("truediv", "exp", "log", "tanh", "sqrt", "sigmoid") else "int"
 
 
-def _expr_in(data: Any) -> Expr:
+def expr_from_data(data: Any, *, variables: bool = False) -> Expr:
+    """Read an expression back. Raises CacheError on anything that is not one. variables: those of proofs may occur in it."""
     if not (isinstance(data, list) and len(data) >= 2 and isinstance(data[0], str) and data[1] in ("int", "bool", "real")):
         raise CacheError(f"not an attnc expression: {str(data)[:80]}")
     op, kind, *rest = data
-    args = tuple(_expr_in(a) if isinstance(a, list) else a for a in rest)
+    args = tuple(expr_from_data(a, variables=variables) if isinstance(a, list) else a for a in rest)
     if op in ARITY:
         ok = len(args) == ARITY[op] and all(isinstance(a, Expr) for a in args) and _expected_kind(op, args) == kind
     elif op == "load":
@@ -408,6 +410,8 @@ def _expr_in(data: Any) -> Expr:
         ok = len(args) == 2 and args[0] in ("q", "k") and type(args[1]) is int and args[1] >= 0 and kind == "int"
     elif op == "index":
         ok = len(args) == 1 and args[0] in ("q", "k") and kind == "int"
+    elif op == "var":
+        ok = variables and len(args) == 1 and args[0] in ("j", "r", "i") and kind == "int"
     else:
         ok = op in ("head", "heads", "batch", "score") and not args and kind == ("real" if op == "score" else "int")
     if not ok:
@@ -430,12 +434,12 @@ def to_json(p: Program) -> str:
             "op": "attend",
             "name": a.name,
             "rank": a.rank,
-            "relation": _expr_out(a.relation),
-            "score": _expr_out(a.score),
+            "relation": expr_to_data(a.relation),
+            "score": expr_to_data(a.score),
         }
         n = a.normalizer
         body["normalizer"] = [n.kind, n.over, n.sink, n.power]
-        body["post"] = None if a.post is None else _expr_out(a.post)
+        body["post"] = None if a.post is None else expr_to_data(a.post)
         body["maps"] = [None if m is None else [m.kind, m.eps] for m in (a.q_map, a.k_map)]
     tokens = [{"grid": t.grid, "prefix": t.prefix, "pad": t.pad, "pad_multiple": t.pad_multiple} for t in (p.queries, p.keys)]
     return json.dumps({"attend": body, "tokens": tokens, "same_grid": p.same_grid}, separators=(",", ":"))
@@ -470,9 +474,9 @@ def from_json(text: str) -> Program:
             if any(m is not None and m[0] != "l2norm" for m in b["maps"]):
                 raise CacheError(f"unknown row map in {b['maps']!r}")
             maps = [None if m is None else RowMap(m[0], float(m[1])) for m in b["maps"]]
-            post = None if b["post"] is None else _expr_in(b["post"])
+            post = None if b["post"] is None else expr_from_data(b["post"])
             norm = Normalizer(kind, over, sink, int(power))
-            statement = (_expr_in(b["relation"]), _expr_in(b["score"]), norm, post)
+            statement = (expr_from_data(b["relation"]), expr_from_data(b["score"]), norm, post)
             node = Attend(str(b["name"]), int(b["rank"]), *statement, maps[0], maps[1])
             _check_statement(node)
         return Program(node, _tokens_in(tq), _tokens_in(tk), bool(d["same_grid"]))

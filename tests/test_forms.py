@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import attnc
 from attnc import ir, patterns
+from attnc.analysis.axis import AxisForm
 from attnc.analysis.evaluate import evaluate
-from attnc.analysis.forms import AxisForm
 from attnc.analysis.structure import Structure, analyse
 
 Body = Callable[[Any, Any], Any]

@@ -8,7 +8,6 @@ interval of keys.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
 import sympy as sp
 
@@ -25,37 +24,9 @@ from attnc.analysis.algebra import (
     symbol,
     to_sympy,
 )
+from attnc.analysis.axis import AxisForm, I, J, R
 
-J, R, I = ir.var("j"), ir.var("r"), ir.var("i")
 _J, _R, _I = symbol(J), symbol(R), symbol(I)
-
-
-@dataclass(frozen=True)
-class AxisForm:
-    """What was proved about one axis. Ends are IR integers over j, r and sizes (inverses: over i, r and sizes).
-
-    kind (for people): full, block, shifted block, residue, band, clamped band, point, causal, interval; `residue` parts are
-    named in front, e.g. "residue 4 of clamped band". block: tokens per block where both ends are piecewise constant, and shift.
-    """
-
-    kind: str
-    split: ir.Expr
-    lo: ir.Expr
-    hi: ir.Expr
-    inverse_lo: ir.Expr | None
-    inverse_hi: ir.Expr | None
-    block: ir.Expr | None = None
-    shift: ir.Expr = ir.ZERO
-
-    @property
-    def full(self) -> bool:
-        """Every key of the axis is allowed."""
-        return self.kind == "full"
-
-    @property
-    def equivalence(self) -> bool:
-        """The axis falls into groups whose members see each other and nobody else."""
-        return self.kind.split(" of ")[-1] in ("full", "residue", "point", "block", "shifted block")
 
 
 class _Unrecognised(Exception):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from attnc import ir
-from attnc.analysis.forms import AxisForm, recognise
+from attnc.analysis.axis import AxisForm, from_data, to_data
+from attnc.errors import CacheError
+
+Prove = Callable[[], Any]
+Keeper = Callable[[str, Prove], Any]
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,36 @@ class Structure:
         if all(f.full for f in self.axes):
             return "dense"
         return "grouped" if all(f.equivalence for f in self.axes) else "banded"
+
+
+_keeper: Keeper | None = None
+
+
+def keep_proofs(keeper: Keeper) -> None:
+    """Proofs are asked of `keeper(key, prove)` from now on: it gives what `prove()` gives for this key, now or at another time."""
+    global _keeper
+    _keeper = keeper
+
+
+def _recognise(
+    per_axis: list[tuple[ir.Expr, ...]], roles: tuple[ir.Role, ir.Role]
+) -> tuple[list[AxisForm], list[tuple[ir.Expr, ...]]]:
+    """The form of each axis and the conjuncts that no rule knew, proved with sympy or kept from an earlier proof."""
+
+    def prove() -> list[Any]:
+        from attnc.analysis.forms import recognise
+
+        found = [recognise(terms, axis, roles) for axis, terms in enumerate(per_axis)]
+        return [[to_data(form), [terms.index(e) for e in left]] for (form, left), terms in zip(found, per_axis, strict=True)]
+
+    key = json.dumps([[[ir.expr_to_data(e) for e in terms] for terms in per_axis], roles])
+    data = prove() if _keeper is None else _keeper(key, prove)
+    try:
+        return [from_data(form) for form, _ in data], [
+            tuple(terms[i] for i in left) for terms, (_, left) in zip(per_axis, data, strict=True)
+        ]
+    except (TypeError, ValueError, IndexError) as e:
+        raise CacheError(f"not a proof: {e}") from e
 
 
 def _axes_of(e: ir.Expr) -> set[int]:
@@ -64,10 +101,6 @@ def analyse(a: ir.Attend, same_grid: bool, padded: bool = False) -> Structure:
             per_axis[axes.pop()].append(c)
         else:
             residual.append(c)
-    forms, unknown = [], []
-    for axis, terms in enumerate(per_axis):
-        form, left = recognise(tuple(terms), axis, roles)
-        forms.append(form)
-        unknown.append(left)
-        residual += left
+    forms, unknown = _recognise([tuple(terms) for terms in per_axis], roles)
+    residual += [e for left in unknown for e in left]
     return Structure(tuple(forms), ir.all_of(tuple(residual)), flat, tuple(unknown))

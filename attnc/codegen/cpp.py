@@ -6,6 +6,7 @@ whether keys may be virtual. Sizes, strides, tile borders and interval ends are 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,6 +129,13 @@ def refuse(spec: Spec) -> None:
 def header(name: str) -> str:
     """Text of a header of this folder."""
     return (Path(__file__).parent / name).read_text().rstrip() + "\n"
+
+
+@lru_cache(maxsize=1)
+def kernels_version() -> str:
+    """Changes with the text of the kernels: what was measured of another version says nothing of this one."""
+    names = sorted(p.name for p in Path(__file__).parent.glob("*.h"))
+    return hashlib.sha256("".join(map(header, names)).encode()).hexdigest()[:16]
 
 
 def _placed(spec: Spec, e: Expr) -> Expr:

@@ -9,9 +9,9 @@ import sympy as sp
 
 from attnc import ir
 from attnc.analysis.algebra import FloorDiv, FloorMod, NotAlgebraic, symbol, to_sympy
+from attnc.analysis.axis import AxisForm, I, J
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.evaluate import evaluate
-from attnc.analysis.forms import AxisForm, I, J
 from attnc.analysis.structure import Structure, analyse
 from attnc.errors import UnsupportedError
 from attnc.schedule.geometry import Geometry

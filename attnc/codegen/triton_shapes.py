@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from attnc import ir
-from attnc.analysis.forms import J, R
+from attnc.analysis.axis import J, R
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_plan import AxisPlan, Spec
 from attnc.schedule.tiles import Side

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from attnc import ir
 from attnc.analysis.algebra import from_sympy, to_sympy
-from attnc.analysis.forms import AxisForm, length, recognise
+from attnc.analysis.axis import AxisForm
+from attnc.analysis.forms import length, recognise
 from attnc.analysis.structure import Structure
 
 Roles = tuple[ir.Role, ir.Role]

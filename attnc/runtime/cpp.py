@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import subprocess
@@ -15,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnc import ir
 from attnc.codegen import cpp_host
-from attnc.codegen.cpp import ELEMENTS, Spec, channel_source, refuse, source
+from attnc.codegen.cpp import ELEMENTS, Spec, channel_source, kernels_version, refuse, source
 from attnc.codegen.cpp_module import axis_tables
 from attnc.errors import BuildError, ShapeError, UnsupportedError
+from attnc.runtime import tuner
 from attnc.runtime.cache import entry
 from attnc.runtime.call import Call, empty_like_order
-from attnc.schedule.choose import Choice, choose
+from attnc.schedule.choose import Choice, bucket, candidates
 from attnc.schedule.geometry import Geometry
 
-__all__ = ["backward", "channel_backward", "channel_forward", "forward"]
+__all__ = ["backward", "channel_backward", "channel_forward", "forward", "tunable"]
 
 
 @lru_cache(maxsize=1)
@@ -81,8 +84,37 @@ def _ready(spec: Spec, geometry: Geometry, choice: Choice, backward: bool, items
 
 
 @lru_cache(maxsize=256)
-def _choice(spec: Spec, geometry: Geometry, backward: bool, items: int, threads: int) -> Choice:
-    return choose(geometry, spec.kernel(backward), items, threads)
+def _tunable(spec: Spec, geometry: Geometry, backward: bool, items: int, threads: int) -> tuner.Tunable:
+    """The candidates of a call, and what a measured winner depends on. Lengths and items are taken in buckets."""
+    sizes = [bucket(n) for n in (*geometry.q_grid, *geometry.k_grid)]
+    statement = [ir.to_json(spec.program), spec.dim, spec.value_dim, spec.dtype, "backward" if backward else "forward"]
+    like = {
+        "device": [_machine(), threads],
+        "statement": statement,
+        "bucket": [sizes, bucket(items, steps=1)],
+        "versions": [torch.__version__, kernels_version()],
+    }
+    found = tuple(
+        tuner.Candidate(c, {"sides": list(c.sides), "band": c.band}, c.show(), cost)
+        for cost, c in candidates(geometry, spec.kernel(backward), items, threads)
+    )
+    return tuner.Tunable(json.dumps(like, sort_keys=True), found)
+
+
+@lru_cache(maxsize=256)
+def _choice(spec: Spec, geometry: Geometry, backward: bool, items: int, threads: int, version: int) -> Choice:
+    choice: Choice = tuner.chosen(_tunable(spec, geometry, backward, items, threads)).choice
+    return choice
+
+
+def tunable(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuner.Tunable:
+    """What `attnc.tune` may measure of a call."""
+    return _tunable(_check(call, q, k, v), call.geometry, *_size(q, k, backward))
+
+
+def _size(q: Tensor, k: Tensor, backward: bool) -> tuple[bool, int, int]:
+    """The direction, its (batch, head) pairs, and threads: what choices depend on besides the statement and the grid."""
+    return backward, q.shape[0] * (k if backward else q).shape[1], torch.get_num_threads()
 
 
 def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
@@ -100,8 +132,8 @@ def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of one call."""
     spec = _check(call, q, k, v)
-    size = (False, q.shape[0] * q.shape[1], torch.get_num_threads())
-    choice = call.choice or _choice(spec, call.geometry, *size)
+    size = _size(q, k, False)
+    choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
     ready, kernels = _ready(spec, call.geometry, choice, *size), _kernels(spec, False, choice)
     return cpp_host.run_forward(kernels, ready, q, k, v, call.scale, call.tables)
 
@@ -111,8 +143,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """dq, dk, dv and the gradients of tables."""
     spec = _check(call, q, k, v)
-    size = (True, q.shape[0] * k.shape[1], torch.get_num_threads())
-    choice = call.choice or _choice(spec, call.geometry, *size)
+    size = _size(q, k, True)
+    choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
     ready, kernels = _ready(spec, call.geometry, choice, *size), _kernels(spec, True, choice)
     return cpp_host.run_backward(kernels, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, call.tables, call.into)
 

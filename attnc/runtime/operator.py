@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc import ir
+from attnc.analysis.structure import keep_proofs
 from attnc.errors import UnsupportedError
+from attnc.runtime import proofs, tuner
 from attnc.runtime.call import Call, empty_like_order, in_order, lse_like
 from attnc.schedule import bounds
 from attnc.schedule.geometry import Geometry, geometry
@@ -32,23 +34,16 @@ BACKENDS = {
     "eager": "attnc.codegen.eager",
 }
 
+keep_proofs(proofs.kept)
+
 _library: Any = torch.library.Library("attnc", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor[] tables, float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend)"
-    " -> (Tensor, Tensor)"
-)
-_library.define(
-    "attend_backward(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
-    " float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
-)
-_library.define(
-    "attend_packed(Tensor qkv, Tensor[] tables, float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend)"
-    " -> (Tensor, Tensor)"
-)
-_library.define(
-    "attend_packed_backward(Tensor qkv, Tensor[] tables, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
-    " float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend) -> (Tensor, Tensor[])"
-)
+_ROWS, _PACKED = "Tensor q, Tensor k, Tensor v", "Tensor qkv"
+_SAVED = "Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse"
+_REST = "float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend, bool tune=False"
+_library.define(f"attend({_ROWS}, Tensor[] tables, {_REST}) -> (Tensor, Tensor)")
+_library.define(f"attend_packed({_PACKED}, Tensor[] tables, {_REST}) -> (Tensor, Tensor)")
+_library.define(f"attend_backward({_ROWS}, Tensor[] tables, {_SAVED}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor[])")
+_library.define(f"attend_packed_backward({_PACKED}, Tensor[] tables, {_SAVED}, {_REST}) -> (Tensor, Tensor[])")
 _library.define("channel(Tensor q, Tensor k, Tensor v, float scale, str backend) -> Tensor")
 _library.define(
     "channel_backward(Tensor q, Tensor k, Tensor v, Tensor grad_out, float scale, str backend) -> (Tensor, Tensor, Tensor)"
@@ -189,12 +184,15 @@ def _attend(
     k_grid: Any,
     program: str,
     backend: str,
+    tune: bool = False,
 ) -> tuple[Tensor, Tensor]:
     module = backend_module(backend)
     runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
     results: list[tuple[Tensor, Tensor]] = []
     for r in runs:
         rows = (q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads]) if len(runs) > 1 else (q, k, v)
+        for call in r.calls if tune else ():
+            tuner.settle(module, call, rows)
         partial = [module.forward(call, *rows) for call in r.calls]
         results.append(partial[0] if len(partial) == 1 else _merge(partial) if partial else _nothing(rows[0], v))
     if len(results) == 1:
@@ -232,6 +230,7 @@ def _attend_fake(
     k_grid: Any,
     program: str,
     backend: str,
+    tune: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return empty_like_order(q, v.shape[-1]), lse_like(q)
 
@@ -250,16 +249,20 @@ def _attend_backward(
     k_grid: Any,
     program: str,
     backend: str,
+    tune: bool = False,
+    *,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     module = backend_module(backend)
     runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
     names = table_names(program_of(program))
+    rows = (q, k, v, out, lse, grad_out, grad_lse)
+    for r in runs if tune else ():
+        for call in r.calls:
+            tuner.settle(module, call, *_rows_of_run(r, rows))
     if len(runs) == 1 and len(runs[0].calls) == 1:
-        call = replace(runs[0].calls[0], into=into)
-        dq, dk, dv, sums = module.backward(call, q, k, v, out, lse, grad_out, grad_lse)
+        dq, dk, dv, sums = module.backward(replace(runs[0].calls[0], into=into), *rows)
     else:
-        rows = (q, k, v, out, lse, grad_out, grad_lse)
         dq, dk, dv, sums = _sum_of_runs(module, runs, rows, dict(zip(names, tables, strict=True)))
     gradients = [
         sums[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32)
@@ -294,17 +297,24 @@ def _attend_packed_backward_fake(qkv: Tensor, tables: list[Tensor], *rest: Any, 
     return empty_like_order(qkv, qkv.shape[-1]), _table_gradients_fake(tables)
 
 
+def _rows_of_run(r: _Run, rows: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """A run's heads of q, k and v, and of out, lse, grad_out and grad_lse."""
+    q, k, v, *rest = rows
+    mine = (q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads])
+    return mine, tuple(t if t is None else t[:, r.heads] for t in rest)
+
+
 def _sum_of_runs(
     module: ModuleType, runs: list[_Run], rows: tuple[Any, ...], tables: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Gradients summed over parts and runs, in float32 or wider."""
-    q, k, v, out, lse, grad_out, grad_lse = rows
+    q, k, v, _, lse, *_ = rows
     dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     sums = {n: torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for n, t in tables.items() if t.is_floating_point()}
     for r in runs:
-        mine = [t if t is None else t[:, r.heads] for t in (out, lse, grad_out, grad_lse)]
+        mine, rest = _rows_of_run(r, rows)
         for call in r.calls:
-            parts = module.backward(call, q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads], *mine)
+            parts = module.backward(call, *mine, *rest)
             for total, part, heads in zip((dq, dk, dv), parts, (r.heads, r.key_heads, r.key_heads), strict=False):
                 total[:, heads] += part
             for n, g in parts[3].items():
@@ -324,10 +334,10 @@ def _table_gradients_fake(tables: list[Tensor]) -> list[Tensor]:
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *rows, tables, scale, q_grid, k_grid, program, backend = inputs
+    *rows, tables, scale, q_grid, k_grid, program, backend, tune = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *rows, *tables)
-    ctx.count, ctx.rest = len(rows), (scale, q_grid, k_grid, program, backend)
+    ctx.count, ctx.rest = len(rows), (scale, q_grid, k_grid, program, backend, tune)
 
 
 def _attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -338,7 +348,7 @@ def _attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None)
     backward = torch.ops.attnc.attend_backward if ctx.count == 3 else torch.ops.attnc.attend_packed_backward
     *gradients, parts = backward(*rows, tables, out, lse, grad_out, grad_lse, *ctx.rest)
     learned = [g if t.is_floating_point() else None for g, t in zip(parts, tables, strict=True)]
-    return *gradients, learned, None, None, None, None, None
+    return *gradients, learned, *(None for _ in ctx.rest)
 
 
 def _channel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
@@ -409,7 +419,7 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
 
 
 def _keep_backend(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.backend = inputs[-1]
+    ctx.backend = next(x for x in reversed(inputs) if isinstance(x, str))
 
 
 for _name in ("attend_backward", "attend_packed_backward", "channel_backward"):

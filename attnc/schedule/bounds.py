@@ -311,6 +311,29 @@ def check(
                     )
 
 
+def table_shapes(
+    program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...], heads: int, batch: int
+) -> dict[str, tuple[int, ...]]:
+    """The least shape of each runtime table that the indices of all allowed pairs fit into.
+
+    Raises ShapeError where an index has no known bound.
+    """
+    a = program.attend
+    assert isinstance(a, ir.Attend)
+    g = geometry(program, q_grid, k_grid)
+    box = Box(g, heads, batch)
+    found: dict[str, tuple[int, ...]] = {a.normalizer.sink: (heads,)} if a.normalizer.sink else {}
+    for e in _spoken(program, g):
+        for load, inside in _loads(e):
+            name = load.args[0]
+            ranges = [box.of(index, inside + ir.conjuncts(g.structure.residual)) for index in load.children]
+            if any(r.high == float("inf") for r in ranges):
+                raise ShapeError(f"pattern {a.name}: the size of the table {name!r} does not follow from the grid {q_grid}")
+            sizes = tuple(max(int(r.high) + 1, 1) for r in ranges)
+            found[name] = tuple(map(max, sizes, found.get(name, sizes)))
+    return found
+
+
 def _check_integers(name: str, spoken: list[ir.Expr], box: Box, wide: bool) -> None:
     limit = 1 << 63 if wide else INT32
     for e in dict.fromkeys(n for s in spoken for n in ir.walk(s) if n.kind == "int" and (n.op in ir.ARITY or n.op == "const")):

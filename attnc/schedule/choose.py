@@ -24,6 +24,18 @@ class Choice:
     sides: tuple[int, ...]
     band: bool = False
 
+    def show(self) -> str:
+        """For people: "tiles 4 x all", "rows of a band"."""
+        return "rows of a band" if self.band else "tiles " + " x ".join(str(s or "all") for s in self.sides)
+
+
+def bucket(n: int, steps: int = 4) -> int:
+    """The least number of at least n among those with `steps` to an octave (4: 16, 20, 24, 28, 32, 40, ...; 1: powers of two)."""
+    unit = 1
+    while unit * 2 * steps < n:
+        unit *= 2
+    return -(-n // unit) * unit
+
 
 @dataclass(frozen=True)
 class _Cut:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnc import ir
+from attnc.analysis.axis import AxisForm
 from attnc.analysis.evaluate import evaluate
-from attnc.analysis.forms import AxisForm
 from attnc.analysis.structure import Structure, analyse
 from attnc.errors import ShapeError
 
