@@ -181,8 +181,10 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace == "attnc":
-            first = out if isinstance(out, Tensor) else out[0]
-            self.calls.append(Attention(self.layer, func._schema.name.split("::")[1], tuple(args), first))
+            first, name = out if isinstance(out, Tensor) else out[0], func._schema.name.split("::")[1]
+            if name == "attend_packed":  # the same, on q, k and v in one tensor
+                name, args = "attend", (*args[0].unbind(0), *args[1:])
+            self.calls.append(Attention(self.layer, name, tuple(args), first))
         return out
 
 
