@@ -9,12 +9,27 @@ import shutil
 
 import pytest
 import torch
-from test_cpp import axial, causal_axes, check, full, make_program, neighborhood, overlapping, quick_builds, window  # noqa: F401
+from test_cpp import (  # noqa: F401
+    absolute,
+    axial,
+    causal_axes,
+    check,
+    full,
+    make_program,
+    near_bias,
+    neighborhood,
+    overlapping,
+    quick_builds,
+    window,
+)
 
 from attnc import patterns
 from attnc.codegen import cpp_host
-from attnc.codegen.cpp import Spec, source
+from attnc.codegen.cpp import Spec
+from attnc.lang import functions as fn
+from attnc.lang.functions import HEAD, SCORE, where
 from attnc.lang.pattern import pattern
+from attnc.lang.symbols import Table
 from attnc.runtime import cpp
 from attnc.runtime.call import Call
 from attnc.schedule.geometry import geometry
@@ -40,6 +55,31 @@ def threads():
 @pattern
 def halved(q, k):
     return (k.y >= q.y // 2) & (k.y <= q.y // 2 + 1) & (k.x >= q.x // 2) & (k.x <= q.x // 2 + 2)
+
+
+def near(q, k):
+    x = (k.x >= fn.maximum(fn.minimum(q.x - 1, q.size.x - 3), 0)) & (k.x <= fn.maximum(fn.minimum(q.x - 1, q.size.x - 3), 0) + 2)
+    return x & (k.y >= q.y - 1) & (k.y <= q.y + 1)
+
+
+@pattern
+def flat_bias(q, k, *, bias: Table):
+    return where(near(q, k), bias[(q.y - k.y + 2) * 5 + (q.x - k.x) + 2, HEAD] + SCORE)
+
+
+@pattern
+def scaled_bias(q, k, *, bias: Table):
+    return where(near(q, k), SCORE + 2 * bias[HEAD, q.x - k.x + 2])
+
+
+@pattern
+def far_bias(q, k, *, bias: Table):
+    return where(near(q, k), SCORE + bias[HEAD, 2 * q.x - k.x + 2])
+
+
+@pattern
+def folded_bias(q, k, *, bias: Table):
+    return where(near(q, k), SCORE + bias[HEAD, q.x // 2 - k.x // 2 + 2])
 
 
 @pattern
@@ -76,24 +116,75 @@ BANDS = {
 }
 
 
-def program_of(name):
-    p, grid, options = BANDS[name]
-    k_grid = options.get("k_grid")
-    return make_program(p, len(grid), kv=k_grid)
+# no band at these sizes, or none that the kernel takes
+DECLINED = {"too short for its width", "negative scale"}
+
+
+@pytest.fixture
+def boxes(monkeypatch):
+    """Which calls the bands declined."""
+    declined = []
+    plain = cpp._kernel
+
+    def kernel(spec, backward, band):
+        if not band:
+            declined.append(spec)
+        return plain(spec, backward, band)
+
+    monkeypatch.setattr(cpp, "_kernel", kernel)
+    return declined
 
 
 @pytest.mark.parametrize("name", BANDS)
-def test_bands(name):
+def test_bands(name, boxes):
     p, grid, options = BANDS[name]
-    program, dim = program_of(name), options.get("dim", 8)
-    for backward in (False, True):
-        assert "int BAND =" in source(Spec(program, dim, options.get("value_dim", dim), "float32"), backward, band=True)
-    check(program if "k_grid" in options else p, grid, **options)
+    check(make_program(p, len(grid), kv=options["k_grid"]) if "k_grid" in options else p, grid, **options)
+    assert bool(boxes) == (name in DECLINED)
 
 
 def test_only_bands_are_taken_as_bands():
-    for p in (window(s=7), causal_axes(), axial(), full(), overlapping(s=3)):
-        assert not Spec(make_program(p), 8, 8, "float32").band
+    for p in (window(s=7), causal_axes(), axial(), full(), overlapping(s=3), absolute(), scaled_bias(), far_bias(), folded_bias()):
+        assert not Spec(make_program(p), 8, 8, "float32").band, p
+    for p in (neighborhood(s=3), near_bias(s=3), patterns.neighborhood(3, 2, bias="relative")):
+        assert Spec(make_program(p), 8, 8, "float32").band == 3, p
+
+
+def bias(heads, *sizes):
+    return {"bias": torch.randn(heads, *(2 * s - 1 for s in sizes), generator=torch.Generator().manual_seed(1))}
+
+
+TABLES = {
+    "two vectors": (near_bias(s=3), (9, 37), bias(2, 3, 3), {}),
+    "shared by heads": (near_bias(s=3), (9, 14), bias(1, 3, 3), {"kind": "packed", "dim": 24}),
+    "clamped both sides of one vector": (near_bias(s=5), (6, 13), bias(2, 5, 5), {}),
+    "dilated": (patterns.neighborhood(5, 3, bias="relative"), (19, 40), bias(2, 5, 5), {}),
+    "shared windows": (patterns.neighborhood(5, stride=4, bias="relative"), (9, 39), bias(2, 5, 5), {}),
+    "sides that differ": (patterns.neighborhood((5, 3), bias="relative"), (7, 20), bias(2, 5, 3), {}),
+    "grouped queries": (near_bias(s=3), (9, 37), bias(4, 3, 3), {"heads": 4, "kv_heads": 2}),
+    "volume": (patterns.neighborhood(3, bias="relative"), (4, 5, 18), bias(2, 3, 3, 3), {}),
+    "dilated volume": (
+        patterns.neighborhood(3, (2, 1, 1), bias="relative"),
+        (7, 4, 18),
+        bias(2, 3, 3, 3),
+        {"heads": 2, "kv_heads": 1},
+    ),
+    "float64": (near_bias(s=3), (6, 35), bias(2, 3, 3), {"dtype": torch.float64, "dim": 10}),
+    "bfloat16": (near_bias(s=3), (6, 35), bias(2, 3, 3), {"dtype": torch.bfloat16, "dim": 24}),
+    "strips": (near_bias(s=5), (6, 600), bias(1, 5, 5), {"dim": 48, "heads": 1, "batch": 1}),
+    "flat": (flat_bias(), (9, 20), {"bias": bias(2, 3, 3)["bias"].reshape(2, 25).t()}, {}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name, boxes):
+    p, grid, tables, options = TABLES[name]
+    check(p, grid, tables=tables, **options)
+    assert not boxes
+
+
+def test_a_negative_scale_with_a_table(boxes):
+    check(near_bias(s=3), (5, 20), tables=bias(2, 3, 3), scale=-0.5)
+    assert boxes
 
 
 @pytest.mark.parametrize("name", ["one vector and one query", "grouped queries", "dilated volume"])

@@ -33,8 +33,9 @@ void store_columns(const real* src, int64_t stride, element* dst, int64_t step, 
     } else for (int i = 0; i < count; i++) for (int d = 0; d < W; d++) dst[i * step + d * channel] = put(src[d * stride + i]);
 }
 
-// A line that rows a .. b - 1 of a group see: its place in the rings, and where the rows' scores of it lie.
-struct Line { int64_t slot, cell[GROUP]; int a, b; };
+// A line that rows a .. b - 1 of a group see: its place in the rings, and where the rows' scores of it lie. With a table: how it lies
+// to each row, and where the block's elements are.
+struct Line { int64_t slot, cell[GROUP], relation[GROUP], base[GROUP], elements[GROUP]; int a, b; };
 
 // What both directions share: the lines of keys, the block of queries at hand, and the two products.
 struct Band {
@@ -46,14 +47,24 @@ struct Band {
     int64_t x_residue = -1, x_strip;         // what `blocks` were aimed at
     Line* lines;                             // that the group at hand meets
     int line_count;
+    Elements table;
+    const bool backwards;
+    V scale, unit;                           // of a product; of what makes an exponent of 2 (see tile.h)
 
-    Band(const Problem& P, const Plan& plan) : P(P), plan(plan), k_grid(plan, P.k_layout), v_grid(plan, P.v_layout) {}
-    static size_t bytes(const Plan& plan) { return sizeof(real) * plan.ring() + plan.planes * plan.lines * sizeof(Line) + plan.blocks * sizeof(Lanes) + 512; }
+    Band(const Problem& P, const Plan& plan, bool backwards)
+        : P(P), plan(plan), k_grid(plan, P.k_layout), v_grid(plan, P.v_layout), table(P, plan), backwards(backwards) {
+        scale = splat(real(P.scale)); unit = unit_of({real(P.scale), real(P.scale * 1.4426950408889634), 0, 0});
+    }
+    size_t bytes() const {
+        return sizeof(real) * plan.ring() + plan.planes * plan.lines * sizeof(Line) + plan.blocks * sizeof(Lanes) + 512
+               + (LOADS ? table.bytes(backwards) : 0);
+    }
     void allocate(Arena& arena) {
         keys = arena.take<real>(plan.planes * plan.lines * plan.stride * D);
         values = arena.take<real>(plan.planes * plan.lines * plan.stride * DV + 2 * L);
         lines = arena.take<Line>(plan.planes * plan.lines);
         blocks = arena.take<Lanes>(plan.blocks);
+        if (LOADS) table.allocate(arena, backwards);
     }
     INLINE int64_t slot(int plane, int64_t line) const { return plane * plan.lines + line % plan.lines; }
     void load_lines(const Item& item, int64_t from, int64_t to) {
@@ -82,14 +93,29 @@ struct Band {
             for (int plane = 0; plane < item.planes; plane++) {
                 Line& x = lines[line_count++];
                 x.slot = slot(plane, line); x.a = a; x.b = b;
-                for (int64_t r = a; r < b; r++) x.cell[r] = cell(r) + ((line - lo[r]) * item.planes + plane) * BAND * L;
+                for (int64_t r = a; r < b; r++) {
+                    x.cell[r] = cell(r) + ((line - lo[r]) * item.planes + plane) * BAND * L;
+                    if (!LOADS) continue;
+                    x.relation[r] = table.relation(item, row + r, line, item.plane[plane]);
+                    x.base[r] = table.query_base(item, row + r) + table.key_base(item, line, item.plane[plane]);
+                }
             }
         }
     }
     void aim_blocks(const Item& item) {
         if (x_residue == item.residue[X] && x_strip == item.x_from) return;
         x_residue = item.residue[X]; x_strip = item.x_from;
-        for (int64_t x = item.x_from; x < item.x_to; x += L) blocks[(x - item.x_from) / L].aim(item, x);
+        if (LOADS) table.make_room((item.x_to - item.x_from + L - 1) / L);
+        for (int64_t x = item.x_from; x < item.x_to; x += L) {
+            Lanes& lanes = blocks[(x - item.x_from) / L];
+            lanes.aim(item, x);
+            if (LOADS) lanes.pattern = table.find(item, lanes, x);
+        }
+    }
+    // finds the block's table elements
+    void aim_elements() {
+        for (Line* n = lines; n < lines + line_count; n++)
+            for (int r = n->a; r < n->b; r++) n->elements[r] = table.at(block->pattern, n->relation[r], n->base[r]);
     }
     // keys FROM .. FROM + T - 1 of every lane, out of a ring's row
     template <Way WAY, int T> INLINE void spread(const real* row, const I (&at)[T], int t, V (&z)[T]) const {
@@ -103,9 +129,9 @@ struct Band {
             }
         }
     }
-    // N rows of x[W][L] against keys FROM .. of a line, as many at a time as registers hold: s + cell[r] = the products
-    template <int W, Way WAY, int N, int FROM = 0>
-    INLINE void dots(const real* x, const real* row, real* s, const int64_t* cell, V* best) const {
+    // N rows of x[W][L] against keys FROM .. of a line, as many at a time as registers hold: the products or, with a TABLE, the scores
+    template <int W, Way WAY, bool TABLE, int N, int FROM = 0>
+    INLINE void dots(const real* x, const real* row, real* s, const int64_t* cell, const int64_t* elements, V* best) const {
         constexpr int T = share(BAND - FROM, max(1, (REGISTERS - N - 4) / (N + 1)));
         constexpr int part = (W + (W + 63) / 64 - 1) / ((W + 63) / 64);      // long sums are cut
         for (int from = 0; from < W; from += part) {
@@ -124,23 +150,24 @@ struct Band {
             UNROLL for (int r = 0; r < N; r++) UNROLL for (int t = 0; t < T; t++) {
                 real* place = s + cell[r] + (FROM + t) * L;
                 if (from) a[r][t] += load(place);
+                if (TABLE && to == W) a[r][t] = a[r][t] * scale + load(table.values + elements[r] + (FROM + t) * L);
                 if (to == W) best[r] = larger(best[r], a[r][t]);
                 store(place, a[r][t]);
             }
         }
-        if constexpr (FROM + T < BAND) dots<W, WAY, N, FROM + T>(x, row, s, cell, best);
+        if constexpr (FROM + T < BAND) dots<W, WAY, TABLE, N, FROM + T>(x, row, s, cell, elements, best);
     }
-    // Products of the group's rows x[GROUP][W][L] with the keys that they see, and each row's largest.
-    template <int W, Way WAY> __attribute__((noinline))
+    // The same for the group's rows x[GROUP][W][L] and all keys that they see, and each row's largest.
+    template <int W, Way WAY, bool TABLE> __attribute__((noinline))
     void products(const real* x, const real* ring, real* s, V* best) const {
         for (int r = 0; r < GROUP; r++) best[r] = splat(LOWEST);
         for (const Line* n = lines; n < lines + line_count; n++) {
             const real *row = ring + n->slot * W * plan.stride + block->first, *from = x + n->a * W * L;
             switch (n->b - n->a) {
-                case 1: dots<W, WAY, 1>(from, row, s, n->cell + n->a, best + n->a); break;
-                case 2: dots<W, WAY, 2>(from, row, s, n->cell + n->a, best + n->a); break;
-                case 3: if constexpr (GROUP > 2) dots<W, WAY, 3>(from, row, s, n->cell + n->a, best + n->a); break;
-                default: if constexpr (GROUP > 3) dots<W, WAY, 4>(from, row, s, n->cell + n->a, best + n->a);
+                case 1: dots<W, WAY, TABLE, 1>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a); break;
+                case 2: dots<W, WAY, TABLE, 2>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a); break;
+                case 3: if constexpr (GROUP > 2) dots<W, WAY, TABLE, 3>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a); break;
+                default: if constexpr (GROUP > 3) dots<W, WAY, TABLE, 4>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a);
             }
         }
     }

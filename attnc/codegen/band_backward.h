@@ -69,14 +69,14 @@ struct Backward : Band {
     struct Ahead { const element *q, *g, *out, *dq, *k, *v, *dk, *dv; int rows, lines, complete, most, columns, line, column, pace; } ahead;
 
     Backward(const Problem& P, const Plan& plan, Arena& arena)
-        : Band(P, plan), q_grid(plan, P.q_layout), g_grid(plan, P.grad_out_layout), out_grid(plan, P.out_layout), lse_grid(plan, P.lse_layout),
+        : Band(P, plan, true), q_grid(plan, P.q_layout), g_grid(plan, P.grad_out_layout), out_grid(plan, P.out_layout), lse_grid(plan, P.lse_layout),
           grad_lse_grid(plan, P.grad_lse_layout), dq_grid(plan, P.dq_layout), dk_grid(plan, P.dk_layout), dv_grid(plan, P.dv_layout) {
         direct = P.heads == P.kv_heads && plan.q_planes == 1;
         dense = true;
         for (const Grid* t : {&q_grid, &g_grid, &out_grid, &dq_grid, &k_grid, &v_grid, &dk_grid, &dv_grid}) dense &= t->channel == 1;
         const int64_t kept = plan.blocks * plan.alive, all = plan.k_planes * tokens_of(row_count(P.k_grid), plan.y.split, 0);
         const int64_t sums = (direct ? 1 : all) * plan.stride * (D + DV) + 2 * L, carries = plan.strips > 1 ? all * 2 * L * (D + DV) : 0;
-        arena.reserve(Band::bytes(plan) + sizeof(real) * (kept * plan.row() + GROUP * D * L + sums + carries) + plan.blocks * sizeof(Targets)
+        arena.reserve(bytes() + sizeof(real) * (kept * plan.row() + GROUP * D * L + sums + carries) + plan.blocks * sizeof(Targets)
                       + plan.alive * 16 + plan.planes * 16 + 64 * 16);
         allocate(arena);
         q = arena.take<real>(kept * D * L); g = arena.take<real>(kept * DV * L); o = arena.take<real>(GROUP * D * L);
@@ -94,8 +94,9 @@ struct Backward : Band {
         next.item = item;
         const int64_t chunk = take(plan.chunks), group = P.heads / P.kv_heads;
         for (int a = RANK - 1; a >= 0; a--) next.residue[a] = take(min(P.axes[a].split, P.q_grid[a]));
+        next.b = LOADS ? take(P.batch) : 0;      // (with tables, a head's elements serve its whole batch)
         const int64_t kv = take(P.kv_heads);
-        next.b = rest;
+        if (!LOADS) next.b = rest;
         rest = part;
         next.opens = next.closes = true;
         bool there = true;
@@ -266,17 +267,19 @@ struct Backward : Band {
         const int64_t slot = row % plan.alive;
         real *w = weights + kept * plan.row_scores(), *s = slopes + kept * plan.row_scores();
         V best[GROUP];
-        products<D, WAY>(q + (kept + slot) * D * L, keys, w, best);
-        products<DV, WAY>(g + (kept + slot) * DV * L, values, s, best);
-        const V unit = splat(real(P.scale * 1.4426950408889634)), scale = splat(real(P.scale));
-        for (int r = 0; r < rows; r++) {
-            const int64_t lo = here.y_lo[row + r], cells = here.planes * BAND, from = max<int64_t>(here.line_from - lo, 0) * cells;
-            const int64_t to = (here.y_hi[row + r] + 1 - lo) * cells;
-            real *p = w + (slot + r) * plan.row_scores(), *ds = s + (slot + r) * plan.row_scores();
-            for (int64_t i = from; i < to; i++) {
-                const V e = exp2_vector((load(p + i * L) * unit - lse[r]) - rest[r]);
-                store(p + i * L, e);
-                store(ds + i * L, e * (load(ds + i * L) - delta[r]) * scale);
+        products<D, WAY, false>(q + (kept + slot) * D * L, keys, w, best);
+        products<DV, WAY, false>(g + (kept + slot) * DV * L, values, s, best);
+        for (int r = 0; r < rows; r++) for (const Line* n = lines; n < lines + line_count; n++) if (n->a <= r && r < n->b) {
+            real *p = w + n->cell[r], *ds = s + n->cell[r];
+            UNROLL for (int t = 0; t < BAND; t++) {
+                V x = load(p + t * L);
+                if (LOADS) x = x * scale + load(table.values + n->elements[r] + t * L);
+                const V e = exp2_vector(exponent(x, lse[r], unit) - rest[r]), slope = e * (load(ds + t * L) - delta[r]);
+                store(p + t * L, e);
+                store(ds + t * L, slope * scale);
+                if (!LOADS || row < here.y_from) continue;
+                real* sum = table.sums + n->elements[r] + t * L;
+                store(sum, load(sum) + slope);
             }
         }
         if (row < here.y_from) return;
@@ -285,6 +288,7 @@ struct Backward : Band {
         if constexpr (D % SUMS != 0) channels<WAY, D % SUMS>(d, s);
     }
     void run(bool more) {
+        if (LOADS) table.aim(here);
         if (x_residue != here.residue[X] || x_strip != here.x_from) {
             aim_blocks(here);
             for (int64_t x = here.x_from, i = 0; x < here.x_to; x += L, i++) targets[i].aim(here, blocks[i], x);
@@ -316,17 +320,19 @@ struct Backward : Band {
                     for (int i = 0; i < L; i++) {
                         const int64_t column = x + min(i, block->count - 1);
                         const real sum = lse_from[lse_grid.at(row + r, column)];
-                        const double in_units = sum * 1.4426950408889634;
+                        const double in_units = PLAIN_SCORE ? sum * 1.4426950408889634 : sum;
                         lse[r][i] = sum == -INF ? INF : real(in_units);
                         rest[r][i] = sum == -INF ? 0 : real(in_units - real(in_units));      // what rounding took: a weight depends on it
                         if (grad_lse_from && sum != -INF) delta[r][i] -= grad_lse_from[grad_lse_grid.at(row + r, column)];
                     }
                 }
+                if (LOADS) aim_elements();
                 aim_ahead(x, row, more, done, complete);
                 if (block->way == EASY) grade<EASY>(kept, row, lse, rest, delta); else grade<TWO>(kept, row, lse, rest, delta);
                 if (row >= here.y_from) for (int r = 0; r < rows; r++)
                     store_columns<D>(o + r * D * L, L, dq_from + dq_grid.at(row + r, x), dq_grid.step, dq_grid.channel, block->count);
             }
+            if (LOADS && ++table.groups == 16) table.flush();
             for (; done < complete; done++) sum_line(done);
         }
         if (!direct && here.closes) {
@@ -346,10 +352,14 @@ inline bool backward(const Problem& P) {
         if (n == 1 || time < best * 0.95) { best = time; plan.chunks = n; }
     }
     items *= plan.chunks;
+    // each thread's sums of the table's gradient
+    const int64_t table_size = LOADS ? up(P.tables[LOAD_TABLE[0]].last + 1, L) : 0;
+    double* table_sums = (double*)calloc(max<int64_t>(P.threads * table_size, 1), sizeof(double));
 #pragma omp parallel num_threads(P.threads)
     {
         static thread_local Arena arena;
         Backward work(P, plan, arena);
+        work.table.gradient = table_sums + omp_get_thread_num() * table_size;
         const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = items * (me + 1) / n * parts;
         int64_t part = items * me / n * parts;
         auto find = [&] { for (; part < stop; part++) if (work.aim_next(part / parts, part % parts)) { part++; return true; } return false; };
@@ -358,7 +368,14 @@ inline bool backward(const Problem& P) {
             more = find();
             work.run(more);
         }
+        work.table.flush();
     }
+    if (LOADS) for (int64_t i = 0; i <= P.tables[LOAD_TABLE[0]].last; i++) {
+        double sum = 0;
+        for (int64_t thread = 0; thread < P.threads; thread++) sum += table_sums[thread * table_size + i];
+        P.tables[LOAD_TABLE[0]].gradient[i] = sum;
+    }
+    free(table_sums);
     return true;
 }
 }

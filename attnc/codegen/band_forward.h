@@ -2,7 +2,6 @@
 namespace band {
 struct Forward : Band {
     Grid q_grid, out_grid, lse_grid;
-    V unit;
     real *q, *o, *s;                         // [row][channel][L], [row][channel][L], [row][line][key][L]
     Item here, next;
     bool dense;                              // a token's channels are one run of memory
@@ -12,10 +11,9 @@ struct Forward : Band {
     struct Ahead { const element *k, *v, *q, *out; int lines, rows, columns, line, column, pace; } ahead;
 
     Forward(const Problem& P, const Plan& plan, Arena& arena)
-        : Band(P, plan), q_grid(plan, P.q_layout), out_grid(plan, P.out_layout), lse_grid(plan, P.lse_layout) {
-        unit = splat(real(P.scale * 1.4426950408889634));
+        : Band(P, plan, false), q_grid(plan, P.q_layout), out_grid(plan, P.out_layout), lse_grid(plan, P.lse_layout) {
         dense = P.q_layout.channel == 1 && P.k_layout.channel == 1 && P.v_layout.channel == 1 && P.out_layout.channel == 1;
-        arena.reserve(Band::bytes(plan) + sizeof(real) * (plan.scores() + GROUP * L * (D + DV)) + plan.planes * 16 + 64 * 8);
+        arena.reserve(bytes() + sizeof(real) * (plan.scores() + GROUP * L * (D + DV)) + plan.planes * 16 + 64 * 8);
         allocate(arena);
         q = arena.take<real>(GROUP * D * L); o = arena.take<real>(GROUP * DV * L); s = arena.take<real>(plan.scores());
         for (Item* i : {&here, &next}) i->plane = arena.take<int64_t>(plan.planes);
@@ -27,7 +25,9 @@ struct Forward : Band {
         const int64_t chunk = take(plan.chunks), strip = take(plan.strips);
         for (int a = RANK - 1; a >= 0; a--) next.residue[a] = take(min(P.axes[a].split, P.q_grid[a]));
         for (int a = Y - 1; a >= 0; a--) next.index[a] = take(tokens_of(P.q_grid[a], P.axes[a].split, 0));
-        next.h = take(P.heads); next.b = rest;
+        // with tables, a head's elements serve its whole batch
+        next.b = LOADS ? take(P.batch) : 0; next.h = take(P.heads);
+        if (!LOADS) next.b = rest;
         for (int a = 0; a < Y; a++) if (next.index[a] >= tokens_of(P.q_grid[a], P.axes[a].split, next.residue[a])) return false;
         return next.aim(P, plan, strip, chunk);
     }
@@ -67,20 +67,21 @@ struct Forward : Band {
     }
     template <Way WAY> void attend(V* log_sum) {
         V best[GROUP], factor[GROUP];
-        products<D, WAY>(q, keys, s, best);
+        products<D, WAY, (LOADS > 0)>(q, keys, s, best);
         for (int r = 0; r < GROUP; r++) factor[r] = V{};
         for (int r = 0; r < rows; r++) {
             real* p = s + r * plan.row_scores();
-            const V shift = best[r] * unit;
+            const V shift = PLAIN_SCORE ? best[r] * unit : best[r];
             V total{};
             for (int64_t i = 0; i < count[r]; i++) {
-                const V e = exp2_vector(load(p + i * L) * unit - shift);
+                const V e = exp2_vector(exponent(load(p + i * L), shift, unit));
                 total += e;
                 store(p + i * L, e);
             }
             const I none = total <= V{};
             factor[r] = select(none, V{}, splat(1) / total);
-            log_sum[r] = select(none, splat(-INF), (shift + log2(total)) * splat(LN2));
+            const V logs = PLAIN_SCORE ? (shift + log2(total)) * splat(LN2) : shift + log2(total) * splat(LN2);
+            log_sum[r] = select(none, splat(-INF), logs);
         }
         int d = 0;
         for (; d + SUMS <= DV; d += SUMS) channels<WAY, SUMS>(d, factor);
@@ -90,6 +91,7 @@ struct Forward : Band {
         const element* q_from = P.q + here.place(P, P.q_layout);
         element* out_from = P.out + here.place(P, P.out_layout);
         real* lse_from = P.lse + here.place(P, P.lse_layout);
+        if (LOADS) table.aim(here);
         aim_blocks(here);
         int64_t have = 0;                    // lines before it are in the rings, or no longer needed
         for (int64_t row = here.y_from; row < here.y_to; row += GROUP) {
@@ -104,6 +106,7 @@ struct Forward : Band {
                 const int wide = block->count;
                 for (int r = 0; r < rows; r++)
                     load_columns<D>(q_from + q_grid.at(row + r, x), q_grid.step, q_grid.channel, wide, q + r * D * L, L);
+                if (LOADS) aim_elements();
                 aim_ahead(x, row, more);
                 V log_sum[GROUP];
                 if (block->way == EASY) attend<EASY>(log_sum); else attend<TWO>(log_sum);

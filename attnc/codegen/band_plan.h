@@ -36,6 +36,7 @@ struct Plan {
     int64_t nx, ny;                      // their queries
     int64_t planes = 1, q_planes = 1, k_planes = 1;  // along the axes before Y: most that a query sees, most of a class
     int64_t lines = 1, seen = 1;         // most lines that a group, that a row meets in one plane
+    int64_t most[RANK];                  // keys that a query sees along each axis
     int64_t alive = GROUP;               // backward: most rows, whole groups, that are needed again after their own group
     int64_t classes = 1;                 // residue classes, of all axes
     int64_t strips = 1, blocks = 0;      // parts of a row, so that what is kept of one fits into the cache; blocks of a strip
@@ -46,7 +47,7 @@ struct Plan {
         if (!(P.scale > 0) || P.q_prefix || P.k_prefix) return;
         for (int a = 0; a < RANK; a++) {
             const Axis& axis = P.axes[a];
-            int64_t most = 1;
+            most[a] = 1;
             for (int64_t r = 0; r < axis.split; r++) {
                 const int32_t *lo = axis.lo + r * axis.columns, *hi = axis.hi + r * axis.columns;
                 const int64_t n = tokens_of(P.q_grid[a], axis.split, r);
@@ -59,14 +60,15 @@ struct Plan {
                         while (hi[first] < lo[j]) first++;      // the first row that sees a line of this group's
                         alive = max(alive, j + GROUP - first / GROUP * GROUP);
                     }
-                    most = max<int64_t>(most, hi[j] - lo[j] + 1);
+                    most[a] = max<int64_t>(most[a], hi[j] - lo[j] + 1);
                 }
             }
             classes *= min(axis.split, P.q_grid[a]);
             if (a < Y) {
-                planes *= most; q_planes *= tokens_of(P.q_grid[a], axis.split, 0); k_planes *= tokens_of(P.k_grid[a], axis.split, 0);
+                planes *= most[a];
+                q_planes *= tokens_of(P.q_grid[a], axis.split, 0); k_planes *= tokens_of(P.k_grid[a], axis.split, 0);
             }
-            if (a == Y && a != X) seen = most;
+            if (a == Y && a != X) seen = most[a];
         }
         if (scores() * (int64_t)sizeof(real) > CELLS) return;
         const int64_t all = (tokens_of(nx, x.split, 0) + L - 1) / L;
@@ -154,6 +156,7 @@ struct Item {
 struct Lanes {
     int count;
     int64_t first;
+    int64_t pattern;                     // of the places of its table elements
     Way way;
     I key[BAND];
     void aim(const Item& item, int64_t x) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from attnc import ir
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.structure import Structure, analyse
-from attnc.codegen.cpp_expr import Printer, Terms
+from attnc.codegen.cpp_expr import Printer, Terms, summands
 from attnc.errors import UnsupportedError
 from attnc.ir import Expr
 from attnc.schedule.boxes import Kernel
@@ -84,8 +85,10 @@ class Spec:
         """Keys of the last axis that every query sees, 0 where that is no one number. (Calls on shorter axes look again.)"""
         a, s = self.attend, self.structure
         tokens = (self.program.queries, self.program.keys)
-        plain = a.score == ir.SCORE and s.residual == ir.TRUE and a.post is None and not any(s.unknown)
-        if not plain or s.flat or self.rank < 2 or self.padded or any(t.prefix for t in tokens):
+        simple = s.residual == ir.TRUE and a.post is None and not any(s.unknown) and not a.int_tables
+        if not simple or s.flat or self.rank < 2 or self.padded or any(t.prefix for t in tokens):
+            return 0
+        if not _plain_or_relative(a.score, s):
             return 0
         grid = (1024,) * self.rank
         last = geometry(self.program, grid, grid).axes[-1]
@@ -101,6 +104,39 @@ class Spec:
         keys = min(max(BUFFERS[backward] // row // 32 * 32, 64), 256 if backward else 512)
         queries = 128 if backward or d + v > 256 else 256
         return Kernel(queries, keys, LANES, 6, self.dim, self.value_dim, backward, self.band)
+
+
+def _plain_or_relative(score: Expr, s: Structure) -> bool:
+    """The score is SCORE, or SCORE plus a table element whose place depends on key - query (in units of the split) per axis."""
+    if score == ir.SCORE:
+        return True
+    if score.op != "add" or ir.SCORE not in score.args:
+        return False
+    element = next(e for e in score.args if e != ir.SCORE)
+    if element.op != "load" or element.kind != "real":
+        return False
+    for index in element.args[1:]:
+        moves: Counter[Expr] = Counter()
+        for sign, term in summands(index):
+            places = {n for n in ir.walk(term) if n.op == "coord"}
+            if not places:
+                continue
+            if len(places) > 1 or not _counts_along(term, s):
+                return False
+            (place,) = places
+            moves[ir.substitute(term, {place: ir.coord("q", place.args[1])})] += sign
+        if any(moves.values()):
+            return False
+    return True
+
+
+def _counts_along(term: Expr, s: Structure) -> bool:
+    """A coordinate, its index in the residue class, or a multiple of one of them."""
+    if term.op == "mul":
+        return any(a.op == "const" and _counts_along(b, s) for a, b in (term.args, term.args[::-1]))
+    if term.op == "floordiv":
+        return term.args[0].op == "coord" and bool(term.args[1] == s.axes[term.args[0].args[1]].split)
+    return term.op == "coord"
 
 
 def refuse(spec: Spec) -> None:
@@ -295,7 +331,7 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
     loop = header(direction)
     if band:
         numbers += f"constexpr int BAND = {spec.band};   // keys of the last axis that a query sees, on grids long enough\n"
-        loop = "".join(map(header, ("band_plan.h", "band.h", f"band_{direction}")))
+        loop = "".join(map(header, ("band_plan.h", "band_table.h", "band.h", f"band_{direction}")))
     parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
     text = "\n".join(parts)
     return re.sub(r"\n{3,}", "\n\n", text)

@@ -223,7 +223,7 @@ class Printer:
         parts: dict[str, list[str]] = {"q": [], "k": [], "one": [], "both": []}
         for dim, index in enumerate(indices):
             stride = f"P.tables[{t}].stride[{dim}]"
-            for sign, term in _summands(index):
+            for sign, term in summands(index):
                 d = depends(term)
                 side = "one" if not d else "k" if d == {"k"} else "q" if d == {"q"} else "both"
                 text = self.of_pair(term) if side == "both" else self.at_point(term)
@@ -240,17 +240,17 @@ class Printer:
         return total(parts["q"]), total(parts["k"]), total(parts["one"]), total(parts["both"]) if parts["both"] else None
 
 
-def _summands(e: Expr) -> list[tuple[int, Expr]]:
+def summands(e: Expr) -> list[tuple[int, Expr]]:
     """An integer expression as a sum of signed terms, products with a constant multiplied out."""
     match e.op:
         case "add":
-            return _summands(e.args[0]) + _summands(e.args[1])
+            return summands(e.args[0]) + summands(e.args[1])
         case "sub":
-            return _summands(e.args[0]) + [(-s, t) for s, t in _summands(e.args[1])]
+            return summands(e.args[0]) + [(-s, t) for s, t in summands(e.args[1])]
         case "neg":
-            return [(-s, t) for s, t in _summands(e.args[0])]
+            return [(-s, t) for s, t in summands(e.args[0])]
         case "mul":
             for a, b in (e.args, e.args[::-1]):
                 if not depends(a):
-                    return [(s, ir.make("mul", t, a)) for s, t in _summands(b)]
+                    return [(s, ir.make("mul", t, a)) for s, t in summands(b)]
     return [(1, e)]
