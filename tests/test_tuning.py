@@ -194,6 +194,25 @@ def test_tuning_once_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     cpp.tunable(call_of(patterns.window(3), (6, 6)), q, k, v, False)
 
 
+def test_only_those_tune_that_were_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One packed tensor, forward and backward, with and without."""
+    races: list[int] = []
+
+    def fake(runners: dict[str, Any]) -> dict[str, float]:
+        races.append(len(runners))
+        return dict.fromkeys(runners, 1.0)
+
+    monkeypatch.setattr(tuner, "race", fake)
+    found = []
+    for tune, expected in ((False, 0), (True, 2)):
+        qkv = torch.randn(1, 6, 6, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        op = attnc.compile(patterns.window(3), grid=(6, 6), layout="b y x (three h d)", heads=2, tune=tune)
+        op(qkv).square().sum().backward()
+        assert len(races) == expected
+        found.append(qkv.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_tuned_operators_are_operators() -> None:
     """Unions, runs of heads, torch.compile: tune=True changes no result."""
     p = patterns.per_head([patterns.cross(2), patterns.window(3)])

@@ -288,8 +288,8 @@ def _attend_packed_fake(qkv: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, 
 
 def _attend_packed_backward(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
     gradient = empty_like_order(qkv, qkv.shape[-1])
-    arguments: list[Any] = [*qkv.unbind(0), *rest, gradient.unbind(0)]
-    *_, parts = _attend_backward(*arguments)
+    rows: list[Any] = [*qkv.unbind(0), *rest]
+    *_, parts = _attend_backward(*rows, into=gradient.unbind(0))
     return gradient, parts
 
 
