@@ -41,6 +41,7 @@ from attnc.lang.pattern import Pattern, pattern
 from attnc.lang.symbols import Table
 
 if TYPE_CHECKING:
+    from attnc import compat
     from attnc.compiler import Operator, compile, mask, reference
     from attnc.report.draw import draw
     from attnc.report.emit import emit
@@ -72,6 +73,7 @@ __all__ = [
     "UnsupportedError",
     "channel_attend",
     "clamp",
+    "compat",
     "compile",
     "draw",
     "emit",
@@ -103,4 +105,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value  # a submodule of the same name must not shadow the function
         return value
+    if name == "compat":
+        return importlib.import_module("attnc.compat")
     raise AttributeError(f"module 'attnc' has no attribute {name!r}")

@@ -368,9 +368,12 @@ def dense(
         t = tables[name]
         return t[tuple(torch.as_tensor(i).clamp(0, n - 1) for i, n in zip(at, t.shape, strict=True))]
 
+    def real(x: Tensor) -> Tensor:
+        return x.to(raw.dtype)
+
     allowed = torch.as_tensor(evaluate(ir.flatten_index(a.relation, a.rank, same), leaves, torch, load)) & ~beside
     leaves[ir.SCORE] = torch.where(allowed, raw, 0.0)
-    score = torch.as_tensor(evaluate(ir.flatten_index(a.score, a.rank, same), leaves, torch, load)).to(raw.dtype)
+    score = torch.as_tensor(evaluate(ir.flatten_index(a.score, a.rank, same), leaves, torch, load, real)).to(raw.dtype)
     score = torch.where(beside, raw, torch.where(allowed, score, float("-inf")))
     if a.normalizer.kind != "softmax":
         on = torch.where(score > float("-inf"), score, -1e30)
@@ -387,7 +390,7 @@ def dense(
         weight = torch.where(some, torch.softmax(safe, -1), 0.0)[..., : raw.shape[-1]]
         lse = torch.where(some[..., 0], torch.logsumexp(safe, -1), float("-inf"))
     if a.post is not None:
-        post = torch.as_tensor(evaluate(ir.flatten_index(a.post, a.rank, same), leaves, torch, load)).to(raw.dtype)
+        post = torch.as_tensor(evaluate(ir.flatten_index(a.post, a.rank, same), leaves, torch, load, real)).to(raw.dtype)
         weight = weight * torch.where(beside, 1.0, post)
     return weight.expand(raw.shape) @ v, lse
 

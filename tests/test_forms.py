@@ -409,6 +409,29 @@ def test_the_named_forms_invert_in_closed_form() -> None:
     assert set(without) <= {"strided neighborhood", "strided dilated neighborhood", "strided causal dilated neighborhood"}
 
 
+UNIONS: list[tuple[Body, bool]] = [  # intervals that meet are one; whether they do is proved or it stays a predicate
+    (lambda q, k: (k.x < 5) | (k.x <= q.x), True),
+    (lambda q, k: (k.x >= q.x) | (k.x > q.size.x - 4), True),
+    (lambda q, k: ((k.x <= q.x) & (k.x >= q.x - 3)) | ((k.x >= q.x) & (k.x <= q.x + 2)), True),
+    (lambda q, k: ((k.x < q.x) & (k.x >= q.x - 3)) | ((k.x >= q.x) & (k.x <= q.x + 2)), True),
+    (lambda q, k: ((k.x <= q.x) & (k.x >= q.x - 3)) | ((k.x > q.x + 1) & (k.x <= q.x + 4)), False),
+    (lambda q, k: (k.x < 5) | (k.x >= q.x), False),
+    (lambda q, k: (k.x <= q.x) | (k.x >= q.x), False),
+    (lambda q, k: (k.x <= q.x) | (q.x < 3), False),
+    (lambda q, k: ((k.x >= q.x + 3) & (k.x <= q.x)) | ((k.x > q.x) & (k.x <= q.x + 2)), True),  # the first is empty
+    (lambda q, k: (k.x < 5) | (k.x <= q.x) | (k.x <= q.x // 4 * 4 + 2), True),
+]
+
+
+@pytest.mark.parametrize("number", range(len(UNIONS)))
+def test_unions_of_intervals(number: int) -> None:
+    body, whole = UNIONS[number]
+    assert proven(body) == whole
+    for length in (1, 4, 7, 18):
+        found = from_geometry(attnc.pattern(body)(), (length,))[0]
+        assert np.array_equal(found, evaluated(body, length)), length
+
+
 @draws.examples(120)
 @given(st.lists(draws.conditions(1), min_size=1, max_size=4), st.integers(1, 33))
 def test_random_conjunctions_on_an_axis(terms: list[Body], length: int) -> None:

@@ -11,8 +11,17 @@ from attnc import ir
 Load = Callable[[str, tuple[Any, ...]], Any]
 
 
-def evaluate(e: ir.Expr, leaves: Mapping[ir.Expr, Any], xp: Any, load: Load | None = None) -> Any:
-    """The value of e. `leaves` maps coord, size, head, batch, score, var nodes to numbers or broadcastable arrays of module xp."""
+def evaluate(
+    e: ir.Expr,
+    leaves: Mapping[ir.Expr, Any],
+    xp: Any,
+    load: Load | None = None,
+    real: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The value of e. `leaves` maps coord, size, head, batch, score, var nodes to numbers or broadcastable arrays of module xp.
+
+    real: makes reals of an array of integers that meets them; torch by itself would take 32 bits.
+    """
     memo: dict[ir.Expr, Any] = {}
 
     def go(n: ir.Expr) -> Any:
@@ -26,6 +35,8 @@ def evaluate(e: ir.Expr, leaves: Mapping[ir.Expr, Any], xp: Any, load: Load | No
         if n.op in ir.LEAVES:
             return leaves[n]
         a = [go(c) for c in n.children]
+        if real is not None and (n.kind == "real" or any(c.kind == "real" for c in n.children)) and n.op != "load":
+            a = [real(x) if c.kind == "int" and not _plain(x) else x for x, c in zip(a, n.children, strict=True)]
         if n.op == "load":
             if load is None:
                 raise KeyError(n.args[0])

@@ -110,6 +110,8 @@ def _free(a: sp.Expr, bound: sp.Expr, upper: bool) -> list[tuple[str, sp.Expr]]:
 
 def _ends(c: ir.Expr, replace: dict[sp.Symbol, sp.Expr], tidy: dict[sp.Expr, sp.Expr]) -> list[tuple[str, sp.Expr]]:
     """Ends of i that one conjunct asks for, after q and k were split into residue and index."""
+    if c.op == "or":
+        return _either(*(_interval([end for t in ir.conjuncts(d) for end in _ends(t, replace, tidy)]) for d in c.args))
     what, e = _difference(c)
     e = sp.expand(e.subs(replace, simultaneous=True).xreplace(tidy))
     inside, outside = (
@@ -121,6 +123,31 @@ def _ends(c: ir.Expr, replace: dict[sp.Symbol, sp.Expr], tidy: dict[sp.Expr, sp.
     x, bound = sp.Add(*inside), sp.expand(-sp.Add(*outside))
     out = _bounds(x, _I, bound, upper=True)
     return out + _bounds(x, _I, bound, upper=False) if what == "eq" else out
+
+
+Interval = tuple[sp.Expr | None, sp.Expr | None]  # None: no end on that side
+
+
+def _interval(ends: list[tuple[str, sp.Expr]]) -> Interval:
+    lows, highs = ([e for side, e in ends if side == want] for want in ("lo", "hi"))
+    return sp.Max(*lows) if lows else None, sp.Min(*highs) if highs else None
+
+
+def _either(a: Interval, b: Interval) -> list[tuple[str, sp.Expr]]:
+    """Ends of the union of two intervals that meet or overlap, which is proved; one of them may also be empty."""
+    for (_, hi), (lo, _) in ((a, b), (b, a)):
+        if hi is not None and lo is not None and not sp.expand(hi - lo + 1).is_nonnegative:
+            raise _Unrecognised
+    ends = []
+    if a[0] is not None and b[0] is not None:
+        first = sp.expand(a[0] - b[0])
+        ends.append(("lo", a[0] if first.is_nonpositive else b[0] if first.is_nonnegative else sp.Min(a[0], b[0])))
+    if a[1] is not None and b[1] is not None:
+        last = sp.expand(a[1] - b[1])
+        ends.append(("hi", a[1] if last.is_nonnegative else b[1] if last.is_nonpositive else sp.Max(a[1], b[1])))
+    if not ends:  # everything is allowed; no end would say that nothing was found
+        raise _Unrecognised
+    return ends
 
 
 def recognise(

@@ -78,7 +78,8 @@ def attend_block(
             index = torch.as_tensor(i, device=t.device)
             at.append(index.clamp(0, t.shape[d] - 1))
         found = t[tuple(at)]
-        return torch.where(inside[-1], found, 0.0) if inside else found
+        zero = 0.0 if found.is_floating_point() else 0
+        return torch.where(inside[-1], found, zero) if inside else found
 
     leaves: dict[ir.Expr, object] = {**call.geometry.sizes, ir.SCORE: raw}
     for i, (cq, ck) in enumerate(zip(tile.q_coords, tile.k_coords, strict=True)):
@@ -89,7 +90,8 @@ def attend_block(
     same = call.program.same_grid
 
     def value(e: ir.Expr) -> Tensor:
-        return torch.as_tensor(evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load), device=q.device)
+        found = evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load, lambda x: x.to(raw.dtype))
+        return torch.as_tensor(found, device=q.device)
 
     allowed = value(a.relation)
     g = call.geometry

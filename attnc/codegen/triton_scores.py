@@ -205,8 +205,11 @@ class Scores(Shapes):
         signs = [s for e in n.children for s, t in terms(e) if any(m.op == "coord" and m.args[0] == "k" for m in ir.walk(t))]
         return all(s < 0 for s in signs)
 
-    def address_parts(self, n: ir.Expr, strides: str) -> dict[str, list[str]]:
-        """Terms of a table element's offset by who decides them: queries (and constants), keys, or both."""
+    def address_parts(self, n: ir.Expr, strides: str, ok: str = "") -> dict[str, list[str]]:
+        """Terms of a table element's offset by who decides them: queries (and constants), keys, or both.
+
+        `ok` masks the loads of integers that an index reads.
+        """
         parts: dict[str, list[str]] = {"q": [], "k": [], "": []}
         names, flip = self.pair_names(), self.negative(n)
         for d, e in enumerate(n.children):
@@ -219,16 +222,16 @@ class Scores(Shapes):
                 split[role] = t if have == ir.ZERO and sign > 0 else ir.make("add" if sign > 0 else "sub", have, t)
             for role, x in split.items():
                 if x != ir.ZERO:
-                    text = self.module.scan(triton_expr.text(x, names))
+                    text = self.module.scan(triton_expr.text(x, names, lambda n, _: self.table(n, ok)))
                     text = f"({text})" if " " in text or text.startswith("-") else text
                     parts[role].append(f"{text} * {strides}[{d}]")
         return parts
 
-    def address(self, n: ir.Expr, strides: str) -> str:
+    def address(self, n: ir.Expr, strides: str, ok: str = "") -> str:
         """Offset of a table's element."""
         if strides == f"{n.args[0]}_st" and n in getattr(self, "addresses", {}):
             return self.addresses[n]
-        parts = self.address_parts(n, strides)
+        parts = self.address_parts(n, strides, ok)
         plus = " + ".join([*parts["q"], *parts[""]])
         keys = " + ".join(parts["k"])
         if not keys:
@@ -243,6 +246,6 @@ class Scores(Shapes):
         mask = ok if roles == {"q", "k"} and not self.repeats else ""
         if roles == {self.other} and self.reach:
             mask = self.reach.replace("[:, None]", "[None, :]")
-        at = f"{n.args[0]}_table + {self.address(n, f'{n.args[0]}_st')}"
+        at = f"{n.args[0]}_table + {self.address(n, f'{n.args[0]}_st', ok)}"
         out = f"tl.load({at}, mask={mask}, other=0)" if mask else f"tl.load({at})"
         return f"{out}.to(tl.float32)" if n.kind == "real" else out

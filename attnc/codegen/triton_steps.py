@@ -127,7 +127,7 @@ class Steps(Scores):
         live = f"live[:, None]{f' & {self.ok}' if self.ok else ''}"
         for n, value in self.contributions():
             if self.kind == "backward_table":
-                parts = self.address(n, f"d_{n.args[0]}_st")
+                parts = self.address(n, f"d_{n.args[0]}_st", self.ok)
                 self.put(f"fixed = (({value}) * unit).to(tl.int64)")
                 at = f"d_{n.args[0]} + (tl.zeros([{self.bm}, {self.bn}], tl.int32) + {parts})"
                 self.put(f'tl.atomic_add({at}, fixed, mask={live}, sem="relaxed")')

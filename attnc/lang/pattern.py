@@ -53,7 +53,7 @@ class Pattern:
             raise DeclarationError(f"the score `{ir.show(s.score, axes)}` is a condition; a score is a number")
         for e in (s.score, s.post):
             for n in ir.walk(e) if e is not None else ():
-                if n.op == "load" and n.args[0] in {m.args[0] for m in ir.walk(relation) if m.op == "load"}:
+                if n.op == "load" and n.kind == "real" and n.args[0] in {m.args[0] for m in ir.walk(relation) if m.op == "load"}:
                     raise DeclarationError(f"the table `{n.args[0]}` is read by the relation (integers) and by the score (reals)")
         if s.post is not None and any(n.op == "score" for n in ir.walk(s.post)):
             raise DeclarationError("post multiplies the normalised weight and cannot read SCORE")

@@ -85,11 +85,11 @@ class Box:
         if e.op == "load" or e.kind == "real":
             return ANY
         ops = {n.op for n in ir.walk(e)}
-        if not ops & {"coord", "load", "head", "batch"}:
+        if not ops & {"coord", "load", "head", "batch", "score"}:
             value = int(self._value(e, {}))
             return Range(value, value, True)
         axes = {a for _, a in _leaves(e, "coord")}
-        if len(axes) == 1 and not ops & {"load", "head", "batch"}:
+        if len(axes) == 1 and not ops & {"load", "head", "batch", "score"}:
             found = self._on_axis(e, axes.pop(), guards)
             if found is not None:
                 return found
@@ -243,7 +243,7 @@ def _attained(g: Geometry, load: ir.Expr, guards: Guards, d: int, heads: int, ba
         leaves |= {ir.coord("k", i): c[None, :] for i, c in enumerate(k)}
         leaves[ir.HEAD] = np.arange(heads)[:, None, None]
         leaves[ir.BATCH] = np.arange(batch)[:, None, None, None]
-        ok = g.mask(q, k, heads)
+        ok = g.mask(q, k, heads, batch)
         with np.errstate(divide="ignore", invalid="ignore"):
             for guard in guards:
                 ok = ok & evaluate(guard, leaves, np)

@@ -157,8 +157,11 @@ class Geometry:
                 q, k = c[None], keys[None]
             yield q, k
 
-    def mask(self, q: Any, k: Any, heads: int, tables: dict[str, Any] | None = None) -> NDArray[np.bool_]:
-        """bool [heads, n, m]: the whole relation for extended query coordinates q [rank, n] and key coordinates k [rank, m]."""
+    def mask(self, q: Any, k: Any, heads: int, batch: int | None = None) -> NDArray[np.bool_]:
+        """bool [heads, n, m]: the whole relation for extended query coordinates q [rank, n] and key coordinates k [rank, m].
+
+        With batch, [batch, heads, n, m] where it differs from item to item.
+        """
         out = np.ones((q.shape[1], k.shape[1]), bool)
         for a, cq, ck in zip(self.axes, q, k, strict=True):
             lo, hi = a.lo[cq % a.split, cq // a.split], a.hi[cq % a.split, cq // a.split]
@@ -171,7 +174,11 @@ class Geometry:
         leaves |= {ir.coord("q", i): c[:, None] for i, c in enumerate(q)}
         leaves |= {ir.coord("k", i): c[None, :] for i, c in enumerate(k)}
         leaves[ir.HEAD], leaves[ir.HEADS] = np.arange(heads)[:, None, None], heads
-        if any(n.op in ("load", "batch") for n in ir.walk(residual)):
+        ops = {n.op for n in ir.walk(residual)}
+        if "batch" in ops and batch is not None and "load" not in ops:
+            leaves[ir.BATCH] = np.arange(batch)[:, None, None, None]
+            return np.broadcast_to(out & evaluate(residual, leaves, np), (batch, heads, *out.shape))
+        if ops & {"load", "batch"}:
             raise ShapeError(
                 f"pattern {self.attend.name}: its relation reads runtime tables, so its keys are known only when it runs"
             )
@@ -209,6 +216,8 @@ def _tightened(
     lo, hi = lo.copy(), hi.copy()
     for r in range(min(split, n_q)):
         q, k = np.arange(r, n_q, split), np.arange(r, n_k, split)
+        if not len(k):  # no key in this class: the ends are empty already
+            continue
         leaves: dict[ir.Expr, Any] = {
             **sizes,
             ir.coord("q", axis): q[:, None],

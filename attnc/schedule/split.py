@@ -50,8 +50,8 @@ def any_of(terms: tuple[ir.Expr, ...]) -> ir.Expr:
 
 
 def _about_heads(e: ir.Expr) -> bool:
-    leaves = {n.op for n in ir.walk(e) if not n.children and n.op != "const"}
-    return "head" in leaves and leaves <= {"head", "heads"}
+    ops = {n.op for n in ir.walk(e)}
+    return "head" in ops and not ops & {"load", *ir.LEAVES} - {"head", "heads", "const"}
 
 
 def _on_heads(relation: ir.Expr, heads: int) -> list[ir.Expr]:
