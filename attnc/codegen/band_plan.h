@@ -10,7 +10,7 @@ constexpr bool PERMUTES = true;    // a permutation of two vectors is one instru
 #else
 constexpr bool PERMUTES = false;
 #endif
-constexpr int REGISTERS = ROWS > 4 ? 32 : 16;
+constexpr int REGISTERS = ROWS * COLUMNS > 12 ? 32 : 16;
 constexpr int GROUP = REGISTERS == 32 ? 4 : 2, SUMS = 4;         // rows of queries; channels of output that are summed at once
 constexpr int64_t RING = 384 << 10, CELLS = 192 << 10;           // bytes of a ring (a part of the L2 cache), most bytes of scores
 constexpr int Y = max(RANK - 2, 0), X = RANK - 1;                // axis of the rows, axis along a row

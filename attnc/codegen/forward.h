@@ -100,7 +100,7 @@ struct Forward {
         switch (n) {
             case 1: return score_block<M, 1, FINISH>(i, j, b, b_row, elements, best);
             case 2: return score_block<M, 2, FINISH>(i, j, b, b_row, elements, best);
-            case 3: return score_block<M, 3, FINISH>(i, j, b, b_row, elements, best);
+            case 3: if constexpr (COLUMNS > 2) return score_block<M, 3, FINISH>(i, j, b, b_row, elements, best); break;
             default: if constexpr (COLUMNS > 3) return score_block<M, 4, FINISH>(i, j, b, b_row, elements, best);
         }
     }

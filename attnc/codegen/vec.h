@@ -6,11 +6,11 @@ constexpr int REGISTER = 64, ROWS = 6, COLUMNS = 4;   // register block of a pro
 #elif defined(__AVX512VL__)
 constexpr int REGISTER = 32, ROWS = 6, COLUMNS = 4;
 #elif defined(__AVX__)
-constexpr int REGISTER = 32, ROWS = 4, COLUMNS = 3;
+constexpr int REGISTER = 32, ROWS = 6, COLUMNS = 2;
 #elif defined(__aarch64__)
 constexpr int REGISTER = 16, ROWS = 6, COLUMNS = 4;
 #else
-constexpr int REGISTER = 16, ROWS = 4, COLUMNS = 3;
+constexpr int REGISTER = 16, ROWS = 6, COLUMNS = 2;
 #endif
 constexpr int L = REGISTER / sizeof(real);
 
@@ -277,7 +277,7 @@ template <int M> INLINE void block_row(int n, Scalars A, int64_t terms, const re
     switch (n) {
         case 1: return block<M, 1>(A, terms, b, b_row, c, c_row, add);
         case 2: return block<M, 2>(A, terms, b, b_row, c, c_row, add);
-        case 3: return block<M, 3>(A, terms, b, b_row, c, c_row, add);
+        case 3: if constexpr (COLUMNS > 2) return block<M, 3>(A, terms, b, b_row, c, c_row, add); break;
         default: if constexpr (COLUMNS > 3) return block<M, 4>(A, terms, b, b_row, c, c_row, add);
     }
 }
