@@ -49,7 +49,7 @@ def swin(qkv: Tensor, heads: int, size: int, bias: Tensor, shift: int, inner: Ca
     q, k, v = parts.view(n, size * size, 3, heads, c3 // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
     add = bias[None]
     if shift:
-        add = add + swin_mask(h, w, size, shift).repeat(n * size * size // (h * w), 1, 1)[:, None]
+        add = add + swin_mask(h, w, size, shift).to(bias.dtype).repeat(n * size * size // (h * w), 1, 1)[:, None]
     out = inner(q, k, v, add).transpose(1, 2).reshape(n, size * size, c3 // 3)
     out = window_reverse(out, size, h, w)
     return torch.roll(out, (shift, shift), (1, 2)) if shift else out

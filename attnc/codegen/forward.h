@@ -42,7 +42,8 @@ struct Forward {
     Panels panels;
     Ahead ahead;
     real *q, *k, *v, *scores, *o, *maximum, *total, *log_sum;
-    real odd_keys[2 * DP];
+    static constexpr int QW = words(D), QP = up(QW, L);     // words of a row of q or k
+    real odd_keys[2 * QP];
     int odd;                // keys that are in no panel
     element* out;
     static constexpr int64_t STRIDE = CHUNK + L;      // of rows of scores: a power of two would make stores look like later loads
@@ -67,23 +68,23 @@ struct Forward {
     template <int M, int N, bool FINISH>
     __attribute__((noinline)) void score_block(int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
         const Numbers numbers = this->numbers;
-        constexpr int parts = (D + 63) / 64, most = (D + parts - 1) / parts;      // sums are cut, so that their error does not grow
+        constexpr int parts = WORD > 1 ? 1 : (D + 63) / 64, most = (QW + parts - 1) / parts;     // sums are cut, so that their error does not grow
         real* row = scores + j;
         const real* a[M];
         UNROLL for (int r = 0; r < M; r++) a[r] = q_row[i + r];
         V s[M][N];
-        for (int from = 0; from < D; from += most) {
+        for (int from = 0; from < QW; from += most) {
             UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] = V{};
-            for (int d = from; d < min(from + most, D); d++, b += b_row) {
+            for (int d = from; d < min(from + most, QW); d++, b += b_row) {
                 V x[N];
                 UNROLL for (int n = 0; n < N; n++) x[n] = load(b + n * L);
                 UNROLL for (int r = 0; r < M; r++) {
-                    const V y = splat(a[r][d]);
-                    UNROLL for (int n = 0; n < N; n++) s[r][n] += y * x[n];
+                    const V y = splat_word(a[r] + d);
+                    UNROLL for (int n = 0; n < N; n++) s[r][n] = multiply_add(y, x[n], s[r][n]);
                 }
             }
             if (from) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] += load(row + r * STRIDE + n * L);
-            if (from + most < D) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(row + r * STRIDE + n * L, s[r][n]);
+            if (from + most < QW) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(row + r * STRIDE + n * L, s[r][n]);
         }
         if constexpr (FINISH) {
             const I inside = lanes() < splat_integer(here->keys.count - j - (N - 1) * L);      // of the last vector
@@ -113,9 +114,9 @@ struct Forward {
         for (int t = 0; t < odd; t++) {
             V s[M];
             UNROLL for (int r = 0; r < M; r++) s[r] = V{};
-            for (int d = 0; d < DP; d += L) {
-                const V y = load(odd_keys + t * DP + d);
-                UNROLL for (int r = 0; r < M; r++) s[r] += load(q_row[i + r] + d) * y;
+            for (int d = 0; d < QP; d += L) {
+                const V y = load(odd_keys + t * QP + d);
+                UNROLL for (int r = 0; r < M; r++) s[r] = multiply_add(load(q_row[i + r] + d), y, s[r]);
             }
             dot[t] = fold_rows<M>(s, [](V a, V b) { return a + b; });
         }
@@ -155,13 +156,14 @@ struct Forward {
         real* rows = o + i * VP + at * L;
         if (before) { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(rows + r * VP + n * L) * before[r]; }
         else { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = V{}; }
-        const real *weight = scores + run.begin, *value = v + run.begin * VP + at * L;
-        for (int t = run.begin; t < run.end; t++, weight++, value += VP) {
+        const int first = run.begin / WORD, end = words(run.end);
+        const real *weight = scores + first, *value = v + first * VP + at * L;
+        for (int t = first; t < end; t++, weight++, value += VP) {
             V x[N];
             UNROLL for (int n = 0; n < N; n++) x[n] = load(value + n * L);
             UNROLL for (int r = 0; r < M; r++) {
-                const V y = splat(weight[r * STRIDE]);
-                UNROLL for (int n = 0; n < N; n++) sum[r][n] += y * x[n];
+                const V y = splat_word(weight + r * STRIDE);
+                UNROLL for (int n = 0; n < N; n++) sum[r][n] = multiply_add(y, x[n], sum[r][n]);
             }
         }
         if (after) UNROLL for (int r = 0; r < M; r++) {
@@ -212,7 +214,7 @@ struct Forward {
         for (int p = 0; p < panels.count; p++) {
             const int begin = panels.first(p), x = max(begin, first), y = min(panels.first(p + 1), end);
             if (x >= y) continue;
-            const real* b = panels.data + begin * L * D + (x - begin) * L;
+            const real* b = panels.data + begin * L * QW + (x - begin) * L;
             const int64_t width = (panels.first(p + 1) - begin) * L;
             if (sight.check || x * L < sight.clear.begin || min(y * L, here->keys.count) > sight.clear.end) {
                 if (USES_SCORE || plain) score_rows<M, false>(y - x, i, x * L, b, width, elements, best);
@@ -220,7 +222,7 @@ struct Forward {
                 check_rows(i, M, x * L, y * L, plain, elements, best);
             } else score_rows<M, true>(y - x, i, x * L, b, width, elements, best);
         }
-        if constexpr (M <= L && D % L == 0) if (odd) odd_scores<M>(i, elements, best);
+        if constexpr (M <= L && D % (WORD * L) == 0) if (odd) odd_scores<M>(i, elements, best);
         // maxima, sums and factors of L rows at a time
         constexpr int groups = (M + L - 1) / L;
         const V unit = unit_of(numbers);
@@ -236,11 +238,11 @@ struct Forward {
             V e[M];
             UNROLL for (int r = 0; r < M; r++) e[r] = exponent(load(scores + r * STRIDE + j), best[r], unit);
             UNROLL for (int r = 0; r < M; r++) e[r] = exp2_vector(e[r]);
-            UNROLL for (int r = 0; r < M; r++) { sums[r] += e[r]; store(scores + r * STRIDE + j, e[r]); }
-        }
-        if (POST && !plain) for (int r = 0; r < M; r++) {
-            real* row = scores + r * STRIDE;
-            for (int j = from; j < to; j += L) store(row + j, load(row + j) * post(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j));
+            UNROLL for (int r = 0; r < M; r++) {
+                sums[r] += e[r];
+                if (POST && !plain) e[r] *= post(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j);
+                store_weights(scores + r * STRIDE, j, e[r]);
+            }
         }
         each_group<M>([&]<int G, int N>() __attribute__((always_inline)) {
             const V old = load(maximum + i + G * L), factor = exp2_vector((old - now[G]) * splat(PLAIN_SCORE ? 1 : LOG2E));
@@ -253,10 +255,12 @@ struct Forward {
         });
         for (int r = 0; r < M; r++) started[i + r] = true;
         const bool direct = last && DV % L == 0 && P.out_layout.channel == 1;
-        for (int t = run.begin; t < run.end; t += LONGEST_SUM) {      // sums are cut here, too
-            const int stop = min(t + LONGEST_SUM, run.end);
-            value_rows<M>(i, {t, stop}, more || t > run.begin ? before : nullptr, direct && stop == run.end ? after : nullptr);
-            if (t == run.begin) UNROLL for (int r = 0; r < M; r++) before[r] = splat(1);
+        constexpr int longest = WORD > 1 ? CHUNK : LONGEST_SUM;         // sums are cut here, too
+        const int start = run.begin / WORD * WORD;
+        for (int t = start; t < run.end; t += longest) {
+            const int stop = min(t + longest, run.end);
+            value_rows<M>(i, {t, stop}, more || t > start ? before : nullptr, direct && stop == run.end ? after : nullptr);
+            if (t == start) UNROLL for (int r = 0; r < M; r++) before[r] = splat(1);
         }
         if (last && !direct) finish(i, M);
     }
@@ -305,8 +309,11 @@ struct Forward {
         real* lse = corner(P.lse, P.lse_layout, b, h);
         for (int i = 0; i < tile.queries; i++) {
             const element* row = q_corner + here->q_offset[i];
-            if constexpr (sizeof(element) == sizeof(real)) q_row[i] = (const real*)row;
-            if (sizeof(element) != sizeof(real) || P.q_layout.channel != 1 || P.scale <= 0) { load_query(P, row, q + i * DP); q_row[i] = q + i * DP; }
+            if (WORD * sizeof(element) == sizeof(real) && D % WORD == 0 && P.q_layout.channel == 1 && P.scale > 0) q_row[i] = (const real*)row;
+            else {
+                load_query_words(P, row, q + i * DP);
+                q_row[i] = q + i * DP;
+            }
             maximum[i] = LOWEST; total[i] = 0; started[i] = false;
         }
         const int64_t chunks = tile.chunks(P), kv = tile.kv_head, group = P.heads / P.kv_heads;
@@ -319,10 +326,10 @@ struct Forward {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || D % L || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
-            for (int t = 0; t < odd; t++) load_row<D>(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * DP);
-            keys.pack<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);
-            keys.gather<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
+            if (odd > 2 || keys.count < L || D % (WORD * L) || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            for (int t = 0; t < odd; t++) load_words<D>(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * QP);
+            keys.pack_words<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);
+            keys.gather_words<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             masks.aim(tile, keys);
             loads.aim(P, numbers, tile, keys, nullptr);
             for (int i = 0, m; i < tile.queries; i += m) {

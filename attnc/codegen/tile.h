@@ -189,6 +189,14 @@ INLINE void load_query(const Problem& P, const element* src, real* dst) {
     load_row<D>(src, P.q_layout.channel, dst);
     if (!(P.scale > 0)) for (int d = 0; d < D; d++) dst[d] = P.scale < 0 ? -dst[d] : 0;
 }
+// the same as words
+INLINE void load_query_words(const Problem& P, const element* src, real* dst) {
+    if constexpr (WORD == 1) return load_query(P, src, dst);
+    if (P.scale > 0) return load_words<D>(src, P.q_layout.channel, dst);
+    real row[DP];
+    load_query(P, src, row);
+    narrow_row<D>(row, dst);
+}
 
 // ---- one chunk of keys ----------------------------------------------------------------------------------------------------------------
 struct Keys {
@@ -273,6 +281,40 @@ struct Keys {
         else {
             gather<W>(src, channel, offset, pad, rows);
             pack_panels<W>(panels, rows, count - but);
+        }
+    }
+    // Panels of words.
+    template <int W> INLINE void pack_words(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
+        if constexpr (WORD == 1) return pack<W>(src, channel, offset, pad, rows, panels, but);
+        constexpr int N = words(W), P = up(N, L);
+        if (!PADDED && N % L == 0 && channel == 1)
+            return pack_rows<N>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load((const real*)(src + offset[i]) + d); });
+        const int all = count;
+        for (int i = 0; i < all; i++) {
+            if (PADDED && !real_key[i]) narrow_row<W>(pad, rows + i * P);
+            else load_words<W>(src + offset[i], channel, rows + i * P);
+        }
+        pack_panels<N>(panels, rows, count - but);
+    }
+    // Rows of words of neighbouring keys, channel by channel.
+    template <int W> INLINE void gather_words(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* dst) const {
+        if constexpr (WORD == 1) return gather<W>(src, channel, offset, pad, dst);
+        constexpr int P = up(W, L);
+        const int all = count;
+        element copy[2][P] = {};        // of rows that are no whole vectors where they lie
+        const bool direct = !PADDED && W % L == 0 && channel == 1;
+        for (int i = 0; i < all; i += 2) {
+            const element* row[2] = {copy[0], copy[1]};
+            for (int t = 0; t < 2; t++) {
+                const int key = i + t;
+                if (key >= all) { memset(copy[t], 0, sizeof copy[t]); continue; }
+                const element* from = src + offset[key];
+                if (direct) row[t] = from;
+                else if (PADDED && !real_key[key]) for (int d = 0; d < W; d++) copy[t][d] = put(pad[d]);
+                else if (channel == 1) memcpy(copy[t], from, W * sizeof(element));
+                else for (int d = 0; d < W; d++) copy[t][d] = from[d * channel];
+            }
+            UNROLL for (int d = 0; d < P; d += L) store(dst + i / 2 * P + d, pair(row[0] + d, row[1] + d));
         }
     }
 };

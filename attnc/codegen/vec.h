@@ -212,10 +212,21 @@ typedef uint16_t element;
 typedef uint16_t E_memory __attribute__((vector_size(2 * L), aligned(2), may_alias));
 typedef uint32_t U __attribute__((vector_size(REGISTER)));
 INLINE V load_elements(const element* p) { return (V)(__builtin_convertvector(*(const E_memory*)p, U) << 16); }
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#include <immintrin.h>
+INLINE void store_elements(element* p, V v) {
+#ifdef HALF_REGISTERS
+    *(E_memory*)p = (E_memory)_mm256_cvtneps_pbh((__m256)v);
+#else
+    *(E_memory*)p = (E_memory)_mm512_cvtneps_pbh((__m512)v);
+#endif
+}
+#else
 INLINE void store_elements(element* p, V v) {      // to nearest, ties to even
     U u = (U)v, y = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     *(E_memory*)p = __builtin_convertvector(v == v ? y : (U{} + 0x7fc0), E_memory);
 }
+#endif
 INLINE real get(element x) { uint32_t u = uint32_t(x) << 16; real y; memcpy(&y, &u, 4); return y; }
 INLINE element put(real x) { uint32_t u; memcpy(&u, &x, 4); return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : 0x7fc0; }
 #else
@@ -250,6 +261,44 @@ template <int W> INLINE void store_row(element* dst, int64_t step, const real* s
         UNROLL for (int d = 0; d + L <= W; d += L) store_elements(dst + d, load(src + d) * splat(factor));
         for (int d = W / L * L; d < W; d++) dst[d] = put(src[d] * factor);
     } else for (int d = 0; d < W; d++) dst[d * step] = put(src[d] * factor);
+}
+
+// ---- words -----------------------------------------------------------------------------------------------------------------------
+// What a lane of a product holds: a real, or, where the CPU sums the products of two bfloat16 at once, two neighbours in the
+// contracted index. Rows of words are stored as rows of reals.
+#if ELEMENT == BFLOAT16 && defined(__AVX512BF16__) && !defined(HALF_REGISTERS)
+constexpr int WORD = 2;
+INLINE V multiply_add(V a, V b, V sum) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+INLINE V splat_word(const real* p) { integer x; memcpy(&x, p, sizeof x); return (V)splat_integer(x); }
+// lane by lane a word of one element of `a` and one of `b`
+INLINE V pair(const element* a, const element* b) {
+    return (V)(__builtin_convertvector(*(const E_memory*)a, U) | __builtin_convertvector(*(const E_memory*)b, U) << 16);
+}
+#else
+constexpr int WORD = 1;
+INLINE V multiply_add(V a, V b, V sum) { return sum + a * b; }
+INLINE V splat_word(const real* p) { return splat(*p); }
+INLINE V pair(const element*, const element*) { return V{}; }
+#endif
+constexpr int words(int n) { return (n + WORD - 1) / WORD; }
+// A row of W channels as words, padded with zeros to whole vectors.
+template <int W> INLINE void load_words(const element* src, int64_t step, real* dst) {
+    if constexpr (WORD == 1) return load_row<W>(src, step, dst);
+    element* to = (element*)dst;
+    if (step == 1) memcpy(to, src, W * sizeof(element));
+    else for (int d = 0; d < W; d++) to[d] = src[d * step];
+    memset(to + W, 0, (up(words(W), L) * WORD - W) * sizeof(element));
+}
+// The same from reals.
+template <int W> INLINE void narrow_row(const real* src, real* dst) {
+    element row[W];
+    for (int d = 0; d < W; d++) row[d] = put(src[d]);
+    load_words<W>(row, 1, dst);
+}
+// Weights as words: those of the keys from j on in a row, in place of the scores there or of earlier ones.
+INLINE void store_weights(real* row, int j, V v) {
+    if constexpr (WORD == 1) store(row + j, v);
+    else store_elements((element*)row + j, v);
 }
 
 // ---- the product: C[rows][vectors] (+)= A B, A's scalars broadcast ------------------------------------------------------------
