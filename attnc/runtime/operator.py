@@ -209,15 +209,15 @@ def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The attention over a union of disjoint key sets from the attention over each."""
-    lse = torch.stack([s for _, s in partial]).logsumexp(0)
-    total = torch.empty_like(partial[0][0])  # keeps the memory order
-    total.zero_()
-    wide = torch.zeros(total.shape, dtype=lse.dtype, device=lse.device)
-    for o, s in partial:
-        weight = torch.where(s > float("-inf"), torch.exp(s - lse), 0.0)
-        wide += o * weight.view(*o.shape[:-1], 1)
-    return total.copy_(wide), lse
+    """The attention over a union of disjoint key sets from the attention over each: one weighted mean after the other."""
+    out, lse = partial[0]
+    dtype = out.dtype
+    for o, s in partial[1:]:
+        weight = torch.where(s > float("-inf"), torch.sigmoid(s - lse), 0.0)  # of `o`: exp(s) of exp(s) + exp(lse)
+        weight = torch.where(s.isnan(), s, weight).view(*o.shape[:-1], 1)
+        out = torch.lerp(out.to(lse.dtype), o.to(lse.dtype), weight)
+        lse = torch.logaddexp(lse, s)
+    return out.to(dtype), lse
 
 
 def _attend_fake(
