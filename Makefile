@@ -35,6 +35,7 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) tools/typecheck.py
 
+# about twelve minutes on two cores: bench/results/*.json, docs/performance.md and its pictures
 bench: setup
 	$(PY) -m bench $(ARGS)
 

@@ -263,6 +263,27 @@ def cache_clear() -> None:
     typer.echo(f"removed {entries} entries from {cache.root()}")
 
 
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="rows whose name contains one of these; all without")] = None,
+    quick: Annotated[bool, typer.Option(help="few rounds, nothing kept: does it run?")] = False,
+) -> None:
+    """Measure attnc beside its peers (in a checkout of the repository)."""
+    import subprocess
+
+    import attnc
+    from attnc.errors import UnsupportedError
+
+    root = Path(attnc.__file__).resolve().parent.parent
+    if not (root / "bench" / "__main__.py").exists():
+        raise UnsupportedError(
+            f"attnc bench: {root} has no folder bench, which is part of the repository and of no wheel; "
+            "clone the repository and run `make bench`, or `pip install --editable '.[dev]'` there and this command again"
+        )
+    words = [*(names or []), *(["--quick"] if quick else [])]
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "bench", *words], cwd=root, check=False).returncode)
+
+
 def _resolve(spec: str) -> Any:
     from attnc.spec import resolve
 

@@ -81,13 +81,10 @@ def label(r: Row) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- attention rows
 def _groups(rows: list[Row]) -> dict[tuple[str, int, int, str], list[Row]]:
-    """Rows by dtype, batch, threads and pass, in the order they were measured (a batch of its own stays with the others)."""
+    """Rows by dtype, batch, threads and pass, in the order they were measured (a row with a batch of its own among the others)."""
     out: dict[tuple[str, int, int, str], list[Row]] = {}
-    most: dict[tuple[str, int, str], int] = {}
     for r in rows:
-        key = (r["dtype"], r["threads"], r["pass"])
-        batch = most.setdefault(key, r["batch"])
-        out.setdefault((r["dtype"], r["batch"] if r["family"] != "causal" else batch, r["threads"], r["pass"]), []).append(r)
+        out.setdefault((r["dtype"], r["asked batch"], r["threads"], r["pass"]), []).append(r)
     return out
 
 

@@ -35,7 +35,7 @@ def test_row(row: Row, benchmark: Any, results: Results, seconds: float, request
     share = case.flops(row.batch, row.backward) / ours / gemm
     record = {
         "name": case.name, "size": case.size, "family": case.family, "model": case.model,
-        "dtype": row.dtype, "batch": case.batch or row.batch, "threads": row.threads, "pass": row.what,
+        "dtype": row.dtype, "asked batch": row.batch, "batch": case.batch or row.batch, "threads": row.threads, "pass": row.what,
         "seconds": times, "calls": {n: len(t) for n, t in found.items()}, "setup": setup, "gemm": gemm,
         "peer": peer, "ratio": theirs[peer] / ours, "share": share,
         "bar": {"ratio": asked.ratio, "share": asked.share, "float32": asked.float32},

@@ -209,3 +209,14 @@ def test_as_a_module() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_bench_is_part_of_the_repository(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import attnc as package
+
+    monkeypatch.setattr(package, "__file__", str(home / "attnc" / "__init__.py"))
+    assert "clone the repository and run `make bench`" in fails("bench")
+    (home / "bench").mkdir()
+    (home / "bench" / "__init__.py").touch()
+    (home / "bench" / "__main__.py").write_text("import sys; sys.exit(7 if sys.argv[1:] == ['axial', '--quick'] else 1)")
+    attnc("bench", "axial", "--quick", status=7)
