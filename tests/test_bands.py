@@ -94,6 +94,8 @@ BANDS = {
     "dilated": (neighborhood(s=7, d=3), (25, 70), {"dim": 32, "heads": 1}),
     "classes of one token": (neighborhood(s=3, d=5), (7, 21), {}),
     "even": (neighborhood(s=4), (7, 50), {"dim": 33, "value_dim": 7, "kind": "channels_first"}),
+    "one axis": (neighborhood(s=5), (45,), {"kind": "heads_last"}),
+    "strips of one axis": (neighborhood(s=5, d=2), (3001,), {"heads": 1, "batch": 1, "dim": 64}),
     "one row": (neighborhood(s=3), (1, 40), {"kv_heads": 1}),
     "too short for its width": (neighborhood(s=7), (12, 5), {}),
     "as short as its width": (neighborhood(s=5), (5, 5), {"lse_gradient": False}),
@@ -161,6 +163,7 @@ TABLES = {
     "shared windows": (patterns.neighborhood(5, stride=4, bias="relative"), (9, 39), bias(2, 5, 5), {}),
     "sides that differ": (patterns.neighborhood((5, 3), bias="relative"), (7, 20), bias(2, 5, 3), {}),
     "grouped queries": (near_bias(s=3), (9, 37), bias(4, 3, 3), {"heads": 4, "kv_heads": 2}),
+    "one axis": (patterns.neighborhood(5, 2, bias="relative"), (75,), bias(2, 5), {}),
     "volume": (patterns.neighborhood(3, bias="relative"), (4, 5, 18), bias(2, 3, 3, 3), {}),
     "dilated volume": (
         patterns.neighborhood(3, (2, 1, 1), bias="relative"),

@@ -1,6 +1,6 @@
 // ---- bands: columns of tokens, and the two products ---------------------------------------------------------------------------
-// Tokens src[i * step], i < count <= L, to columns: dst[d * stride + i]. Lanes from `count` on repeat the last token.
 namespace band {
+// Tokens src[i * step], i < count <= L, to columns: dst[d * stride + i]. Lanes from `count` on repeat the last token.
 template <int W> __attribute__((noinline))
 void load_columns(const element* src, int64_t step, int64_t channel, int count, real* dst, int64_t stride) {
     if (W >= L && channel == 1) {
@@ -117,22 +117,20 @@ struct Band {
         for (Line* n = lines; n < lines + line_count; n++)
             for (int r = n->a; r < n->b; r++) n->elements[r] = table.at(block->pattern, n->relation[r], n->base[r]);
     }
-    // keys FROM .. FROM + T - 1 of every lane, out of a ring's row
+    // keys t .. t + T - 1 of every lane, out of a ring's row
     template <Way WAY, int T> INLINE void spread(const real* row, const I (&at)[T], int t, V (&z)[T]) const {
-        if constexpr (WAY == EASY && !PERMUTES) { UNROLL for (int i = 0; i < T; i++) z[i] = load(row + t + i); }
-        else {
-            const V x = load(row);
-            if constexpr (WAY == EASY) { UNROLL for (int i = 0; i < T; i++) z[i] = permute(x, at[i]); }
-            else {
-                const V y = load(row + L);
-                UNROLL for (int i = 0; i < T; i++) z[i] = permute(x, y, at[i]);
-            }
+        if constexpr (PERMUTES) {
+            const V x = load(row), y = WAY == HARD ? load(row + L) : V{};
+            UNROLL for (int i = 0; i < T; i++) z[i] = WAY == HARD ? permute(x, y, at[i]) : permute(x, at[i]);
+        } else UNROLL for (int i = 0; i < T; i++) {
+            z[i] = load(row + t + i);
+            if (WAY == HARD) z[i] = permute(z[i], at[0]);
         }
     }
-    // N rows of x[W][L] against keys FROM .. of a line, as many at a time as registers hold: the products or, with a TABLE, the scores
+    // N rows of x[W][L] against keys FROM .. of a line, as many at a time as registers hold: products or, with a TABLE, scores
     template <int W, Way WAY, bool TABLE, int N, int FROM = 0>
     INLINE void dots(const real* x, const real* row, real* s, const int64_t* cell, const int64_t* elements, V* best) const {
-        constexpr int T = share(BAND - FROM, max(1, (REGISTERS - N - 4) / (N + 1)));
+        constexpr int T = share(BAND - FROM, max(1, PERMUTES ? (REGISTERS - N - 4) / (N + 1) : (REGISTERS - N - 2) / N));
         constexpr int part = (W + (W + 63) / 64 - 1) / ((W + 63) / 64);      // long sums are cut
         for (int from = 0; from < W; from += part) {
             const int to = min(from + part, W);
@@ -166,27 +164,25 @@ struct Band {
             switch (n->b - n->a) {
                 case 1: dots<W, WAY, TABLE, 1>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a); break;
                 case 2: dots<W, WAY, TABLE, 2>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a); break;
-                case 3: if constexpr (GROUP > 2) dots<W, WAY, TABLE, 3>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a); break;
-                default: if constexpr (GROUP > 3) dots<W, WAY, TABLE, 4>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a);
+                case 3: dots<W, WAY, TABLE, 3>(from, row, s, n->cell + n->a, n->elements + n->a, best + n->a); break;
+                default: dots<W, WAY, TABLE, 4>(from, row, s, n->cell, n->elements, best);
             }
         }
     }
     // sum[r] += weights of row r times the keys of a line, N channels from `row` on
     template <Way WAY, int A, int B, int N>
     INLINE void add(const real* row, const real* s, const int64_t* cell, V (&sum)[GROUP][N]) const {
-        if constexpr (B <= GROUP) {
-            const real* p[GROUP];
-            UNROLL for (int r = A; r < B; r++) p[r] = s + cell[r];
-            _Pragma("GCC unroll 1") for (int t = 0; t < BAND; t++) {
-                V w[GROUP];
-                I at[1] = {block->key[t]};
-                keep(at[0]);
-                UNROLL for (int r = A; r < B; r++) { w[r] = load(p[r] + t * L); keep(w[r]); }
-                UNROLL for (int d = 0; d < N; d++) {
-                    V z[1];
-                    spread<WAY, 1>(row + d * plan.stride, at, t, z);
-                    UNROLL for (int r = A; r < B; r++) sum[r][d] += w[r] * z[0];
-                }
+        const real* p[GROUP];
+        UNROLL for (int r = A; r < B; r++) p[r] = s + cell[r];
+        _Pragma("GCC unroll 1") for (int t = 0; t < BAND; t++) {
+            V w[GROUP];
+            I at[1] = {block->key[t]};
+            keep(at[0]);
+            UNROLL for (int r = A; r < B; r++) { w[r] = load(p[r] + t * L); keep(w[r]); }
+            UNROLL for (int d = 0; d < N; d++) {
+                V z[1];
+                spread<WAY, 1>(row + d * plan.stride, at, t, z);
+                UNROLL for (int r = A; r < B; r++) sum[r][d] += w[r] * z[0];
             }
         }
     }

@@ -1,15 +1,15 @@
-// ---- bands backward: P = exp(score - lse), dP = dO V^T, dS = P (dP - delta) with delta = rowsum(dO O) - d lse ---------------------
+// ---- bands backward: P = exp(score - lse), dP = dO V^T, dS = P (dP - delta) with delta = rowsum(dO O) - d lse -------------------
 // A group of rows finds its P and dS as the forward finds its scores, then dQ = dS K. Both are kept until every row that sees a line
 // has them. Then dK = dS^T Q and dV = P^T dO of that line are summed over those rows, lane by lane, and only the sums go back from
 // lanes to keys: a sum has one order, whatever the threads. A chunk of rows owns the lines before the next chunk's first, and
-// computes the rows before it that see them once more.
+// computes the rows before it that see its own once more.
 namespace band {
 
 // The way from a block's lanes back to the keys. Lanes whose keys are the same (a clamped border) are folded into the last of them.
 struct Targets {
-    int folds;
-    bool two;                            // the keys lie in two vectors
-    I fold[4], low[BAND], high[BAND];    // which lane a lane adds; which lane goes to each key of the first and the second vector
+    static constexpr int MOST = PERMUTES ? 2 : (L - 2 + BAND) / L + 1;      // vectors in which the keys of a block lie
+    int folds, vectors;
+    I fold[4], to[MOST][BAND];           // which lane a lane adds; which lane goes to each key of a vector
     void aim(const Item& item, const Lanes& lanes, int64_t x) {
         int64_t from[L], after[L], longest = 0;      // first key; lanes to the last one with that key
         for (int i = 0; i < lanes.count; i++) from[i] = item.x_lo[x + i] - item.x_lo[x];
@@ -17,30 +17,27 @@ struct Targets {
             after[i] = i + 1 < lanes.count && from[i] == from[i + 1] ? after[i + 1] + 1 : 0;
             longest = max(longest, after[i]);
         }
-        two = from[lanes.count - 1] + BAND > L;
+        vectors = (from[lanes.count - 1] + BAND + L - 1) / L;
         for (folds = 0; 1 << folds <= longest; folds++) {
             const int far = 1 << folds;
             for (int i = 0; i < L; i++)
-                fold[folds][i] = i < lanes.count && after[i] % (2 * far) == 0 && i >= far && from[i - far] == from[i] ? i - far : L;
+                fold[folds][i] = i >= far && i < lanes.count && after[i] % (2 * far) == 0 && from[i - far] == from[i] ? i - far : L;
         }
         for (int t = 0; t < BAND; t++) {
-            low[t] = high[t] = splat_integer(L);
-            for (int i = 0; i < lanes.count; i++) if (!after[i]) {
-                const int64_t key = from[i] + t;
-                if (key < L) low[t][key] = i; else high[t][key - L] = i;
-            }
+            for (int v = 0; v < MOST; v++) to[v][t] = splat_integer(L);
+            for (int i = 0; i < lanes.count; i++) if (!after[i]) to[(from[i] + t) / L][t][(from[i] + t) % L] = i;
         }
     }
 };
 // sum of x[i] * y[i] over the channels of L tokens: one per lane
-INLINE V token_dots(const element* x, int64_t x_step, int64_t x_channel, const element* y, int64_t y_step, int64_t y_channel, int count) {
+INLINE V token_dots(const element* x, const Grid& x_grid, const element* y, const Grid& y_grid, int count) {
     V sum[L];
     UNROLL for (int i = 0; i < L; i++) {
-        const element *a = x + min(i, count - 1) * x_step, *b = y + min(i, count - 1) * y_step;
+        const element *a = x + min(i, count - 1) * x_grid.step, *b = y + min(i, count - 1) * y_grid.step;
         sum[i] = V{};
         int d = 0;
-        if (x_channel == 1 && y_channel == 1) for (; d + L <= DV; d += L) sum[i] += load_elements(a + d) * load_elements(b + d);
-        for (; d < DV; d++) sum[i][0] += get(a[d * x_channel]) * get(b[d * y_channel]);
+        if (x_grid.channel == 1 && y_grid.channel == 1) for (; d + L <= DV; d += L) sum[i] += load_elements(a + d) * load_elements(b + d);
+        for (; d < DV; d++) sum[i][0] += get(a[d * x_grid.channel]) * get(b[d * y_grid.channel]);
     }
     transpose(sum);
     V total = sum[0];
@@ -58,34 +55,46 @@ struct Backward : Band {
     static constexpr int KEYS = min(BAND, 4), WIDE = REGISTERS == 32 ? 4 : 2;      // sums at once: keys, channels
     Grid q_grid, g_grid, out_grid, lse_grid, grad_lse_grid, dq_grid, dk_grid, dv_grid;
     Walk here, next;
-    real *q, *g, *weights, *slopes, *o;      // [block][row][channel][L], P and dS: [block][row][line][plane][key][L], dQ: [row][channel][L]
+    real *q, *g, *o;                         // [block][row][channel][L], the same, dQ of a block: [row][channel][L]
+    real *weights, *slopes;                  // P and dS: [block][row][line][plane][key][L]
     real *line_sums, *carried;               // of dK and dV, [plane][line][channel][key]; those that the next strip adds to
     Targets* targets;
     int64_t *seen_by, *cell;                 // rows that see a line: number in the ring, where their P and dS are
+    int64_t first_row;                       // rows before it see no line that is not complete
     bool direct;                             // a line's sums are complete as soon as its rows are
+    int64_t all_lines;                       // of a class
     bool dense;                              // a token's channels are one run of memory
     int rows;                                // of the group at hand
     // what the next group reads and writes, and what this one will write, token by token
-    struct Ahead { const element *q, *g, *out, *dq, *k, *v, *dk, *dv; int rows, lines, complete, most, columns, line, column, pace; } ahead;
+    struct Ahead {
+        const element *q, *g, *out, *dq, *k, *v, *dk, *dv;
+        int rows, lines, complete, most, columns, line, column, pace;
+    } ahead;
 
     Backward(const Problem& P, const Plan& plan, Arena& arena)
-        : Band(P, plan, true), q_grid(plan, P.q_layout), g_grid(plan, P.grad_out_layout), out_grid(plan, P.out_layout), lse_grid(plan, P.lse_layout),
-          grad_lse_grid(plan, P.grad_lse_layout), dq_grid(plan, P.dq_layout), dk_grid(plan, P.dk_layout), dv_grid(plan, P.dv_layout) {
+        : Band(P, plan, true), q_grid(plan, P.q_layout), g_grid(plan, P.grad_out_layout), out_grid(plan, P.out_layout),
+          lse_grid(plan, P.lse_layout), grad_lse_grid(plan, P.grad_lse_layout), dq_grid(plan, P.dq_layout),
+          dk_grid(plan, P.dk_layout), dv_grid(plan, P.dv_layout) {
         direct = P.heads == P.kv_heads && plan.q_planes == 1;
         dense = true;
         for (const Grid* t : {&q_grid, &g_grid, &out_grid, &dq_grid, &k_grid, &v_grid, &dk_grid, &dv_grid}) dense &= t->channel == 1;
-        const int64_t kept = plan.blocks * plan.alive, all = plan.k_planes * tokens_of(row_count(P.k_grid), plan.y.split, 0);
-        const int64_t sums = (direct ? 1 : all) * plan.stride * (D + DV) + 2 * L, carries = plan.strips > 1 ? all * 2 * L * (D + DV) : 0;
-        arena.reserve(bytes() + sizeof(real) * (kept * plan.row() + GROUP * D * L + sums + carries) + plan.blocks * sizeof(Targets)
+        const int64_t kept = plan.blocks * plan.alive;
+        arena.reserve(bytes() + sizeof(real) * (kept * plan.row() + GROUP * D * L) + plan.blocks * sizeof(Targets)
                       + plan.alive * 16 + plan.planes * 16 + 64 * 16);
         allocate(arena);
         q = arena.take<real>(kept * D * L); g = arena.take<real>(kept * DV * L); o = arena.take<real>(GROUP * D * L);
         weights = arena.take<real>(kept * plan.row_scores()); slopes = arena.take<real>(kept * plan.row_scores());
-        line_sums = arena.take<real>(sums); carried = arena.take<real>(carries);
         targets = arena.take<Targets>(plan.blocks);
         seen_by = arena.take<int64_t>(plan.alive); cell = arena.take<int64_t>(plan.alive);
         for (Walk* w : {&here, &next}) w->plane = arena.take<int64_t>(plan.planes);
+        // (these may be as large as K and V, so they are given back)
+        all_lines = tokens_of(row_count(P.k_grid), plan.y.split, 0);
+        const int64_t sums = (direct ? 1 : plan.k_planes * all_lines) * plan.stride * (D + DV) + Targets::MOST * L;
+        const int64_t carries = plan.strips > 1 ? plan.k_planes * all_lines * BAND * (D + DV) : 0;
+        line_sums = (real*)aligned_alloc(64, up(sizeof(real) * (up(sums, L) + carries), 64));
+        carried = line_sums + up(sums, L);
     }
+    ~Backward() { free(line_sums); }
 
     // part number `part` of item number `item`
     bool aim_next(int64_t item, int64_t part) {
@@ -165,11 +174,12 @@ struct Backward : Band {
         }
     }
     INLINE real* sums_of(int64_t plane, int64_t line) const {
-        const int64_t lines = tokens_of(row_count(P.k_grid), plan.y.split, 0);
-        return direct ? line_sums : line_sums + (plane * lines + line) * plan.stride * (D + DV);
+        return direct ? line_sums : line_sums + (plane * all_lines + line) * plan.stride * (D + DV);
     }
-    INLINE real* carry_of(int64_t plane, int64_t line) const {
-        return carried + (plane * tokens_of(row_count(P.k_grid), plan.y.split, 0) + line) * 2 * L * (D + DV);
+    INLINE real* carry_of(int64_t plane, int64_t line) const { return carried + (plane * all_lines + line) * BAND * (D + DV); }
+    template <class F> void each_line(F f) const {
+        for (int64_t plane = 0; plane < here.class_planes; plane++)
+            for (int64_t line = here.line_from; line < here.line_to; line++) f(plane, line);
     }
     // A line's sums start with what the strip before added to its keys,
     void open_line(int64_t plane, int64_t line) {
@@ -178,7 +188,7 @@ struct Backward : Band {
         if (!here.strip) return;
         const int64_t both = here.x_lo[here.x_from - 1] + BAND - here.key_from;
         const real* carry = carry_of(plane, line);
-        for (int d = 0; d < D + DV; d++) for (int64_t i = 0; i < both; i++) sums[d * plan.stride + i] = carry[d * 2 * L + i];
+        for (int d = 0; d < D + DV; d++) for (int64_t i = 0; i < both; i++) sums[d * plan.stride + i] = carry[d * BAND + i];
     }
     // and end as gradients, but for the keys of the next strip.
     void close_line(int64_t plane, int64_t line) {
@@ -193,12 +203,13 @@ struct Backward : Band {
         }
         if (here.last_strip) return;
         real* carry = carry_of(plane, line);
-        for (int d = 0; d < D + DV; d++) for (int64_t i = mine; i < here.key_to - here.key_from; i++) carry[d * 2 * L + i - mine] = dk[d * plan.stride + i];
+        for (int d = 0; d < D + DV; d++) for (int64_t i = mine; i < here.key_to - here.key_from; i++)
+            carry[d * BAND + i - mine] = dk[d * plan.stride + i];
     }
 
-    // N channels of a line's sums: to[channel][key] += sum over `count` rows of w[row][key][lane] x[row][channel][lane]
+    // N channels of a line's sums: sum[vector][channel] += sum over `count` rows of w[row][key][lane] x[row][channel][lane]
     template <int W, int N, int FROM = 0>
-    INLINE void scatter_keys(const Targets& way, const real* x, const real* w, int64_t count, V (&low)[N], V (&high)[N]) const {
+    INLINE void scatter_keys(const Targets& way, const real* x, const real* w, int64_t count, V (&sum)[Targets::MOST][N]) const {
         constexpr int T = share(BAND - FROM, KEYS);
         V a[T][N];
         UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++) a[t][i] = V{};
@@ -214,34 +225,33 @@ struct Backward : Band {
         }
         for (int f = 0; f < way.folds; f++) UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++)
             a[t][i] += permute_or_zero(a[t][i], way.fold[f]);
-        UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++) low[i] += permute_or_zero(a[t][i], way.low[FROM + t]);
-        if (way.two) { UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++) high[i] += permute_or_zero(a[t][i], way.high[FROM + t]); }
-        if constexpr (FROM + T < BAND) scatter_keys<W, N, FROM + T>(way, x, w, count, low, high);
+        UNROLL for (int v = 0; v < Targets::MOST; v++) if (v < way.vectors) {
+            UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++) sum[v][i] += permute_or_zero(a[t][i], way.to[v][FROM + t]);
+        }
+        if constexpr (FROM + T < BAND) scatter_keys<W, N, FROM + T>(way, x, w, count, sum);
     }
-    template <int W, int N> INLINE void scatter_channels(const Targets& way, const real* x, const real* w, int64_t count, real* to) const {
-        V low[N], high[N];
-        UNROLL for (int i = 0; i < N; i++) low[i] = high[i] = V{};
-        scatter_keys<W, N>(way, x, w, count, low, high);
-        UNROLL for (int i = 0; i < N; i++) {
-            real* y = to + i * plan.stride;
-            store(y, load(y) + low[i]);
-            if (way.two) store(y + L, load(y + L) + high[i]);
+    template <int W, int N>
+    INLINE void scatter_channels(const Targets& way, const real* x, const real* w, int64_t count, real* to) const {
+        V sum[Targets::MOST][N];
+        UNROLL for (int v = 0; v < Targets::MOST; v++) UNROLL for (int i = 0; i < N; i++) sum[v][i] = V{};
+        scatter_keys<W, N>(way, x, w, count, sum);
+        UNROLL for (int v = 0; v < Targets::MOST; v++) if (v < way.vectors) UNROLL for (int i = 0; i < N; i++) {
+            real* y = to + i * plan.stride + v * L;
+            store(y, load(y) + sum[v][i]);
         }
     }
-    template <int W> __attribute__((noinline)) void scatter(const Targets& way, const real* x, const real* w, int64_t count, real* to) const {
+    template <int W> __attribute__((noinline))
+    void scatter(const Targets& way, const real* x, const real* w, int64_t count, real* to) const {
         int d = 0;
         for (; d + WIDE <= W; d += WIDE) scatter_channels<W, WIDE>(way, x + d * L, w, count, to + d * plan.stride);
         if constexpr (W % WIDE != 0) scatter_channels<W, W % WIDE>(way, x + d * L, w, count, to + d * plan.stride);
     }
     // adds the plane's rows of queries to a line's sums
     void sum_line(int64_t line) {
-        int64_t r = max(here.row_from, here.y_from - plan.alive), count = 0;      // (rows from y_from - alive on are all that could)
-        while (r < here.y_to && here.y_hi[r] < line) r++;
-        const int64_t first = r;
-        while (r < here.y_to && here.y_lo[r] <= line) r++;
+        while (first_row < here.y_to && here.y_hi[first_row] < line) first_row++;
         for (int plane = 0; plane < here.planes; plane++) {
-            count = 0;
-            for (int64_t row = first; row < r; row++, count++) {
+            int64_t count = 0;
+            for (int64_t row = first_row; row < here.y_to && here.y_lo[row] <= line; row++, count++) {
                 seen_by[count] = row % plan.alive;
                 cell[count] = seen_by[count] * plan.row_scores() + ((line - here.y_lo[row]) * here.planes + plane) * BAND * L;
             }
@@ -251,7 +261,8 @@ struct Backward : Band {
             for (int64_t i = 0; i < n; i++) {
                 const int64_t kept = i * plan.alive;
                 scatter<D>(targets[i], q + kept * D * L, slopes + kept * plan.row_scores(), count, sums + blocks[i].first);
-                scatter<DV>(targets[i], g + kept * DV * L, weights + kept * plan.row_scores(), count, sums + D * plan.stride + blocks[i].first);
+                real* value_sums = sums + D * plan.stride + blocks[i].first;
+                scatter<DV>(targets[i], g + kept * DV * L, weights + kept * plan.row_scores(), count, value_sums);
             }
             if (direct) close_line(here.plane[plane], line);
         }
@@ -262,8 +273,28 @@ struct Backward : Band {
         UNROLL for (int r = 0; r < GROUP; r++) one[r] = splat(1);
         sums<D, WAY, N>(d, keys, s, one, o, [&]() __attribute__((always_inline)) { look_ahead(); });
     }
+    // What the weights of L queries need: lse in the exponent's units, what rounding took of it (a weight depends on that), delta.
+    struct Row { V lse, rest, delta; };
+    void read(int64_t row, int64_t x, int64_t kept, Row& to) {
+        const element* q_row = P.q + here.place(P, P.q_layout) + q_grid.at(row, x);
+        const element* g_row = P.grad_out + here.place(P, P.grad_out_layout) + g_grid.at(row, x);
+        const element* out_row = P.out + here.place(P, P.out_layout) + out_grid.at(row, x);
+        load_columns<D>(q_row, q_grid.step, q_grid.channel, block->count, q + kept * D * L, L);
+        load_columns<DV>(g_row, g_grid.step, g_grid.channel, block->count, g + kept * DV * L, L);
+        to.delta = token_dots(g_row, g_grid, out_row, out_grid, block->count);
+        const real* lse = P.lse + here.place(P, P.lse_layout) + lse_grid.at(row, x);
+        const real* grad_lse = P.grad_lse ? P.grad_lse + here.place(P, P.grad_lse_layout) + grad_lse_grid.at(row, x) : nullptr;
+        for (int i = 0; i < L; i++) {
+            const int lane = min(i, block->count - 1);
+            const real sum = lse[lane * lse_grid.step];
+            const double in_units = PLAIN_SCORE ? sum * 1.4426950408889634 : sum;
+            to.lse[i] = sum == -INF ? INF : real(in_units);
+            to.rest[i] = sum == -INF ? 0 : real(in_units - real(in_units));
+            if (grad_lse && sum != -INF) to.delta[i] -= grad_lse[lane * grad_lse_grid.step];
+        }
+    }
     // One block of a group: P and dS, and dQ for the chunk's own rows.
-    template <Way WAY> void grade(int64_t kept, int64_t row, const V* lse, const V* rest, const V* delta) {
+    template <Way WAY> void grade(int64_t kept, int64_t row, const Row* row_of) {
         const int64_t slot = row % plan.alive;
         real *w = weights + kept * plan.row_scores(), *s = slopes + kept * plan.row_scores();
         V best[GROUP];
@@ -274,7 +305,8 @@ struct Backward : Band {
             UNROLL for (int t = 0; t < BAND; t++) {
                 V x = load(p + t * L);
                 if (LOADS) x = x * scale + load(table.values + n->elements[r] + t * L);
-                const V e = exp2_vector(exponent(x, lse[r], unit) - rest[r]), slope = e * (load(ds + t * L) - delta[r]);
+                const V e = exp2_vector(exponent(x, row_of[r].lse, unit) - row_of[r].rest);
+                const V slope = e * (load(ds + t * L) - row_of[r].delta);
                 store(p + t * L, e);
                 store(ds + t * L, slope * scale);
                 if (!LOADS || row < here.y_from) continue;
@@ -293,15 +325,10 @@ struct Backward : Band {
             aim_blocks(here);
             for (int64_t x = here.x_from, i = 0; x < here.x_to; x += L, i++) targets[i].aim(here, blocks[i], x);
         }
-        const element *q_from = P.q + here.place(P, P.q_layout), *g_from = P.grad_out + here.place(P, P.grad_out_layout);
-        const element* out_from = P.out + here.place(P, P.out_layout);
-        const real *lse_from = P.lse + here.place(P, P.lse_layout), *grad_lse_from = P.grad_lse;
-        if (grad_lse_from) grad_lse_from += here.place(P, P.grad_lse_layout);
         element* dq_from = P.dq + here.place(P, P.dq_layout);
-        if (!direct && here.opens) {
-            for (int64_t plane = 0; plane < here.class_planes; plane++) for (int64_t line = here.line_from; line < here.line_to; line++) open_line(plane, line);
-        }
+        if (!direct && here.opens) each_line([&](int64_t plane, int64_t line) { open_line(plane, line); });
         int64_t have = here.line_from, done = here.line_from;
+        first_row = here.row_from;
         for (int64_t row = here.row_from; row < here.y_to; row += GROUP) {
             rows = min<int64_t>(GROUP, here.y_to - row);
             const int64_t end = here.y_hi[row + rows - 1] + 1, slot = row % plan.alive;
@@ -311,33 +338,18 @@ struct Backward : Band {
             list_lines(here, row, rows, here.line_from, [&](int64_t r) { return (slot + r) * plan.row_scores(); });
             block = blocks;
             for (int64_t x = here.x_from, kept = 0; x < here.x_to; x += L, block++, kept += plan.alive) {
-                V lse[GROUP], rest[GROUP], delta[GROUP];
-                for (int r = 0; r < rows; r++) {
-                    const element *g_row = g_from + g_grid.at(row + r, x), *out_row = out_from + out_grid.at(row + r, x);
-                    load_columns<D>(q_from + q_grid.at(row + r, x), q_grid.step, q_grid.channel, block->count, q + (kept + slot + r) * D * L, L);
-                    load_columns<DV>(g_row, g_grid.step, g_grid.channel, block->count, g + (kept + slot + r) * DV * L, L);
-                    delta[r] = token_dots(g_row, g_grid.step, g_grid.channel, out_row, out_grid.step, out_grid.channel, block->count);
-                    for (int i = 0; i < L; i++) {
-                        const int64_t column = x + min(i, block->count - 1);
-                        const real sum = lse_from[lse_grid.at(row + r, column)];
-                        const double in_units = PLAIN_SCORE ? sum * 1.4426950408889634 : sum;
-                        lse[r][i] = sum == -INF ? INF : real(in_units);
-                        rest[r][i] = sum == -INF ? 0 : real(in_units - real(in_units));      // what rounding took: a weight depends on it
-                        if (grad_lse_from && sum != -INF) delta[r][i] -= grad_lse_from[grad_lse_grid.at(row + r, column)];
-                    }
-                }
+                Row row_of[GROUP];
+                for (int r = 0; r < rows; r++) read(row + r, x, kept + slot + r, row_of[r]);
                 if (LOADS) aim_elements();
                 aim_ahead(x, row, more, done, complete);
-                if (block->way == EASY) grade<EASY>(kept, row, lse, rest, delta); else grade<TWO>(kept, row, lse, rest, delta);
+                if (block->way == EASY) grade<EASY>(kept, row, row_of); else grade<HARD>(kept, row, row_of);
                 if (row >= here.y_from) for (int r = 0; r < rows; r++)
                     store_columns<D>(o + r * D * L, L, dq_from + dq_grid.at(row + r, x), dq_grid.step, dq_grid.channel, block->count);
             }
             if (LOADS && ++table.groups == 16) table.flush();
             for (; done < complete; done++) sum_line(done);
         }
-        if (!direct && here.closes) {
-            for (int64_t plane = 0; plane < here.class_planes; plane++) for (int64_t line = here.line_from; line < here.line_to; line++) close_line(plane, line);
-        }
+        if (!direct && here.closes) each_line([&](int64_t plane, int64_t line) { close_line(plane, line); });
     }
 };
 inline bool backward(const Problem& P) {
@@ -362,7 +374,13 @@ inline bool backward(const Problem& P) {
         work.table.gradient = table_sums + omp_get_thread_num() * table_size;
         const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = items * (me + 1) / n * parts;
         int64_t part = items * me / n * parts;
-        auto find = [&] { for (; part < stop; part++) if (work.aim_next(part / parts, part % parts)) { part++; return true; } return false; };
+        auto find = [&] {
+            while (part < stop) {
+                const int64_t now = part++;
+                if (work.aim_next(now / parts, now % parts)) return true;
+            }
+            return false;
+        };
         for (bool more = find(); more;) {
             std::swap(work.here, work.next);
             more = find();

@@ -1,4 +1,4 @@
-// ---- bands forward: a group's scores are all kept, so softmax looks at each row once ---------------------------------------------
+// ---- bands forward: a group's scores are all kept, so softmax looks at each row once ----------------------------------------
 namespace band {
 struct Forward : Band {
     Grid q_grid, out_grid, lse_grid;
@@ -37,7 +37,8 @@ struct Forward : Band {
         ahead.columns = 0;
         if (!dense || !(same || more)) return;
         const Item& item = same ? here : next;
-        const int64_t from = same ? row + GROUP : item.y_from, to = min(from + GROUP, item.y_to), at = item.x_from + (x - here.x_from);
+        const int64_t from = same ? row + GROUP : item.y_from, to = min(from + GROUP, item.y_to);
+        const int64_t at = item.x_from + (x - here.x_from);
         const int64_t line = same ? item.y_hi[from - 1] + 1 : item.y_lo[from];
         if (at >= item.x_to) return;
         ahead.columns = min<int64_t>(L, item.x_to - at);
@@ -109,7 +110,7 @@ struct Forward : Band {
                 if (LOADS) aim_elements();
                 aim_ahead(x, row, more);
                 V log_sum[GROUP];
-                if (block->way == EASY) attend<EASY>(log_sum); else attend<TWO>(log_sum);
+                if (block->way == EASY) attend<EASY>(log_sum); else attend<HARD>(log_sum);
                 for (int r = 0; r < rows; r++) {
                     element* out = out_from + out_grid.at(row + r, x);
                     store_columns<DV>(o + r * DV * L, L, out, out_grid.step, out_grid.channel, wide);

@@ -6,17 +6,17 @@
 // interior are the same code.
 namespace band {
 #if defined(__AVX512F__)
-constexpr bool PERMUTES = true;    // a permutation of two vectors is one instruction, a load across cache lines takes two turns
+constexpr bool PERMUTES = true;      // a permutation of two vectors is one instruction, a load across cache lines takes two turns
 #else
 constexpr bool PERMUTES = false;
 #endif
 constexpr int REGISTERS = ROWS * COLUMNS > 12 ? 32 : 16;
-constexpr int GROUP = REGISTERS == 32 ? 4 : 2, SUMS = 4;         // rows of queries; channels of output that are summed at once
+constexpr int GROUP = 4, SUMS = 4;           // rows of queries; channels of output that are summed at once
 constexpr int64_t RING = 384 << 10, CELLS = 192 << 10;           // bytes of a ring (a part of the L2 cache), most bytes of scores
 constexpr int Y = max(RANK - 2, 0), X = RANK - 1;                // axis of the rows, axis along a row
-// where a block's keys are: in two vectors, or easier: in one (PERMUTES), or where loads from key t on give them
-enum Way { EASY, TWO };
-
+// How key t of all lanes is found. PERMUTES: by permuting one vector, or two. Else: by a load from key t of the first lane on, which
+// gives the keys of lanes that follow each other, or whose lanes are permuted.
+enum Way { EASY, HARD };
 
 // The axis of the rows and the one along them; a call of one axis has a single row.
 constexpr int32_t nothing = 0;
@@ -54,7 +54,8 @@ struct Plan {
                 for (int64_t j = 0, first = 0; j < n; j++) {
                     if (hi[j] < lo[j] || (j && (lo[j] < lo[j - 1] || hi[j] < hi[j - 1]))) return;
                     if (a == X && hi[j] - lo[j] + 1 != BAND) return;
-                    if (a == X && j % L == 0 && hi[min(j + L, n) - 1] - lo[j] >= 2 * L) return;
+                    const int64_t end = min(j + L, n) - 1;
+                    if (a == X && j % L == 0 && (PERMUTES ? hi[end] - lo[j] >= 2 * L : lo[end] - lo[j] >= L)) return;
                     if (a == Y && a != X && j % GROUP == 0) {
                         lines = max<int64_t>(lines, hi[min(j + GROUP, n) - 1] - lo[j] + 1);
                         while (hi[first] < lo[j]) first++;      // the first row that sees a line of this group's
@@ -168,9 +169,9 @@ struct Lanes {
             const int from = item.x_lo[x + min(i, count - 1)] - item.x_lo[x];
             straight &= i >= count || from == i;
             last = from + BAND - 1;
-            for (int t = 0; t < BAND; t++) key[t][i] = from + t;
+            for (int t = 0; t < BAND; t++) key[t][i] = PERMUTES ? from + t : from;
         }
-        way = (PERMUTES ? last < L : straight) ? EASY : TWO;
+        way = (PERMUTES ? last < L : straight) ? EASY : HARD;
     }
 };
 }

@@ -86,7 +86,7 @@ class Spec:
         a, s = self.attend, self.structure
         tokens = (self.program.queries, self.program.keys)
         simple = s.residual == ir.TRUE and a.post is None and not any(s.unknown) and not a.int_tables
-        if not simple or s.flat or self.rank < 2 or self.padded or any(t.prefix for t in tokens):
+        if not simple or s.flat or self.padded or any(t.prefix for t in tokens):
             return 0
         if not _plain_or_relative(a.score, s):
             return 0
