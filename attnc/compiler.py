@@ -232,16 +232,15 @@ class Operator:
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         attend = torch.ops.attnc.attend if len(rows) == 3 else torch.ops.attnc.attend_packed
-        more = (True,) if self.tune else ()
         if self.fallback is None or backend in ("torch", "eager"):
-            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, *more)  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, self.tune)  # type: ignore[no-any-return]
         try:
-            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, *more)  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, self.tune)  # type: ignore[no-any-return]
         except UnsupportedError as e:
             if not self._warned:
                 warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
                 self._warned = True
-            return attend(*rows, tables, scale, q_grid, k_grid, text, "torch")  # type: ignore[no-any-return]
+            return attend(*rows, tables, scale, q_grid, k_grid, text, "torch", False)  # type: ignore[no-any-return]
 
     def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
         """q, k and v as rows, or the three of them in one tensor."""

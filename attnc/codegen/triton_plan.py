@@ -304,7 +304,7 @@ def check(program: ir.Program) -> None:
     if n.kind != "softmax":
         raise UnsupportedError(f"{where} the normalizer {n.kind}; use backend='torch' or 'eager'")
     if n.over != "keys":
-        raise UnsupportedError(f"{where} softmax over queries, which no backend lowers yet; normalise over keys")
+        raise UnsupportedError(f"{where} softmax over queries; no backend= lowers it yet: normalise over keys")
     if n.sink is not None:
         raise UnsupportedError(f"{where} a sink (table {n.sink!r}); use backend='torch' or 'eager'")
     for what, m in (("q_map", a.q_map), ("k_map", a.k_map)):
