@@ -257,7 +257,8 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     inside = bool(block) and block % rows == 0 and same
     whole = spec.padded and side == "k"  # columns are cut to the real queries
     one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside)
-    single = one_box and ((kind == "point" and same) or (inside and chunk >= block))
+    # a block's keys are its own tokens only where it is an equivalence: overlapping windows and strides see more
+    single = one_box and ((kind == "point" and same) or (inside and form.equivalence and chunk >= block))
     exact = one_box and chunk == 1
     most = widest(form, rows) if side == "q" else None
     single = single or (most is not None and most <= chunk)

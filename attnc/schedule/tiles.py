@@ -163,7 +163,7 @@ def _grouped(g: Geometry) -> Tile | None:
     rows = []
     for axis, form in zip(g.axes, g.structure.axes, strict=True):
         kind = form.kind.split(" of ")[-1]
-        if axis.block:
+        if axis.block and form.equivalence:
             rows.append(axis.block)
         elif kind == "point":
             rows.append(1)
