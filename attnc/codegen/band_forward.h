@@ -123,7 +123,7 @@ struct Forward : Band {
 };
 inline bool forward(const Problem& P) {
     Plan plan(P, false);
-    if (!plan.fits) return false;
+    if (!plan.fits || P.continues) return false;
     int64_t items = P.batch * P.heads * plan.classes * plan.q_planes * plan.strips;
     if (items && items % P.threads && items < 8 * P.threads) plan.chunks = min(plan.groups, (4 * P.threads + items - 1) / items);
     items *= plan.chunks;

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,14 @@ class Spec:
     dim: int
     value_dim: int
     dtype: str  # "float32", ...
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept, because every call looks up what was made for its spec."""
+        return hash((self.program, self.dim, self.value_dim, self.dtype))
 
     @property
     def attend(self) -> ir.Attend:

@@ -65,7 +65,7 @@ def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables:
             ("axes", Axis * rank),
             *((n, Number * grid) for n in ("q_grid", "k_grid", "q_size", "k_size")),
             *((n, Pointer) for n in ("pad_k", "pad_v")),
-            *((n, Number) for n in ("pad_k_head", "pad_v_head", "sum_rows", "whole", "split")),
+            *((n, Number) for n in ("pad_k_head", "pad_v_head", "sum_rows", "whole", "split", "continues")),
             *((n, Pointer) for n in ("pad_k_gradient", "pad_v_gradient")),
             ("tables", Table * (tables + 1)),
             ("int_tables", IntTable * (int_tables + 1)),
@@ -75,6 +75,7 @@ def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables:
 
 
 LAYOUTS = ("q", "k", "v", "out", "lse", "grad_out", "grad_lse", "dq", "dk", "dv")
+OF_KEYS, PER_QUERY, PADS = ("k", "v", "dk", "dv"), ("lse", "grad_lse"), ("pad_k", "pad_v")
 AXIS_NUMBERS = ("split", "queries_before", "keys_before", "real_keys")
 
 
@@ -94,6 +95,7 @@ class Ready:
         self.keep: list[Any] = []  # C arrays that the structure points into
         self.type = problem_type(len(axes), len(sizes[0]), table_rank, len(names[0]), len(names[1]))
         self.blank = self._blank()
+        self.filled: dict[Any, bytes] = {}
 
     def _array(self, rows: Any) -> int:
         flat = [int(x) for row in rows for x in row]
@@ -117,18 +119,48 @@ class Ready:
             a.segment, a.owner = self._array(x["segments"]), self._array(x["owners"])
         return bytes(p)
 
-    def problem(self, q: Tensor, k: Tensor, scale: float) -> Any:
-        """A structure filled with what does not depend on the tensors' addresses."""
-        p = self.type.from_buffer_copy(self.blank)
-        p.batch, p.heads, p.kv_heads, p.scale = q.shape[0], q.shape[1], k.shape[1], scale
-        p.threads = torch.get_num_threads()
+    def problem(self, scale: float, tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> Any:
+        """The structure of one call. What follows from shapes and strides is filled in once for each combination of them.
+
+        tensors: by the names of `LAYOUTS`, q and k among them; tables in the dtypes that the kernel reads, contiguous.
+        """
+        signature = (*[(t.shape, t.stride()) for t in tensors.values()], *[t.shape for t in tables.values()])
+        filled = self.filled.get(signature)
+        if filled is None:
+            if len(self.filled) >= 256:
+                self.filled.clear()
+            filled = self.filled[signature] = self._fill(tensors, tables)
+        p = self.type.from_buffer_copy(filled)
+        p.scale, p.threads = scale, torch.get_num_threads()
+        for name, t in tensors.items():
+            setattr(p, name, t.data_ptr())
+        for names, entries in zip(self.names, (p.tables, p.int_tables), strict=True):
+            for i, name in enumerate(names):
+                entries[i].data = tables[name].data_ptr()
+        for name in PADS:
+            if name in tables:
+                setattr(p, name, tables[name].data_ptr())
         return p
 
-    def place(self, p: Any, name: str, t: Tensor, keys: bool = False, rows: bool = True) -> None:
-        """A tensor's address and strides. Tokens are dimension 2, or the grid's axes follow; `rows`: channels come last."""
-        setattr(p, name, t.data_ptr())
+    def _fill(self, tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> bytes:
+        p = self.type.from_buffer_copy(self.blank)
+        q, k = tensors["q"], tensors["k"]
+        p.batch, p.heads, p.kv_heads = q.shape[0], q.shape[1], k.shape[1]
+        for name, t in tensors.items():
+            self._place(getattr(p, f"{name}_layout"), t.stride(), name in OF_KEYS, name not in PER_QUERY)
+        for names, entries in zip(self.names, (p.tables, p.int_tables), strict=True):
+            for c, t in zip(entries, (tables[n] for n in names), strict=False):
+                c.last = max(t.numel() - 1, 0)
+                for i, (n, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+                    c.stride[i] = 0 if n == 1 else stride
+        for name in PADS:
+            if name in tables:
+                setattr(p, f"{name}_head", tables[name].shape[1] if tables[name].shape[0] > 1 else 0)
+        return bytes(p)
+
+    def _place(self, layout: Any, s: tuple[int, ...], keys: bool, rows: bool) -> None:
+        """A tensor's strides. Tokens are dimension 2, or the grid's axes follow; `rows`: channels come last."""
         grid, prefix = self.sizes[1 if keys else 0], self.prefix[1 if keys else 0]
-        layout, s = getattr(p, f"{name}_layout"), t.stride()
         layout.batch, layout.head, layout.channel = s[0], s[1], s[-1] if rows else 0
         tokens = s[2:-1] if rows else s[2:]
         if len(tokens) == 1:
@@ -142,26 +174,11 @@ class Ready:
             for i, n in enumerate(tokens):
                 layout.axis[i] = n
 
-    def set_tables(self, p: Any, tables: dict[str, Tensor], real: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Tables in the dtype of sums; gives what must stay alive during the call, and the real ones by name."""
-        alive: list[Tensor] = []
-        reals: dict[str, Tensor] = {}
-        for name, c in [*zip(self.names[0], p.tables, strict=False), *zip(self.names[1], p.int_tables, strict=False)]:
-            is_real = name in self.names[0]
-            t = tables[name].detach().to(real if is_real else torch.int32).contiguous()
-            alive.append(t)
-            if is_real:
-                reals[name] = t
-            c.data, c.last = t.data_ptr(), max(t.numel() - 1, 0)
-            for i, (n, s) in enumerate(zip(t.shape, t.stride(), strict=True)):
-                c.stride[i] = 0 if n == 1 else s
-        for name in ("pad_k", "pad_v"):
-            if name in tables:
-                t = tables[name].detach().to(real).contiguous()
-                alive.append(t)
-                setattr(p, name, t.data_ptr())
-                setattr(p, f"{name}_head", t.shape[1] if t.shape[0] > 1 else 0)
-        return alive, reals
+    def readable(self, tables: dict[str, Tensor], real: torch.dtype) -> dict[str, Tensor]:
+        """Tables in the dtype of sums (those of the relation: int32), contiguous; they live as long as this mapping."""
+        if not tables:
+            return tables
+        return {n: t.to(torch.int32 if n in self.names[1] else real).contiguous() for n, t in tables.items()}
 
 
 def real_of(dtype: torch.dtype) -> torch.dtype:
@@ -169,13 +186,20 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@lru_cache(maxsize=1024)
+def strides_in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor of this shape, its dimensions in memory in the order of these strides."""
+    dense, step = [0] * len(shape), 1
+    for d in sorted(range(len(shape)), key=lambda d: (-strides[d], d), reverse=True):
+        dense[d] = step
+        step *= max(shape[d], 1)
+    return tuple(dense)
+
+
 def empty_in_order(t: Tensor, channels: int) -> Tensor:
     """A dense tensor shaped as t but for the last dimension, its dimensions in memory in the order of t's strides."""
     shape = (*t.shape[:-1], channels)
-    strides = t.stride()
-    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
-    inverse = [order.index(d) for d in range(t.dim())]
-    return torch.empty([shape[d] for d in order], dtype=t.dtype, device=t.device).permute(inverse)
+    return torch.empty_strided(shape, strides_in_order(shape, t.stride()), dtype=t.dtype, device=t.device)
 
 
 def run_first(kernels: Iterable[Any], problem: Any) -> None:
@@ -186,22 +210,19 @@ def run_first(kernels: Iterable[Any], problem: Any) -> None:
 
 
 def run_forward(
-    kernels: Iterable[Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, scale: float, tables: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """out and lse."""
-    out = empty_in_order(q, v.shape[-1])
-    tokens = 1
-    for n in q.shape[2:-1]:
-        tokens *= n
-    lse = torch.empty((*q.shape[:2], tokens), dtype=real_of(q.dtype))
-    p = ready.problem(q, k, scale)
-    for name, t, keys in (("q", q, False), ("k", k, True), ("v", v, True), ("out", out, False)):
-        ready.place(p, name, t, keys)
-    ready.place(p, "lse", lse, rows=False)
-    alive, _ = ready.set_tables(p, tables, lse.dtype)
+    kernels: Iterable[Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, scale: float, tables: dict[str, Tensor],
+    into: Any = None, continues: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and lse, `into` these two tensors or new ones. continues: their softmax goes on, over keys that it has not seen."""
+    if into is None:
+        tokens = q.shape[2] if q.dim() == 4 else q.shape[2:-1].numel()
+        into = empty_in_order(q, v.shape[-1]), torch.empty((*q.shape[:2], tokens), dtype=real_of(q.dtype))
+    out, lse = into
+    tables = ready.readable(tables, lse.dtype)
+    p = ready.problem(scale, {"q": q, "k": k, "v": v, "out": out, "lse": lse}, tables)
+    p.continues = continues
     if lse.numel():
         run_first(kernels, p)
-    del alive
     return out, lse
 
 
@@ -213,21 +234,17 @@ def run_backward(
     shapes and dtypes."""
     real = real_of(q.dtype)
     dq, dk, dv = into or (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
-    p = ready.problem(q, k, scale)
-    grad_out, lse = grad_out.to(q.dtype), lse.to(real)
-    rows = (("q", q, 0), ("k", k, 1), ("v", v, 1), ("out", out, 0), ("grad_out", grad_out, 0))
-    for name, t, keys in (*rows, ("dq", dq, 0), ("dk", dk, 1), ("dv", dv, 1)):
-        ready.place(p, name, t, bool(keys))
-    ready.place(p, "lse", lse, rows=False)
+    tensors = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
+    tensors["lse"] = lse.to(real)
     if grad_lse is not None:
-        grad_lse = grad_lse.to(real)
-        ready.place(p, "grad_lse", grad_lse, rows=False)
-    alive, reals = ready.set_tables(p, tables, real)
-    gradients = {name: torch.zeros(t.shape, dtype=real) for name, t in reals.items()}
-    for name, c in zip(ready.names[0], p.tables, strict=False):
-        c.gradient = gradients[name].data_ptr()
+        tensors["grad_lse"] = grad_lse.to(real)
+    given, tables = tables, ready.readable(tables, real)
+    p = ready.problem(scale, tensors, tables)
+    gradients = {name: torch.zeros(tables[name].shape, dtype=real) for name in ready.names[0]}
+    for i, t in enumerate(gradients.values()):
+        p.tables[i].gradient = t.data_ptr()
     pads = {}
-    for name, width in (("pad_k", k.shape[-1]), ("pad_v", v.shape[-1])):
+    for name, width in zip(PADS, (k.shape[-1], v.shape[-1]), strict=True):
         if name in tables:
             pads[name] = torch.zeros((k.shape[1], width), dtype=real)
             setattr(p, f"{name}_gradient", pads[name].data_ptr())
@@ -236,10 +253,9 @@ def run_backward(
             t.zero_()
     if lse.numel():
         run_first(kernels, p)
-    del alive
     for name, t in pads.items():
         gradients[name] = t if tables[name].shape[0] == t.shape[0] else t.sum(0, keepdim=True)
-    return dq, dk, dv, {name: t.to(tables[name].dtype) for name, t in gradients.items()}
+    return dq, dk, dv, {name: t.to(given[name].dtype) for name, t in gradients.items()}
 
 
 class ChannelLayout(ctypes.Structure):

@@ -297,6 +297,13 @@ struct Forward {
             prefetch<DV>(ahead.v + ahead.aimed->keys.v_offset[ahead.key], P.v_layout.channel);
         }
     }
+    // A query's softmax over other keys, from its output and log-sum-exp.
+    void take_up(int i, real lse) {
+        load_row<DV>(out + here->out_offset[i], P.out_layout.channel, o + i * VP);
+        if (lse == -INF) return;
+        maximum[i] = PLAIN_SCORE ? lse * LOG2E : lse;
+        total[i] = 1;
+    }
     template <class T> static INLINE T* corner(T* data, const Layout& t, int64_t b, int64_t h) { return data + b * t.batch + h * t.head; }
     // `here` for one (batch, head). Looks ahead to `next` for another one, or not.
     void run(int64_t b, int64_t h, bool more, int64_t next_b, int64_t next_h) {
@@ -314,7 +321,8 @@ struct Forward {
                 load_query_words(P, row, q + i * DP);
                 q_row[i] = q + i * DP;
             }
-            maximum[i] = LOWEST; total[i] = 0; started[i] = false;
+            maximum[i] = LOWEST; total[i] = 0; started[i] = P.continues;
+            if (P.continues) take_up(i, lse[here->lse_offset[i]]);
         }
         const int64_t chunks = tile.chunks(P), kv = tile.kv_head, group = P.heads / P.kv_heads;
         const element *k_corner = corner(P.k, P.k_layout, b, kv), *v_corner = corner(P.v, P.v_layout, b, kv);

@@ -28,7 +28,9 @@ class Call:
     without keys (its output row and gradients are zero). grad_lse may be None. Gradients of tables have the tables' shapes.
 
     part: one of several calls that share their queries (a union); its backward gets the out and lse of all of them together.
-    into: tensors that a backward may write dq, dk and dv into, and return as such.
+    into: tensors that a forward may write out and lse into, a backward dq, dk and dv, and return as such.
+    continues: `into` holds the out and lse of the part's earlier calls, and a forward goes on from there (backends that have
+    CONTINUES only).
     choice: how it runs, one of the backend's candidates; None leaves it to the backend.
     """
 
@@ -38,6 +40,7 @@ class Call:
     tables: dict[str, Tensor]
     part: bool = False
     into: tuple[Tensor, ...] | None = None
+    continues: bool = False
     choice: Any = None
 
     @property

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from attnc.runtime.call import Call, empty_like_order
 from attnc.schedule.choose import Choice, bucket, candidates
 from attnc.schedule.geometry import Geometry
 
-__all__ = ["backward", "channel_backward", "channel_forward", "forward", "tunable"]
+CONTINUES = True  # a forward can go on from another's out and lse
+__all__ = ["CONTINUES", "backward", "channel_backward", "channel_forward", "forward", "tunable"]
 
 
 @lru_cache(maxsize=1)
@@ -118,13 +120,19 @@ def _size(q: Tensor, k: Tensor, backward: bool) -> tuple[bool, int, int]:
 
 
 def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
-    name = call.attend.name
-    for label, t in (("q", q), ("k", k), ("v", v)):
-        if t.device.type != "cpu":
-            raise UnsupportedError(f'pattern {name}: {label} is on {t.device}; backend "cpp" takes CPU tensors')
-        if t.dtype != q.dtype:
-            raise ShapeError(f"pattern {name}: {label} is {t.dtype}, q is {q.dtype}; give all three one dtype")
-    spec = Spec(call.program, q.shape[-1], v.shape[-1], str(q.dtype).removeprefix("torch."))
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and q.dtype == k.dtype == v.dtype):
+        name = call.attend.name
+        for label, t in (("q", q), ("k", k), ("v", v)):
+            if not t.is_cpu:
+                raise UnsupportedError(f'pattern {name}: {label} is on {t.device}; backend "cpp" takes CPU tensors')
+            if t.dtype != q.dtype:
+                raise ShapeError(f"pattern {name}: {label} is {t.dtype}, q is {q.dtype}; give all three one dtype")
+    return _spec(call.program, q.shape[-1], v.shape[-1], q.dtype)
+
+
+@lru_cache(maxsize=512)
+def _spec(program: ir.Program, dim: int, value_dim: int, dtype: torch.dtype) -> Spec:
+    spec = Spec(program, dim, value_dim, str(dtype).removeprefix("torch."))
     refuse(spec)
     return spec
 
@@ -134,8 +142,10 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     spec = _check(call, q, k, v)
     size = _size(q, k, False)
     choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
+    if call.continues:
+        choice = replace(choice, band=False)  # bands keep no running maximum
     ready, kernels = _ready(spec, call.geometry, choice, *size), _kernels(spec, False, choice)
-    return cpp_host.run_forward(kernels, ready, q, k, v, call.scale, call.tables)
+    return cpp_host.run_forward(kernels, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
 
 
 def backward(

@@ -7,7 +7,7 @@ Nothing here copies: a tensor whose strides do not allow the view is refused by 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -18,26 +18,42 @@ from attnc.errors import DeclarationError, ShapeError
 
 @dataclass(frozen=True)
 class Layout:
-    """A parsed layout string. `groups` lists the names of each dimension; `axes` the grid axes in order; packed: has `three`."""
+    """A parsed layout string. `groups` lists the names of each dimension; `axes` the grid axes in order.
+
+    packed: q, k and v are one tensor (`three`). separate: each grid axis is a dimension of its own, so a tensor tells its grid.
+    joint: the head is packed with something else in one dimension, so its number must be told. The rest is what every call would
+    find anew: `splits` (dimension, names), the last first, then `inward`, the order that makes rows; `outward` is the order of
+    rows' dimensions in the layout and how many make up each of its own, for rows with one dimension of tokens and with the grid's.
+    """
 
     text: str
     groups: tuple[tuple[str, ...], ...]
     axes: tuple[str, ...]
+    packed: bool
+    separate: bool
+    joint: bool
+    splits: tuple[tuple[int, tuple[str, ...]], ...]
+    inward: tuple[int, ...]
+    outward: dict[bool, tuple[tuple[int, ...], tuple[int, ...]]] = field(compare=False)
 
-    @property
-    def packed(self) -> bool:
-        """q, k and v are one tensor."""
-        return any("three" in g for g in self.groups)
 
-    @property
-    def separate(self) -> bool:
-        """Each grid axis is a dimension of its own, so a tensor tells its grid."""
-        return all(len(g) == 1 for g in self.groups if set(g) & set(self.axes))
-
-    @property
-    def joint(self) -> bool:
-        """The head is packed with something else in one dimension, so its number must be told."""
-        return any("h" in g and len(g) > 1 for g in self.groups)
+def _layout(text: str, groups: tuple[tuple[str, ...], ...], axes: tuple[str, ...]) -> Layout:
+    whole = len(axes) > 1 and axes in groups  # tokens stay one dimension
+    packed = any("three" in g for g in groups)
+    splits = [(d, g) for d, g in reversed(tuple(enumerate(groups))) if len(g) > 1 and not (whole and g == axes)]
+    names = [n for g in groups for n in (("tokens",) if whole and g == axes else g)]
+    rows = [*(["three"] if packed else []), "b", "h", *(["tokens"] if whole else axes), "d"]
+    outward = {}
+    for merged in (True, False):
+        have = ["b", "h", *(["tokens"] if merged and len(axes) > 1 else axes), "d"]
+        wanted = [tuple(n for n in g if n != "three") for g in groups]
+        wanted = [("tokens",) if g == axes and "tokens" in have else g for g in wanted if g]
+        if all(n in have for g in wanted for n in g):
+            outward[merged] = tuple(have.index(n) for g in wanted for n in g), tuple(map(len, wanted))
+    separate = all(len(g) == 1 for g in groups if set(g) & set(axes))
+    joint = any("h" in g and len(g) > 1 for g in groups)
+    inward = tuple(names.index(n) for n in rows)
+    return Layout(text, groups, axes, packed, separate, joint, tuple(splits), inward, outward)
 
 
 @lru_cache(maxsize=256)
@@ -68,7 +84,7 @@ def parse(text: str) -> Layout:
     merged = any(len(g) > 1 for g in holders)
     if merged and not (len(holders) == 1 and holders[0] == axes):
         raise DeclarationError(f"layout {text!r}: the axes are either one group (y x), or each a dimension of its own")
-    return Layout(text, groups, axes)
+    return _layout(text, groups, axes)
 
 
 def default(axes: tuple[str, ...]) -> Layout:
@@ -97,36 +113,26 @@ def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> Tensor:
     """A view [B, H, N, D] (axes in one group) or [B, H, *grid, D]; with a leading dimension of three of a packed tensor."""
     if t.dim() != len(layout.groups):
         raise ShapeError(f"{what} has shape {tuple(t.shape)}, but the layout {layout.text!r} has {len(layout.groups)} dimensions")
-    names: list[str] = []
-    for group in reversed(layout.groups):
-        d = t.dim() - 1 - len(names)
-        if group == layout.axes and len(group) > 1:
-            names.insert(0, "tokens")
-        elif len(group) == 1:
-            names.insert(0, group[0])
-        else:
-            t = t.unflatten(d, _split_sizes(layout, group, t.shape[d], heads, what))  # type: ignore[no-untyped-call]
-            names[:0] = group
-    order = ["b", "h", *(["tokens"] if "tokens" in names else layout.axes), "d"]
-    if layout.packed:
-        order.insert(0, "three")
-        length = t.shape[names.index("three")]
-        if length != 3:
-            raise ShapeError(f"layout {layout.text!r}: the dimension `three` of {what} has length {length}")
-    return t.permute([names.index(n) for n in order])
+    for d, group in layout.splits:
+        t = t.unflatten(d, _split_sizes(layout, group, t.shape[d], heads, what))  # type: ignore[no-untyped-call]
+    t = t.permute(layout.inward)
+    if layout.packed and t.shape[0] != 3:
+        raise ShapeError(f"layout {layout.text!r}: the dimension `three` of {what} has length {t.shape[0]}")
+    return t
 
 
 def from_rows(out: Tensor, layout: Layout) -> Tensor:
     """The user's layout (without `three`) from [B, H, N, D] or [B, H, *grid, D]."""
-    rows = ["b", "h", *(["tokens"] if out.dim() == 4 and len(layout.axes) > 1 else layout.axes), "d"]
-    groups = [tuple(n for n in g if n != "three") for g in layout.groups]
-    groups = [("tokens",) if g == layout.axes and "tokens" in rows else g for g in groups if g]
-    t = out.permute([rows.index(n) for g in groups for n in g])
+    order, counts = layout.outward[out.dim() == 4]
+    if order != tuple(range(len(order))):
+        out = out.permute(order)
+    if len(counts) == len(order):
+        return out
     sizes, at = [], 0
-    for g in groups:
+    for count in counts:
         n = 1
-        for _ in g:
-            n *= t.shape[at]
-            at += 1
+        for d in range(at, at + count):
+            n *= out.shape[d]
         sizes.append(n)
-    return t if len(sizes) == t.dim() else torch.reshape(t, sizes)
+        at += count
+    return torch.reshape(out, sizes)

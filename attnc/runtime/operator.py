@@ -188,24 +188,33 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     module = backend_module(backend)
     runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
-    results: list[tuple[Tensor, Tensor]] = []
+    if len(runs) == 1:
+        return _run(module, runs[0], q, k, v, None, tune)
+    out, lse = empty_like_order(q, v.shape[-1]), lse_like(q)
     for r in runs:
-        rows = (q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads]) if len(runs) > 1 else (q, k, v)
-        for call in r.calls if tune else ():
-            tuner.settle(module, call, rows)
-        partial = [module.forward(call, *rows) for call in r.calls]
-        results.append(partial[0] if len(partial) == 1 else _merge(partial) if partial else _nothing(rows[0], v))
-    if len(results) == 1:
-        return results[0]
-    out = empty_like_order(q, v.shape[-1])
-    for r, (o, _) in zip(runs, results, strict=True):
-        out[:, r.heads] = o
-    return out, torch.cat([s for _, s in results], 1)
+        into = out[:, r.heads], lse[:, r.heads]
+        made = _run(module, r, q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads], into, tune)
+        for place, found in zip(into, made, strict=True):
+            if found is not place:
+                place.copy_(found)
+    return out, lse
 
 
-def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries without keys: zeros, and -inf."""
-    return empty_like_order(q, v.shape[-1]).zero_(), lse_like(q).fill_(float("-inf"))
+def _run(
+    module: ModuleType, r: _Run, q: Tensor, k: Tensor, v: Tensor, into: tuple[Tensor, Tensor] | None, tune: bool
+) -> tuple[Tensor, Tensor]:
+    """A run of heads: its calls one after the other, each going on from the last where the backend can, else merged. `into` two
+    tensors, where the backend can, or new ones."""
+    for call in r.calls if tune else ():
+        tuner.settle(module, call, (q, k, v))
+    if not r.calls:  # queries without keys
+        return empty_like_order(q, v.shape[-1]).zero_(), lse_like(q).fill_(float("-inf"))
+    if len(r.calls) > 1 and not getattr(module, "CONTINUES", False):
+        return _merge([module.forward(call, q, k, v) for call in r.calls])
+    found: tuple[Tensor, Tensor] = module.forward(replace(r.calls[0], into=into) if into else r.calls[0], q, k, v)
+    for call in r.calls[1:]:
+        found = module.forward(replace(call, into=found, continues=True), q, k, v)
+    return found
 
 
 def _merge(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
