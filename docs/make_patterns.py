@@ -21,9 +21,11 @@ MEANINGS = {
     "neighborhood(7, dilation=3)": "The neighbourhood among tokens 3 apart (DiNAT).",
     "neighborhood(7, stride=4)": "Groups of 4 queries share the window of their middle one (GNA).",
     "neighborhood(7, causal=True)": "The last 7 keys up to the query, on every axis.",
+    "cross_scale(5)": "The 5 keys per axis around a query's place on a coarser grid of keys (pooled keys), kept inside it.",
+    "cross_scale(2)": "On a grid of keys twice as fine: the 2 keys per axis under the query.",
 }
 # the call as a user writes it, the pattern, options of the picture
-SHOWN: list[tuple[str, Any, dict[str, int]]] = [
+SHOWN: list[tuple[str, Any, dict[str, Any]]] = [
     ("full()", patterns.full(), {}),
     ("window(7)", patterns.window(7), {}),
     ("window(7, shift=3)", patterns.window(7, shift=3), {}),
@@ -38,9 +40,24 @@ SHOWN: list[tuple[str, Any, dict[str, int]]] = [
     ('axial("x")', patterns.axial("x"), {}),
     ('strip("y", 4)', patterns.strip("y", 4), {}),
     ("cross(4)", patterns.cross(4), {}),
+    ("overlapping_window(7, 11)", patterns.overlapping_window(7, 11), {}),
+    ("cross_scale(5)", patterns.cross_scale(5), {"kv_grid": (14, 14)}),
+    ("cross_scale(2)", patterns.cross_scale(2), {"kv_grid": (56, 56)}),
     ("causal()", patterns.causal(), {}),
     ("band(2, 5)", patterns.band(2, 5), {}),
     ("per_head([window(7), grid(7)])", patterns.per_head([patterns.window(7), patterns.grid(7)]), {"heads": 4, "head": 3}),
+]
+
+# score, the call, tables it reads
+SCORES: list[tuple[str, Any]] = [
+    ("alibi(of)", patterns.alibi),
+    ("decay(of, metric=, after=)", patterns.decay),
+    ("soft_cap(cap, of)", patterns.soft_cap),
+    ("head_scale(of)", patterns.head_scale),
+    ("cosine(of, most=100)", patterns.cosine),
+    ("gaussian_mixture(kernels, of)", patterns.gaussian_mixture),
+    ("polyline(of, corner=)", patterns.polyline),
+    ("positional(of)", patterns.positional),
 ]
 
 HEAD = """# The library of patterns
@@ -50,14 +67,23 @@ the pattern allows of the dense score elements there, *strategy* is how it runs 
 axis). Every pattern works on a grid of any rank unless it names an axis. Sizes are an int, or one per axis; sizes that do not
 divide the grid are legal and mean what the formula says, and `pad="multiple"` turns the missing rows into real, virtual keys.
 
-`bias="relative"` (where a pattern takes it) adds a runtime table `bias` `[H or 1, 2s-1, ...]` at query - key + s - 1, in units of
-the dilation; `bias="absolute"` a table `[H or 1, s*s, s*s]` at the places of query and key in their group.
+`bias="relative"` adds a runtime table `bias` `[H or 1, 2s-1, ...]` at query - key + s - 1, in units of the dilation;
+`bias="absolute"` a table `[H or 1, s*s, s*s]` at the places of query and key in their group (not where windows slide). On an axis
+that a pattern leaves whole s is the axis's length. Either table gets a gradient, and may come from a small network (Swin v2,
+CrossFormer). Pictures of `cross_scale` show keys on a grid of their own, 14x14 and 56x56.
 
 | pattern | meaning | strategy | share | keys of a query |
 |---|---|---|---|---|
 """
 
 TAIL = """
+## Scores
+
+Each takes a pattern `of` (every key where it is left out) and changes its score; they nest, `soft_cap(30, decay(window(7)))`.
+
+| score | meaning |
+|---|---|
+{scores}
 ## Mechanisms
 
 | mechanism | meaning |
@@ -74,12 +100,17 @@ def sentence(text: str) -> str:
     return re.split(r"(?<!al)(?<=\.) ", line)[0].replace("|", "\\|")
 
 
-def row(call: str, p: attnc.Pattern, options: dict[str, int]) -> str:
+def paragraphs(text: str) -> str:
+    """A docstring on one line."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def row(call: str, p: attnc.Pattern, options: dict[str, Any]) -> str:
     """One line of the table, and its picture."""
     name = call.split("(", maxsplit=1)[0]
     slug = re.sub(r"\W+", "_", call).strip("_")
     thumbnail(p, grid=GRID, query=QUERY, path=HERE / "img" / f"{slug}.png", **options)
-    s = subject(p, grid=GRID, heads=options.get("heads", 1))
+    s = subject(p, grid=GRID, kv_grid=options.get("kv_grid"), heads=options.get("heads", 1))
     allowed = s.allowed()
     assert allowed is not None
     share = f"{100 * allowed / s.dense():.1f} %"
@@ -91,7 +122,8 @@ def main() -> None:
     (HERE / "img").mkdir(exist_ok=True)
     rows = "".join(row(*each) for each in SHOWN)
     channel = sentence(inspect.getdoc(patterns.channel) or "")
-    text = HEAD.format(grid="x".join(map(str, GRID))) + rows + TAIL.format(channel=channel)
+    scores = "".join(f"| `{call}` | {paragraphs(inspect.getdoc(f) or '')} |\n" for call, f in SCORES)
+    text = HEAD.format(grid="x".join(map(str, GRID))) + rows + TAIL.format(channel=channel, scores=scores)
     (HERE / "patterns.md").write_text(text, encoding="utf-8")
 
 

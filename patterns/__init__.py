@@ -5,26 +5,44 @@ from __future__ import annotations
 from attnc.patterns.axial import axial
 from attnc.patterns.bands import band, causal, full
 from attnc.patterns.channel import channel
+from attnc.patterns.cosine import cosine, head_scale
+from attnc.patterns.cross_scale import cross_scale
+from attnc.patterns.decay import alibi, decay
 from attnc.patterns.dilated import dilated, dilated_blocks
+from attnc.patterns.gaussian import gaussian_mixture
 from attnc.patterns.grid import grid
 from attnc.patterns.neighborhood import neighborhood
+from attnc.patterns.overlapping import overlapping_window
 from attnc.patterns.per_head import per_head
+from attnc.patterns.polyline import polyline
+from attnc.patterns.positional import positional
+from attnc.patterns.soft_cap import soft_cap
 from attnc.patterns.strip import cross, strip
 from attnc.patterns.window import blocks, window
 
 __all__ = [
+    "alibi",
     "axial",
     "band",
     "blocks",
     "causal",
     "channel",
+    "cosine",
     "cross",
+    "cross_scale",
+    "decay",
     "dilated",
     "dilated_blocks",
     "full",
+    "gaussian_mixture",
     "grid",
+    "head_scale",
     "neighborhood",
+    "overlapping_window",
     "per_head",
+    "polyline",
+    "positional",
+    "soft_cap",
     "strip",
     "window",
 ]

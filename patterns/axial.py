@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from attnc.errors import DeclarationError
-from attnc.lang.functions import Statement
 from attnc.lang.pattern import Pattern
-from attnc.lang.symbols import Point
-from attnc.patterns.relation import every
+from attnc.lang.symbols import Point, Sym
+from attnc.patterns.relation import ORIGIN, Bias, Place, Places, always, biased, every
 
 
-def axial(axis: str) -> Pattern:
+def axial(axis: str, *, bias: Bias = None) -> Pattern:
     """Keys run along `axis` and share the query's coordinate on every other axis."""
 
-    def tracer(q: Point, k: Point) -> Statement:
+    def body(q: Point, k: Point) -> tuple[Sym, Places]:
         if axis not in q.axes:
             raise DeclarationError(f"axial({axis!r}): this grid has the axes {', '.join(q.axes)}")
-        others = [a == b for name, a, b in zip(q.axes, q, k, strict=True) if name != axis]
-        return Statement(every(others).expr) if others else Statement((q.index == q.index).expr)
+        terms, places = [], []
+        for name, a, b, n in zip(q.axes, q, k, q.size, strict=True):
+            if name == axis:
+                places.append(Place(a, b, n))
+            else:
+                terms.append(a == b)
+                places.append(Place(ORIGIN, ORIGIN, 1))
+        return every(terms or [always(q)]), places
 
-    return Pattern(f"axial({axis!r})", tracer)
+    return biased(f"axial({axis!r})", body, bias)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from attnc import ir
-from attnc.lang.functions import Statement
+from attnc.errors import DeclarationError
 from attnc.lang.pattern import Pattern, per_axis
 from attnc.lang.symbols import Point, Sym
-from attnc.patterns.relation import Bias, Places, Size, biased, every
+from attnc.patterns.relation import Bias, Place, Places, Size, always, biased, every, whole
 
 
-def full() -> Pattern:
+def full(*, bias: Bias = None) -> Pattern:
     """Every query sees every key (Vaswani et al. 2017)."""
-    return Pattern("full()", lambda q, k: Statement(ir.TRUE))
+    return biased("full()", lambda q, k: (always(q), whole(q, k) if bias else []), bias)
 
 
-def causal() -> Pattern:
+def causal(*, bias: Bias = None) -> Pattern:
     """k <= q on every axis. (Causal in row-major order is `q.index >= k.index`.)"""
-    return Pattern("causal()", lambda q, k: Statement(every([b <= a for a, b in zip(q, k, strict=True)]).expr))
+    return biased("causal()", lambda q, k: (every([b <= a for a, b in zip(q, k, strict=True)]), whole(q, k)), bias)
 
 
 def band(left: Size, right: Size, *, bias: Bias = None) -> Pattern:
@@ -30,7 +29,9 @@ def band(left: Size, right: Size, *, bias: Bias = None) -> Pattern:
         terms, places = [], []
         for a, b, low, high in zip(q, k, lefts, rights, strict=True):
             terms += [b >= a - low, b <= a + high]
-            places.append((a, b, max(low, high) + 1))
+            places.append(Place(a, b, max(low, high) + 1))
         return every(terms), places
 
+    if bias == "absolute":
+        raise DeclarationError("band: bias='absolute' has no meaning here, windows slide; use 'relative'")
     return biased(f"band({left!r}, {right!r})", body, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from attnc.lang.pattern import Pattern, per_axis
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.neighborhood import neighborhood
-from attnc.patterns.relation import Bias, Places, Size, biased, every
+from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
 def dilated(size: Size, dilation: Size, *, bias: Bias = None) -> Pattern:
@@ -22,7 +22,7 @@ def dilated_blocks(size: Size, interval: Size, *, bias: Bias = None) -> Pattern:
         terms, places = [], []
         for a, b, s, d in zip(q, k, per_axis(size, q.axes, "size"), per_axis(interval, q.axes, "interval"), strict=True):
             terms += [a % d == b % d, a // d // s == b // d // s]
-            places.append((a // d % s, b // d % s, s))
+            places.append(Place(a // d % s, b // d % s, s))
         return every(terms), places
 
     return biased(f"dilated_blocks({size!r}, {interval!r})", body, bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnc.lang.pattern import Pattern, per_axis
 from attnc.lang.symbols import Point, Sym
-from attnc.patterns.relation import Bias, Places, Size, biased, every
+from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
 def grid(size: Size, *, bias: Bias = None) -> Pattern:
@@ -15,7 +15,7 @@ def grid(size: Size, *, bias: Bias = None) -> Pattern:
         for a, b, n, s in zip(q, k, q.size, per_axis(size, q.axes, "size"), strict=True):
             m = (n + s - 1) // s
             terms.append(a % m == b % m)
-            places.append((a // m, b // m, s))
+            places.append(Place(a // m, b // m, s))
         return every(terms), places
 
     return biased(f"grid({size!r})", body, bias)

@@ -8,7 +8,7 @@ from attnc.errors import DeclarationError
 from attnc.lang.functions import maximum, minimum
 from attnc.lang.pattern import Pattern, per_axis
 from attnc.lang.symbols import Point, Sym
-from attnc.patterns.relation import Bias, Places, Size, biased, every
+from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
 def neighborhood(
@@ -48,7 +48,7 @@ def neighborhood(
                 centre = minimum(j // st * st + st // 2, length - 1) if st > 1 else j
                 start = maximum(minimum(centre - s // 2, length - s), 0)
                 terms += [i >= start, i <= start + (s - 1)]
-            places.append((j, i, s))
+            places.append(Place(j, i, s))
         return every(terms), places
 
     if bias == "absolute":

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from attnc.errors import DeclarationError
-from attnc.lang.functions import Statement
 from attnc.lang.pattern import Pattern
 from attnc.lang.symbols import Point, Sym
-from attnc.patterns.relation import every
+from attnc.patterns.relation import Bias, Place, Places, always, biased, every, whole
 
 
-def strip(axis: str, width: int) -> Pattern:
+def strip(axis: str, width: int, *, bias: Bias = None) -> Pattern:
     """Blocks of `width` across, full along `axis`: same q // width on every other axis."""
 
-    def tracer(q: Point, k: Point) -> Statement:
+    def body(q: Point, k: Point) -> tuple[Sym, Places]:
         if axis not in q.axes or width < 1:
             raise DeclarationError(f"strip({axis!r}, {width!r}): an axis of ({', '.join(q.axes)}) and a positive width")
-        others: list[Sym] = [a // width == b // width for name, a, b in zip(q.axes, q, k, strict=True) if name != axis]
-        return Statement(every(others or [q.index == q.index]).expr)
+        terms, places = [], []
+        for name, a, b, n in zip(q.axes, q, k, q.size, strict=True):
+            if name == axis:
+                places.append(Place(a, b, n))
+            else:
+                terms.append(a // width == b // width)
+                places.append(Place(a % width, b % width, width))
+        return every(terms or [always(q)]), places
 
-    return Pattern(f"strip({axis!r}, {width})", tracer)
+    return biased(f"strip({axis!r}, {width})", body, bias)
 
 
-def cross(width: int = 1) -> Pattern:
-    """The union of the two strips through a query, each key once."""
-    pattern = strip("y", width) | strip("x", width)
-    pattern.name = f"cross({width})"
-    return pattern
+def cross(width: int = 1, *, bias: Bias = None) -> Pattern:
+    """The union of the two strips through a query, each key once. A bias counts places on the whole grid."""
+    strips = strip("y", width) | strip("x", width)
+
+    def body(q: Point, k: Point) -> tuple[Sym, Places]:
+        return Sym(strips._tracer(q, k).relation), whole(q, k)
+
+    return biased(f"cross({width})", body, bias)

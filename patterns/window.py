@@ -5,7 +5,7 @@ from __future__ import annotations
 from attnc.lang.functions import clamp
 from attnc.lang.pattern import Pattern, per_axis
 from attnc.lang.symbols import Point, Sym
-from attnc.patterns.relation import Bias, Places, Size, biased, every
+from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
 def window(size: Size, shift: Size | int = 0, *, bias: Bias = None) -> Pattern:
@@ -24,7 +24,7 @@ def window(size: Size, shift: Size | int = 0, *, bias: Bias = None) -> Pattern:
                 moved = t % s * clamp(n - s, 0, 1)  # no shift on an axis that fits in one window
                 a, b = a - moved, b - moved
             terms.append(a // s == b // s)
-            places.append((a % s, b % s, s))
+            places.append(Place(a % s, b % s, s))
         return every(terms), places
 
     return biased(f"window({size!r}{f', shift={shift!r}' if shift else ''})", body, bias)

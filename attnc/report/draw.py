@@ -80,19 +80,29 @@ def draw(
     return out
 
 
-def thumbnail(p: Pattern, *, grid: GridLike, query: tuple[int, ...], path: str | Path, heads: int = 1, head: int = 0) -> Path:
+def thumbnail(
+    p: Pattern,
+    *,
+    grid: GridLike,
+    query: tuple[int, ...],
+    path: str | Path,
+    kv_grid: GridLike = None,
+    heads: int = 1,
+    head: int = 0,
+) -> Path:
     """A small picture for tables: the keys of one query of a 2-D grid, without text. Arguments as for `draw`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    s = subject(p, grid=grid, heads=heads)
+    s = subject(p, grid=grid, kv_grid=kv_grid, heads=heads)
     g = s.geometry
     assert g is not None
     figure = Figure(figsize=(1.3, 1.3), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     ax = figure.add_axes((0.02, 0.02, 0.96, 0.96))
     _grid_panel(ax, g, _keys_of(g, _query(p.name, g, query), head, heads), None, s)
-    ax.plot([query[1]], [query[0]], marker="o", markersize=4.5, color=QUERY, markeredgecolor="white", markeredgewidth=0.7, zorder=5)
+    y, x = ((c + 0.5) * m / n - 0.5 for c, n, m in zip(query, g.q_grid, g.k_grid, strict=True))  # its place among the keys
+    ax.plot([x], [y], marker="o", markersize=4.5, color=QUERY, markeredgecolor="white", markeredgewidth=0.7, zorder=5)
     ax.set_xticks([])
     ax.set_yticks([])
     out = Path(path)

@@ -1,0 +1,22 @@
+"""A soft cap on scores (Gemma 2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attnc.errors import DeclarationError
+from attnc.lang.functions import Statement, tanh
+from attnc.lang.pattern import Pattern
+from attnc.lang.symbols import Point, Sym
+from attnc.patterns.relation import rescored
+
+
+def soft_cap(cap: float, of: Pattern | None = None) -> Pattern:
+    """cap * tanh(score / cap), of the whole score, its bias included."""
+    if not cap > 0:
+        raise DeclarationError(f"soft_cap({cap!r}): a positive number")
+
+    def change(q: Point, k: Point, s: Statement) -> Statement:
+        return replace(s, score=(tanh(Sym(s.score) / float(cap)) * float(cap)).expr)
+
+    return rescored(f"soft_cap({cap!r})", of, change)
