@@ -48,7 +48,7 @@ class Attention:
     @property
     def backend(self) -> str:
         """The backend that ran."""
-        return str(self.args[-1])
+        return str(self.args[4 if self.operator == "channel" else 8])
 
     @property
     def heads(self) -> int:

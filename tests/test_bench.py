@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,34 @@ def test_page_tells_what_was_measured(tmp_path: Path) -> None:
     page.write(tmp_path / "results", tmp_path / "docs")
     assert [p.read_bytes() for p in pictures] == before
     assert (tmp_path / "docs" / "performance.md").read_text() == text
+
+
+# ---------------------------------------------------------------------------------------------------------------- the command
+def test_quick_run(tmp_path: Path) -> None:
+    """From the command to the JSON and the page, on a few rows: no figure is judged, only that they fit together."""
+    pytest.importorskip("pytest_benchmark")
+    words = [
+        "--quick",
+        f"--out={tmp_path}",
+        "shifted window 7 + bias 14x14x384 f32 b1",
+        "channel 49x32",
+        "overhead",
+        "growth[window",
+    ]
+    done = subprocess.run([sys.executable, "-m", "bench", *words], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "minutes" in done.stdout.splitlines()[0]
+    found = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    assert sorted(found) == ["attention", "costs"]
+    rows = found["attention"]["rows"]
+    assert {(r["name"], r["pass"]) for r in rows} >= {("shifted window 7 + bias", w) for w in ("forward", "forward + backward")}
+    assert {"eager", "sdpa partitioned", "timm", "attnc"} == set(next(r for r in rows if "shifted" in r["name"])["seconds"])
+    for r in rows:
+        assert r["ratio"] == pytest.approx(r["seconds"][r["peer"]] / r["seconds"]["attnc"])
+        assert r["seconds"][r["peer"]] == min(t for n, t in r["seconds"].items() if n != "attnc")
+        assert min(r["calls"].values()) >= 2
+        assert 0 < r["share"] < 2
+    page.write(tmp_path, tmp_path / "docs")
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    assert "shifted window 7 + bias" in text
+    assert "Growing the grid" in text

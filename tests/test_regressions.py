@@ -257,3 +257,14 @@ def test_the_reference_does_not_take_part_in_splitting(monkeypatch: pytest.Monke
 def test_every_drawn_pattern_can_be_declared() -> None:
     for p in (draws.lookup(), draws.decay(), draws.capped(cap=1.0), draws.per_item(), draws.documents()):
         assert p.trace(("y", "x")).rank == 2
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_everything_sees_keys_on_a_coarser_grid(backend: str) -> None:
+    q, _, _ = (t.requires_grad_() for t in rows(48))
+    _, k, v = (t.requires_grad_() for t in rows(12))
+    out = attnc.compile(patterns.full(), grid=(6, 8), kv_grid=(3, 4), backend=backend)(q, k, v)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    g = torch.ones_like(out)
+    for mine, theirs in zip(torch.autograd.grad(out, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -59,8 +59,8 @@ class Spec:
 
     @property
     def same_grid(self) -> bool:
-        """Queries and keys are the same token set."""
-        return self.program.queries == self.program.keys
+        """Keys lie on the queries' grid."""
+        return self.program.same_grid
 
     @property
     def padded(self) -> bool:

@@ -145,10 +145,6 @@ def _name(mod: Any) -> str:
 
 def _statement(score_mod: Mod | None, mask_mod: Mod | None, device: torch.device) -> _Traced:
     """Both mods as expressions of the flat indices, and the tensors they captured."""
-    if getattr(mask_mod, "__name__", "") == "_sliced_mask_mod_error":
-        raise DeclarationError(
-            "flex_attention: this BlockMask was sliced, which forgets its mask_mod: give the mod of the whole mask again"
-        )
     tracer = Tracer(device)
     at = [Symbol.of(e, torch.int64) for e in (ir.BATCH, ir.HEAD, ir.coord("q", 0), ir.coord("k", 0))]
     relation, score = ir.TRUE, ir.SCORE
@@ -289,6 +285,10 @@ def _attend(
         block_mask, mask_mod = None, block_mask
     if block_mask is not None:
         mask_mod = block_mask.mask_mod
+        if getattr(mask_mod, "__name__", "") == "_sliced_mask_mod_error":
+            raise DeclarationError(
+                "flex_attention: this BlockMask was sliced, which forgets its mask_mod: give the mod of the whole mask again"
+            )
         _check_mask(block_mask.shape, query, key)
         if query.shape[0] > 1 and key.shape[0] == value.shape[0] == 1:
             key, value = (x.expand(query.shape[0], *x.shape[1:]) for x in (key, value))
