@@ -15,8 +15,8 @@ from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, pad_o
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
+from attnc.runtime import direct, operator
 from attnc.runtime import layout as layouts
-from attnc.runtime import operator
 
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
@@ -37,6 +37,18 @@ class Traced:
     program: ir.Program
     tables: tuple[operator.TableSpec, ...]
     normalizer: str
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What follows from the shapes, dtypes and devices of a call's tensors. traced: None for a mechanism."""
+
+    scale: float  # the default
+    backend: str
+    layout: layouts.Layout
+    q_grid: tuple[int, ...]
+    k_grid: tuple[int, ...]
+    traced: Traced | None
 
 
 def _traced(text: str) -> Traced:
@@ -91,6 +103,7 @@ class Operator:
                 f"{source.name}: kv_grid={kv_grid!r} beside grid={grid!r}: give both, with the same axes (lengths may be None)"
             )
         self._warned = False
+        self._seen: dict[Any, Accepted] = {}
         ranks = [self.axes] if self.axes else list(ir.AXES.values())
         self._layouts = {len(axes): self.layout or layouts.default(axes) for axes in ranks}
         if self.layout and (self.prefix or self.kv_prefix) and self.layout.separate and len(self.layout.axes) > 1:
@@ -131,7 +144,7 @@ class Operator:
         """What a pickle holds: the traced programs as text. The declaration, a function, stays behind."""
         programs = {n: t.text if isinstance(t, Traced) else t for n, t in self._programs.items()}
         source = type(self.source)(self.source.name, _left_behind)
-        return {**self.__dict__, "source": source, "_programs": programs}
+        return {**self.__dict__, "source": source, "_programs": programs, "_seen": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -185,62 +198,81 @@ class Operator:
         for what, t in (("q", q), ("k", k), ("v", v)):
             if t is not None and not isinstance(t, Tensor):
                 raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
-        rows = self._rows(q, k, v)
-        qr, kr, vr = rows if len(rows) == 3 else rows[0].unbind(0)
-        self._check(qr, kr, vr)
         if isinstance(scale, Tensor):
             raise ShapeError(
                 f"{name}: scale= is a number, and this is a tensor, which would get no gradient; "
                 "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
             )
-        scale = qr.shape[-1] ** -0.5 if scale is None else float(scale)
-        backend = self._backend(qr.device.type)
-        if self.tune and backend not in TUNED:
-            raise UnsupportedError(f"{name}: tune=True: {_untuned(backend)}")
+        rows = self._rows(q, k, v)
+        past = direct.alone(rows) and direct.alone(tables.values())
+        accepted = self._accepted(rows, grid, tables, past)
+        scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):
-            if tables or return_lse:
-                extra = ", ".join(tables) or "return_lse"
-                raise ShapeError(f"mechanism {name}: unexpected argument {extra}")
-            if grid is not None:
-                raise ShapeError(f"mechanism {name}: grid={grid!r}: its tokens have no grid")
-            if not (qr.shape[:-1] == kr.shape[:-1] == vr.shape[:-1]) or kr.shape[-1] != vr.shape[-1]:
-                shapes = f"q {tuple(qr.shape)}, k {tuple(kr.shape)}, v {tuple(vr.shape)}"
-                raise ShapeError(f"mechanism {name}: q, k and v have the same heads, tokens and channels, here {shapes}")
-            values = [qr, kr, vr]
+            if return_lse:
+                raise ShapeError(f"mechanism {name}: unexpected argument return_lse")
+            values = list(_three(rows))
             for _, (a, b, c) in self._graph.steps:
-                values.append(torch.ops.attnc.channel(values[a], values[b], values[c], scale, backend))
-            out = values[self._graph.result]
-            return layouts.from_rows(out, self._layouts[min(self._layouts)])
-        q_grid, k_grid = self._grids(qr, kr, grid)
-        traced = self._traced(len(q_grid))
+                values.append(direct.channel(past, values[a], values[b], values[c], scale, accepted.backend))
+            return layouts.from_rows(values[self._graph.result], accepted.layout)
+        traced = accepted.traced
+        assert traced is not None
         if return_lse and traced.normalizer != "softmax":
             raise ShapeError(f"{name}: return_lse=True, but weights by {traced.normalizer} have no log-sum-exp")
-        ordered = self._tables(traced.tables, tables, qr, kr, vr)
-        out, lse = self._run(rows, ordered, scale, q_grid, k_grid, traced.text, backend)
-        shaped = layouts.from_rows(out, self._layouts[len(q_grid)])
+        ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
+        out, lse = self._run(past, rows, ordered, scale, accepted)
+        shaped = layouts.from_rows(out, accepted.layout)
         return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
+    def _accepted(self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], past: bool) -> Accepted:
+        """What a call comes to, its tensors checked: once for all calls that look alike, where nobody traces."""
+        if not past:
+            return self._accept(rows, grid, tables)
+        given = grid if grid is None or isinstance(grid, int | tuple) else str(grid)
+        key = given, *[(t.shape, t.dtype, t.device) for t in rows], *[(n, t.shape, t.dtype, t.device) for n, t in tables.items()]
+        found = self._seen.get(key)
+        if found is None:
+            if len(self._seen) >= 4096:
+                self._seen.clear()
+            found = self._seen[key] = self._accept(rows, grid, tables)
+        return found
+
+    def _accept(self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor]) -> Accepted:
+        q, k, v = _three(rows)
+        name = self.source.name
+        self._check(q, k, v)
+        backend = self._backend(q.device.type)
+        if self.tune and backend not in TUNED:
+            raise UnsupportedError(f"{name}: tune=True: {_untuned(backend)}")
+        scale = q.shape[-1] ** -0.5
+        if isinstance(self.source, Mechanism):
+            if tables:
+                raise ShapeError(f"mechanism {name}: unexpected argument {', '.join(tables)}")
+            if grid is not None:
+                raise ShapeError(f"mechanism {name}: grid={grid!r}: its tokens have no grid")
+            if not (q.shape[:-1] == k.shape[:-1] == v.shape[:-1]) or k.shape[-1] != v.shape[-1]:
+                shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+                raise ShapeError(f"mechanism {name}: q, k and v have the same heads, tokens and channels, here {shapes}")
+            return Accepted(scale, backend, self._layouts[min(self._layouts)], (), (), None)
+        q_grid, k_grid = self._grids(q, k, grid)
+        traced = self._traced(len(q_grid))
+        self._check_tables(traced.tables, tables, q, k, v)
+        return Accepted(scale, backend, self._layouts[len(q_grid)], q_grid, k_grid, traced)
+
     def _run(
-        self,
-        rows: tuple[Tensor, ...],
-        tables: list[Tensor],
-        scale: float,
-        q_grid: tuple[int, ...],
-        k_grid: tuple[int, ...],
-        text: str,
-        backend: str,
+        self, past: bool, rows: tuple[Tensor, ...], tables: list[Tensor], scale: float, call: Accepted
     ) -> tuple[Tensor, Tensor]:
-        attend = torch.ops.attnc.attend if len(rows) == 3 else torch.ops.attnc.attend_packed
-        if self.fallback is None or backend in ("torch", "eager"):
-            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, self.tune)  # type: ignore[no-any-return]
+        assert call.traced is not None
+        args = rows, tables, scale, call.q_grid, call.k_grid, call.traced.text
+        if self.fallback is None or call.backend in ("torch", "eager"):
+            return direct.attend(past, *args, call.backend, self.tune)
         try:
-            return attend(*rows, tables, scale, q_grid, k_grid, text, backend, self.tune)  # type: ignore[no-any-return]
+            return direct.attend(past, *args, call.backend, self.tune)
         except UnsupportedError as e:
             if not self._warned:
                 warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
                 self._warned = True
-            return attend(*rows, tables, scale, q_grid, k_grid, text, "torch", False)  # type: ignore[no-any-return]
+            return direct.attend(past, *args, "torch", False)
 
     def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
         """q, k and v as rows, or the three of them in one tensor."""
@@ -351,24 +383,23 @@ class Operator:
                 raise ShapeError(f"{name}: {what} has {tokens} tokens, the grid {g}{beside} make {expected + p}")
         return given, kv
 
-    def _tables(
+    def _check_tables(
         self, specs: tuple[operator.TableSpec, ...], given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor
-    ) -> list[Tensor]:
+    ) -> None:
         name, names = self.source.name, [s.name for s in specs]
         for n in given:
             if n not in names:
                 raise ShapeError(f"{name}: unknown table {n!r} (it reads: {', '.join(names) or 'none'})")
-        out = []
         for s in specs:
             n, t = s.name, given.get(s.name)
             if t is not None and not isinstance(t, Tensor):
                 raise ShapeError(f"{name}: the table {n!r} is a {type(t).__name__}, not a tensor")
             if n in ("pad_k", "pad_v"):
-                rows = k if n == "pad_k" else v
+                width = (k if n == "pad_k" else v).shape[-1]
                 if t is None:
-                    t = rows.new_zeros(1, rows.shape[-1])
-                if t.dim() != 2 or t.shape[0] not in (1, k.shape[1]) or t.shape[1] != rows.shape[-1]:
-                    raise ShapeError(f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {rows.shape[-1]}]")
+                    continue
+                if t.dim() != 2 or t.shape[0] not in (1, k.shape[1]) or t.shape[1] != width:
+                    raise ShapeError(f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {width}]")
             elif t is None:
                 raise ShapeError(f"{name}: the table {n!r} is missing: pass {n}=tensor with {s.rank} dimensions")
             elif t.dim() != s.rank:
@@ -379,8 +410,6 @@ class Operator:
                 raise ShapeError(f"{name}: the table {n!r} enters the score and holds floating-point numbers, not {t.dtype}")
             if t.device != q.device:
                 raise ShapeError(f"{name}: the table {n!r} is on {t.device}, q on {q.device}")
-            out.append(t)
-        return out
 
     def _backend(self, device: str) -> str:
         if self.backend != "auto":
@@ -391,6 +420,18 @@ class Operator:
 
 
 _COMPILER = has_compiler()
+
+
+def _three(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, of three tensors or of one that holds them."""
+    q, k, v = rows if len(rows) == 3 else rows[0].unbind(0)
+    return q, k, v
+
+
+def _no_pad(name: str, rows: tuple[Tensor, ...]) -> Tensor:
+    """The row of virtual keys where a call gives none."""
+    t = rows[0] if len(rows) == 1 else rows[1 if name == "pad_k" else 2]
+    return t.new_zeros(1, t.shape[-1])
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:

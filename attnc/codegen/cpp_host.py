@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -202,15 +202,8 @@ def empty_in_order(t: Tensor, channels: int) -> Tensor:
     return torch.empty_strided(shape, strides_in_order(shape, t.stride()), dtype=t.dtype, device=t.device)
 
 
-def run_first(kernels: Iterable[Any], problem: Any) -> None:
-    """Run the first kernel that takes the call: one for bands says no where this call's tokens are none."""
-    for kernel in kernels:
-        if kernel(ctypes.byref(problem)):
-            return
-
-
 def run_forward(
-    kernels: Iterable[Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, scale: float, tables: dict[str, Tensor],
+    run: Callable[[Any], Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, scale: float, tables: dict[str, Tensor],
     into: Any = None, continues: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and lse, `into` these two tensors or new ones. continues: their softmax goes on, over keys that it has not seen."""
@@ -222,12 +215,12 @@ def run_forward(
     p = ready.problem(scale, {"q": q, "k": k, "v": v, "out": out, "lse": lse}, tables)
     p.continues = continues
     if lse.numel():
-        run_first(kernels, p)
+        run(ctypes.byref(p))
     return out, lse
 
 
 def run_backward(
-    kernels: Iterable[Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    run: Callable[[Any], Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     grad_out: Tensor, grad_lse: Tensor | None, scale: float, tables: dict[str, Tensor], into: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """dq, dk, dv (`into` three tensors or new ones) and the gradients of the real tables (and of pad_k, pad_v), in the tables'
@@ -252,7 +245,7 @@ def run_backward(
         for t in (dk, dv):
             t.zero_()
     if lse.numel():
-        run_first(kernels, p)
+        run(ctypes.byref(p))
     for name, t in pads.items():
         gradients[name] = t if tables[name].shape[0] == t.shape[0] else t.sum(0, keepdim=True)
     return dq, dk, dv, {name: t.to(given[name].dtype) for name, t in gradients.items()}
@@ -278,11 +271,21 @@ class ChannelProblem(ctypes.Structure):
     ]
 
 
+@lru_cache(maxsize=256)
+def channel_problem(names: tuple[str, ...], shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> bytes:
+    """The structure of calls with these tensors, but for what differs from call to call."""
+    p = ChannelProblem(*shape[:3])
+    for name, s in zip(names, strides, strict=True):
+        setattr(p, f"{name}_layout", ChannelLayout(*s))
+    return bytes(p)
+
+
 def run_channel(function: Any, scale: float, tensors: dict[str, Tensor]) -> None:
     """One call of channel attention, forward or backward; tensors by the names of the structure, [B, H, N, D] each."""
-    p = ChannelProblem(*tensors["q"].shape[:3], torch.get_num_threads(), scale)
+    blank = channel_problem(tuple(tensors), tensors["q"].shape, tuple([t.stride() for t in tensors.values()]))
+    p = ChannelProblem.from_buffer_copy(blank)
+    p.threads, p.scale = torch.get_num_threads(), scale
     for name, t in tensors.items():
         setattr(p, name, t.data_ptr())
-        setattr(p, f"{name}_layout", ChannelLayout(*t.stride()))
     if tensors["q"].numel():
         function(ctypes.byref(p))

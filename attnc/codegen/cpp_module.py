@@ -24,7 +24,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,9 @@ def function(source: str, name: str) -> Any:
     return found
 
 
-def kernels(sources: tuple[str, ...], name: str) -> Iterator[Any]:
-    """The kernels of one direction in the order they are tried, each built when it is its turn."""
-    for source in sources:
-        yield function(source, name)
+def runner(sources: tuple[str, ...], name: str) -> Callable[[Any], Any]:
+    """Runs a problem by the first kernel that takes it, each built when it is its turn."""
+    return lambda problem: any(function(source, name)(problem) for source in sources)
 '''
 
 ATTENTION = '''
@@ -63,7 +62,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *tables: Tensor) -> Tensor:
         named = dict(zip(TABLES, tables))
-        out, lse = run_forward(kernels(FORWARD, "attend_forward"), READY_FORWARD, q, k, v, scale, named)
+        out, lse = run_forward(runner(FORWARD, "attend_forward"), READY_FORWARD, q, k, v, scale, named)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, out, lse, *tables)
         return out
@@ -72,8 +71,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         q, k, v, out, lse, *tables = ctx.saved_tensors
         named = dict(zip(TABLES, tables))
-        tried = kernels(BACKWARD, "attend_backward")
-        dq, dk, dv, gradients = run_backward(tried, READY_BACKWARD, q, k, v, out, lse, grad_out, None, ctx.scale, named)
+        run = runner(BACKWARD, "attend_backward")
+        dq, dk, dv, gradients = run_backward(run, READY_BACKWARD, q, k, v, out, lse, grad_out, None, ctx.scale, named)
         return dq, dk, dv, None, *(gradients.get(name) for name in TABLES)
 
 

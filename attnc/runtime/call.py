@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from attnc import ir
 from attnc.schedule.geometry import Geometry
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
     """One call of a statement at concrete sizes.
 
@@ -31,6 +31,7 @@ class Call:
     into: tensors that a forward may write out and lse into, a backward dq, dk and dv, and return as such.
     continues: `into` holds the out and lse of the part's earlier calls, and a forward goes on from there (backends that have
     CONTINUES only).
+    kept: what a backend keeps for all calls of this statement at these sizes (and batch and heads), by keys of its own.
     choice: how it runs, one of the backend's candidates; None leaves it to the backend.
     """
 
@@ -42,6 +43,7 @@ class Call:
     into: tuple[Tensor, ...] | None = None
     continues: bool = False
     choice: Any = None
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def attend(self) -> ir.Attend:

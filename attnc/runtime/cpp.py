@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -73,11 +73,13 @@ def _kernel(spec: Spec, backward: bool, band: bool) -> Any:
     return function
 
 
-def _kernels(spec: Spec, backward: bool, choice: Choice) -> Iterator[Any]:
-    """The kernels to try in turn, each built when it is its turn: whether a call is a band, the band's kernel says last."""
-    if choice.band:
-        yield _kernel(spec, backward, True)
-    yield _kernel(spec, backward, False)
+def _runner(spec: Spec, backward: bool, choice: Choice) -> Callable[[Any], Any]:
+    """Runs a problem. Whether a call is a band, the band's kernel says last; the other is built when it is its turn."""
+    if not choice.band:
+        box: Callable[[Any], Any] = _kernel(spec, backward, False)
+        return box
+    band = _kernel(spec, backward, True)
+    return lambda problem: band(problem) or _kernel(spec, backward, False)(problem)
 
 
 @lru_cache(maxsize=256)
@@ -120,13 +122,12 @@ def _size(q: Tensor, k: Tensor, backward: bool) -> tuple[bool, int, int]:
 
 
 def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
-    if not (q.is_cpu and k.is_cpu and v.is_cpu and q.dtype == k.dtype == v.dtype):
-        name = call.attend.name
-        for label, t in (("q", q), ("k", k), ("v", v)):
-            if not t.is_cpu:
-                raise UnsupportedError(f'pattern {name}: {label} is on {t.device}; backend "cpp" takes CPU tensors')
-            if t.dtype != q.dtype:
-                raise ShapeError(f"pattern {name}: {label} is {t.dtype}, q is {q.dtype}; give all three one dtype")
+    name = call.attend.name
+    for label, t in (("q", q), ("k", k), ("v", v)):
+        if not t.is_cpu:
+            raise UnsupportedError(f'pattern {name}: {label} is on {t.device}; backend "cpp" takes CPU tensors')
+        if t.dtype != q.dtype:
+            raise ShapeError(f"pattern {name}: {label} is {t.dtype}, q is {q.dtype}; give all three one dtype")
     return _spec(call.program, q.shape[-1], v.shape[-1], q.dtype)
 
 
@@ -137,26 +138,32 @@ def _spec(program: ir.Program, dim: int, value_dim: int, dtype: torch.dtype) -> 
     return spec
 
 
+def _planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[Callable[[Any], Any], cpp_host.Ready]:
+    """What runs a call and its structure, kept beside the statement: to look it all up again takes longer than a small kernel."""
+    key = backward, q.dtype, q.shape[-1], v.shape[-1], torch.get_num_threads(), tuner.version(), call.choice, call.continues
+    found = call.kept.get(key)
+    if found is None or not (q.is_cpu and k.is_cpu and v.is_cpu and q.dtype == k.dtype == v.dtype):
+        spec = _check(call, q, k, v)
+        size = _size(q, k, backward)
+        choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
+        if call.continues:
+            choice = replace(choice, band=False)  # bands keep no running maximum
+        found = call.kept[key] = _runner(spec, backward, choice), _ready(spec, call.geometry, choice, *size)
+    return found  # type: ignore[no-any-return]
+
+
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of one call."""
-    spec = _check(call, q, k, v)
-    size = _size(q, k, False)
-    choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
-    if call.continues:
-        choice = replace(choice, band=False)  # bands keep no running maximum
-    ready, kernels = _ready(spec, call.geometry, choice, *size), _kernels(spec, False, choice)
-    return cpp_host.run_forward(kernels, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
+    run, ready = _planned(call, q, k, v, False)
+    return cpp_host.run_forward(run, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
 
 
 def backward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """dq, dk, dv and the gradients of tables."""
-    spec = _check(call, q, k, v)
-    size = _size(q, k, True)
-    choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
-    ready, kernels = _ready(spec, call.geometry, choice, *size), _kernels(spec, True, choice)
-    return cpp_host.run_backward(kernels, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, call.tables, call.into)
+    run, ready = _planned(call, q, k, v, True)
+    return cpp_host.run_backward(run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, call.tables, call.into)
 
 
 def _channel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:

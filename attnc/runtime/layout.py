@@ -113,8 +113,11 @@ def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> Tensor:
     """A view [B, H, N, D] (axes in one group) or [B, H, *grid, D]; with a leading dimension of three of a packed tensor."""
     if t.dim() != len(layout.groups):
         raise ShapeError(f"{what} has shape {tuple(t.shape)}, but the layout {layout.text!r} has {len(layout.groups)} dimensions")
-    for d, group in layout.splits:
-        t = t.unflatten(d, _split_sizes(layout, group, t.shape[d], heads, what))  # type: ignore[no-untyped-call]
+    if layout.splits:
+        sizes = list(t.shape)
+        for d, group in layout.splits:
+            sizes[d : d + 1] = _split_sizes(layout, group, t.shape[d], heads, what)
+        t = t.view(sizes)
     t = t.permute(layout.inward)
     if layout.packed and t.shape[0] != 3:
         raise ShapeError(f"layout {layout.text!r}: the dimension `three` of {what} has length {t.shape[0]}")
@@ -124,8 +127,7 @@ def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> Tensor:
 def from_rows(out: Tensor, layout: Layout) -> Tensor:
     """The user's layout (without `three`) from [B, H, N, D] or [B, H, *grid, D]."""
     order, counts = layout.outward[out.dim() == 4]
-    if order != tuple(range(len(order))):
-        out = out.permute(order)
+    out = out.permute(order)
     if len(counts) == len(order):
         return out
     sizes, at = [], 0

@@ -34,6 +34,8 @@ BACKENDS = {
     "eager": "attnc.codegen.eager",
 }
 
+Alone = Callable[[tuple[Tensor, ...]], bool] | None
+
 keep_proofs(proofs.kept)
 
 _library: Any = torch.library.Library("attnc", "DEF")  # type: ignore[no-untyped-call]
@@ -88,22 +90,19 @@ def backend_module(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class _Part:
-    """A run of heads: slices of q, k and v along the head dimension, and the programs whose merged result it is."""
+    """A run of heads: slices of q, k and v along the head dimension, the statements whose merged result it is, with the names of
+    their tables and what backends keep for their calls, and which slice of which table is its own."""
 
     heads: slice
     key_heads: slice
-    programs: tuple[tuple[ir.Program, Geometry, tuple[str, ...]], ...]
-    cut: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A part with this call's tensors."""
-
-    heads: slice
-    key_heads: slice
-    calls: list[Call]
+    statements: tuple[tuple[ir.Program, Geometry, tuple[str, ...], dict[Any, Any]], ...]
     cuts: dict[str, tuple[int, slice]]
+
+    def calls(self, tables: dict[str, Tensor], scale: float) -> list[Call]:
+        """Its statements with the tensors of a call."""
+        mine = {n: _rows_of(t, self.cuts.get(n)) for n, t in tables.items()} if self.cuts else tables
+        union = len(self.statements) > 1
+        return [Call(p, g, scale, {n: mine[n] for n in names}, union, kept=kept) for p, g, names, kept in self.statements]
 
 
 @lru_cache(maxsize=4096)
@@ -114,24 +113,25 @@ def _parts(
     heads: int,
     kv_heads: int,
     batch: int,
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
     backend: str,
-) -> tuple[_Part, ...]:
-    """What a call of these shapes runs; checked once."""
+    *shapes: tuple[int, ...],
+) -> tuple[tuple[str, ...], tuple[_Part, ...]]:
+    """Names of the tables, whose shapes these are, and what a call of these sizes runs; checked once."""
     whole = program_of(program)
-    bounds.check(whole, q_grid, k_grid, heads, batch, shapes, backend in ("eager", "torch"))
+    names = table_names(whole)
+    named = dict(zip(names, shapes, strict=True))
+    bounds.check(whole, q_grid, k_grid, heads, batch, tuple((n, tuple(s)) for n, s in named.items()), backend in ("eager", "torch"))
     runs = split(whole, q_grid, k_grid, heads, kv_heads)
     if backend == "eager":  # the meaning is the statement as a whole, which proofs and their parts are held to
         runs = (HeadRun(0, heads, 0, kv_heads, (whole,)),)
-    return tuple(
-        _Part(
-            slice(r.first, r.last),
-            slice(r.kv_first, r.kv_last),
-            tuple((p, geometry(p, q_grid, k_grid), table_names(p)) for p in (_with_heads(p, heads) for p in r.parts)),
-            r.cut,
-        )
-        for r in runs
-    )
+    parts = []
+    for r in runs:
+        mine, keys = slice(r.first, r.last), slice(r.kv_first, r.kv_last)
+        cuts = {n: (d, mine) for n, d in r.cut} | dict.fromkeys(("pad_k", "pad_v"), (0, keys))
+        cuts = {n: at for n, at in cuts.items() if n in named and named[n][at[0]] > 1} if len(runs) > 1 else {}
+        spoken = [_with_heads(p, heads) for p in r.parts]
+        parts.append(_Part(mine, keys, tuple((p, geometry(p, q_grid, k_grid), table_names(p), {}) for p in spoken), cuts))
+    return names, tuple(parts)
 
 
 def _with_heads(p: ir.Program, heads: int) -> ir.Program:
@@ -145,21 +145,13 @@ def _with_heads(p: ir.Program, heads: int) -> ir.Program:
     return replace(p, attend=replace(a, relation=relation, score=score, post=post[0] if post else None))
 
 
-def _runs(
-    q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, backend: str
-) -> list[_Run]:
-    named = dict(zip(table_names(program_of(program)), tables, strict=True))
-    shapes = tuple((n, tuple(t.shape)) for n, t in named.items())
+def _sized(
+    q: Tensor, k: Tensor, tables: list[Tensor], q_grid: Any, k_grid: Any, program: str, backend: str
+) -> tuple[dict[str, Tensor], tuple[_Part, ...]]:
+    """The tables by name, and what the call runs."""
     sizes = q.shape[1], k.shape[1], q.shape[0]
-    out = []
-    for part in _parts(program, tuple(map(int, q_grid)), tuple(map(int, k_grid)), *sizes, shapes, backend):
-        cuts = {n: (d, part.heads) for n, d in part.cut} | dict.fromkeys(("pad_k", "pad_v"), (0, part.key_heads))
-        cuts = {n: at for n, at in cuts.items() if n in named and named[n].shape[at[0]] > 1}
-        mine = {n: _rows_of(t, cuts.get(n)) for n, t in named.items()}
-        union = len(part.programs) > 1
-        calls = [Call(p, g, scale, {n: mine[n] for n in names}, union) for p, g, names in part.programs]
-        out.append(_Run(part.heads, part.key_heads, calls, cuts))
-    return out
+    names, parts = _parts(program, tuple(q_grid), tuple(k_grid), *sizes, backend, *[t.shape for t in tables])
+    return dict(zip(names, tables, strict=True)), parts
 
 
 def _rows_of(t: Tensor, cut: tuple[int, slice] | None) -> Tensor:
@@ -187,13 +179,13 @@ def _attend(
     tune: bool = False,
 ) -> tuple[Tensor, Tensor]:
     module = backend_module(backend)
-    runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
-    if len(runs) == 1:
-        return _run(module, runs[0], q, k, v, None, tune)
+    named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
+    if len(parts) == 1:
+        return _run(module, parts[0].calls(named, scale), (q, k, v), None, tune)
     out, lse = empty_like_order(q, v.shape[-1]), lse_like(q)
-    for r in runs:
-        into = out[:, r.heads], lse[:, r.heads]
-        made = _run(module, r, q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads], into, tune)
+    for p in parts:
+        into = out[:, p.heads], lse[:, p.heads]
+        made = _run(module, p.calls(named, scale), (q[:, p.heads], k[:, p.key_heads], v[:, p.key_heads]), into, tune)
         for place, found in zip(into, made, strict=True):
             if found is not place:
                 place.copy_(found)
@@ -201,19 +193,22 @@ def _attend(
 
 
 def _run(
-    module: ModuleType, r: _Run, q: Tensor, k: Tensor, v: Tensor, into: tuple[Tensor, Tensor] | None, tune: bool
+    module: ModuleType, calls: list[Call], rows: tuple[Tensor, Tensor, Tensor], into: tuple[Tensor, Tensor] | None, tune: bool
 ) -> tuple[Tensor, Tensor]:
-    """A run of heads: its calls one after the other, each going on from the last where the backend can, else merged. `into` two
+    """The calls of a run of heads one after the other, each going on from the last where the backend can, else merged. `into` two
     tensors, where the backend can, or new ones."""
-    for call in r.calls if tune else ():
-        tuner.settle(module, call, (q, k, v))
-    if not r.calls:  # queries without keys
+    for call in calls if tune else ():
+        tuner.settle(module, call, rows)
+    if not calls:  # queries without keys
+        q, _, v = rows
         return empty_like_order(q, v.shape[-1]).zero_(), lse_like(q).fill_(float("-inf"))
-    if len(r.calls) > 1 and not getattr(module, "CONTINUES", False):
-        return _merge([module.forward(call, q, k, v) for call in r.calls])
-    found: tuple[Tensor, Tensor] = module.forward(replace(r.calls[0], into=into) if into else r.calls[0], q, k, v)
-    for call in r.calls[1:]:
-        found = module.forward(replace(call, into=found, continues=True), q, k, v)
+    if len(calls) > 1 and not getattr(module, "CONTINUES", False):
+        return _merge([module.forward(call, *rows) for call in calls])
+    calls[0].into = into
+    found: tuple[Tensor, Tensor] = module.forward(calls[0], *rows)
+    for call in calls[1:]:
+        call.into, call.continues = found, True
+        found = module.forward(call, *rows)
     return found
 
 
@@ -263,19 +258,20 @@ def _attend_backward(
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     module = backend_module(backend)
-    runs = _runs(q, k, tables, scale, q_grid, k_grid, program, backend)
-    names = table_names(program_of(program))
+    named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
+    runs = [(p, p.calls(named, scale)) for p in parts]
     rows = (q, k, v, out, lse, grad_out, grad_lse)
-    for r in runs if tune else ():
-        for call in r.calls:
-            tuner.settle(module, call, *_rows_of_run(r, rows))
-    if len(runs) == 1 and len(runs[0].calls) == 1:
-        dq, dk, dv, sums = module.backward(replace(runs[0].calls[0], into=into), *rows)
+    for p, calls in runs if tune else ():
+        for call in calls:
+            tuner.settle(module, call, *_rows_of_part(p, rows))
+    if len(runs) == 1 and len(runs[0][1]) == 1:
+        call = runs[0][1][0]
+        call.into = into
+        dq, dk, dv, sums = module.backward(call, *rows)
     else:
-        dq, dk, dv, sums = _sum_of_runs(module, runs, rows, dict(zip(names, tables, strict=True)))
+        dq, dk, dv, sums = _sum_of_parts(module, runs, rows, named)
     gradients = [
-        sums[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32)
-        for n, t in zip(names, tables, strict=True)
+        sums[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for n, t in named.items()
     ]
     if into is None:
         return _like(q, dq), _like(k, dk), _like(v, dv), gradients
@@ -306,28 +302,28 @@ def _attend_packed_backward_fake(qkv: Tensor, tables: list[Tensor], *rest: Any, 
     return empty_like_order(qkv, qkv.shape[-1]), _table_gradients_fake(tables)
 
 
-def _rows_of_run(r: _Run, rows: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
-    """A run's heads of q, k and v, and of out, lse, grad_out and grad_lse."""
+def _rows_of_part(p: _Part, rows: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """A part's heads of q, k and v, and of out, lse, grad_out and grad_lse."""
     q, k, v, *rest = rows
-    mine = (q[:, r.heads], k[:, r.key_heads], v[:, r.key_heads])
-    return mine, tuple(t if t is None else t[:, r.heads] for t in rest)
+    mine = (q[:, p.heads], k[:, p.key_heads], v[:, p.key_heads])
+    return mine, tuple(t if t is None else t[:, p.heads] for t in rest)
 
 
-def _sum_of_runs(
-    module: ModuleType, runs: list[_Run], rows: tuple[Any, ...], tables: dict[str, Tensor]
+def _sum_of_parts(
+    module: ModuleType, runs: list[tuple[_Part, list[Call]]], rows: tuple[Any, ...], tables: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Gradients summed over parts and runs, in float32 or wider."""
+    """Gradients summed over parts and their statements, in float32 or wider."""
     q, k, v, _, lse, *_ = rows
     dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     sums = {n: torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for n, t in tables.items() if t.is_floating_point()}
-    for r in runs:
-        mine, rest = _rows_of_run(r, rows)
-        for call in r.calls:
-            parts = module.backward(call, *mine, *rest)
-            for total, part, heads in zip((dq, dk, dv), parts, (r.heads, r.key_heads, r.key_heads), strict=False):
-                total[:, heads] += part
-            for n, g in parts[3].items():
-                _rows_of(sums[n], r.cuts.get(n)).add_(g)
+    for p, calls in runs:
+        mine, rest = _rows_of_part(p, rows)
+        for call in calls:
+            found = module.backward(call, *mine, *rest)
+            for total, gradient, heads in zip((dq, dk, dv), found, (p.heads, p.key_heads, p.key_heads), strict=False):
+                total[:, heads] += gradient
+            for n, g in found[3].items():
+                _rows_of(sums[n], p.cuts.get(n)).add_(g)
     return dq, dk, dv, sums
 
 
@@ -342,25 +338,30 @@ def _table_gradients_fake(tables: list[Tensor]) -> list[Tensor]:
     return [t.new_empty(t.shape) if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for t in tables]
 
 
-def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """What a backward needs, kept."""
     *rows, tables, scale, q_grid, k_grid, program, backend, tune = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *rows, *tables)
     ctx.count, ctx.rest = len(rows), (scale, q_grid, k_grid, program, backend, tune)
 
 
-def _attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *, alone: Alone = None) -> tuple[Any, ...]:
+    """Gradients in the order of the operator's arguments. alone: whether tensors may be taken past the dispatcher."""
     out, lse, *saved = ctx.saved_tensors
     rows, tables = saved[: ctx.count], saved[ctx.count :]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    backward = torch.ops.attnc.attend_backward if ctx.count == 3 else torch.ops.attnc.attend_packed_backward
+    backward: Any = BACKWARD[ctx.count]
+    if alone is None or not alone((out, lse, *saved, grad_out, *(() if grad_lse is None else (grad_lse,)))):
+        backward = torch.ops.attnc.attend_backward if ctx.count == 3 else torch.ops.attnc.attend_packed_backward
     *gradients, parts = backward(*rows, tables, out, lse, grad_out, grad_lse, *ctx.rest)
     learned = [g if t.is_floating_point() else None for g, t in zip(parts, tables, strict=True)]
     return *gradients, learned, *(None for _ in ctx.rest)
 
 
-def _channel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+def channel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    """The operator's kernel."""
     out: Tensor = backend_module(backend).channel_forward(q, k, v, scale)
     return _like(q, out)
 
@@ -383,17 +384,23 @@ def _channel_backward_fake(
     return dq, dk, dv
 
 
-def _channel_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def channel_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What a backward needs, kept."""
     q, k, v, scale, backend = inputs
     ctx.save_for_backward(q, k, v)
     ctx.rest = (scale, backend)
 
 
-def _channel_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+def channel_gradient(ctx: Any, grad_out: Tensor, *, alone: Alone = None) -> tuple[Any, ...]:
+    """Gradients in the order of the operator's arguments. alone: whether tensors may be taken past the dispatcher."""
     q, k, v = ctx.saved_tensors
-    return (*torch.ops.attnc.channel_backward(q, k, v, grad_out, *ctx.rest), None, None)
+    past = alone is not None and alone((q, k, v, grad_out))
+    backward = _channel_backward if past else torch.ops.attnc.channel_backward
+    return (*backward(q, k, v, grad_out, *ctx.rest), None, None)
 
 
+FORWARD = {3: _attend, 1: _attend_packed}  # by the number of tensors that hold q, k and v
+BACKWARD = {3: _attend_backward, 1: _attend_packed_backward}
 _plain_dispatch = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
 
 
@@ -413,7 +420,7 @@ for _name, _kernel, _fake in (
     ("attend_backward", _attend_backward, _attend_backward_fake),
     ("attend_packed", _attend_packed, _attend_packed_fake),
     ("attend_packed_backward", _attend_packed_backward, _attend_packed_backward_fake),
-    ("channel", _channel, _channel_fake),
+    ("channel", channel, _channel_fake),
     ("channel_backward", _channel_backward, _channel_backward_fake),
 ):
     _library.impl(_name, _opaque(_kernel) if _name.endswith("backward") else _kernel, "CompositeExplicitAutograd")
@@ -434,5 +441,5 @@ def _keep_backend(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 for _name in ("attend_backward", "attend_packed_backward", "channel_backward"):
     torch.library.register_autograd(f"attnc::{_name}", _no_second_derivative, setup_context=_keep_backend, lib=_library)
 for _name in ("attend", "attend_packed"):
-    torch.library.register_autograd(f"attnc::{_name}", _attend_gradient, setup_context=_attend_setup, lib=_library)
-torch.library.register_autograd("attnc::channel", _channel_gradient, setup_context=_channel_setup, lib=_library)
+    torch.library.register_autograd(f"attnc::{_name}", attend_gradient, setup_context=attend_setup, lib=_library)
+torch.library.register_autograd("attnc::channel", channel_gradient, setup_context=channel_setup, lib=_library)

@@ -1,0 +1,83 @@
+"""The operators called past PyTorch's dispatcher, which takes longer than a small kernel, where nobody listens on the way.
+
+A mode, a transform, a tracer, a profiler or a tensor subclass sees the operators of `attnc.runtime.operator` as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnc.runtime import operator
+
+_Key: Any = torch._C.DispatchKey
+_ALONE = torch._C.DispatchKeySet(_Key.BackendSelect)
+_ALONE = frozenset((_ALONE.raw_repr(), _ALONE.add(_Key.ADInplaceOrView).raw_repr()))  # in inference mode, and out of it
+_OWN = (Tensor, torch.nn.Parameter)
+
+
+def alone(tensors: Iterable[Tensor]) -> bool:
+    """Nothing but autograd would see an operator that is called on these tensors now."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _ALONE
+        and not torch._C._len_torch_function_stack()
+        and not torch.autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+        and all(type(t) in _OWN for t in tensors)
+    )
+
+
+def attend(past: bool, rows: tuple[Tensor, ...], tables: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    """out and lse. past: these tensors are `alone`; rows: q, k and v, or the three in one tensor; rest: from the scale on, as the
+    operators take them."""
+    if not past:
+        called = torch.ops.attnc.attend if len(rows) == 3 else torch.ops.attnc.attend_packed
+        return called(*rows, tables, *rest)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *tables)):
+        return _Attend.apply(len(rows), rest, *rows, *tables)  # type: ignore[no-any-return,no-untyped-call]
+    return operator.FORWARD[len(rows)](*rows, tables, *rest)
+
+
+def channel(past: bool, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    """Channel attention of [B, H, N, channels]. past: these tensors are `alone`."""
+    if not past:
+        return torch.ops.attnc.channel(q, k, v, scale, backend)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Channel.apply(q, k, v, scale, backend)  # type: ignore[no-any-return,no-untyped-call]
+    return operator.channel(q, k, v, scale, backend)
+
+
+def _alone_once(tensors: Iterable[Tensor]) -> bool:
+    """In a backward: `alone`, and nobody wants to differentiate again."""
+    return not torch.is_grad_enabled() and alone(tensors)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, rest: tuple[Any, ...], *tensors: Tensor) -> Any:  # type: ignore[override]
+        rows, tables = tensors[:count], list(tensors[count:])
+        found = operator.FORWARD[count](*rows, tables, *rest)
+        operator.attend_setup(ctx, (*rows, tables, *rest), found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:  # type: ignore[override]
+        *rows, tables, _, _, _, _, _, _ = operator.attend_gradient(ctx, grad_out, grad_lse, alone=_alone_once)
+        return None, None, *rows, *tables
+
+
+class _Channel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Any:  # type: ignore[override]
+        found = operator.channel(q, k, v, scale, backend)
+        operator.channel_setup(ctx, (q, k, v, scale, backend), found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
+        return operator.channel_gradient(ctx, grad_out, alone=_alone_once)
