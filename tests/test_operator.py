@@ -508,3 +508,43 @@ def test_an_operator_costs_little_to_hold() -> None:
     tracemalloc.stop()
     assert len(kept) == 20
     assert size < 20 << 20
+
+
+# ------------------------------------------------------------------------------------------------------------- past the dispatcher
+class Heard(TorchDispatchMode):
+    """Names of the operators that a mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_who_listens_hears_the_operators(packed: bool) -> None:
+    layout = "b x (three h d)" if packed else "b x h d"
+    op = attnc.compile(patterns.window(4), layout=layout, heads=2, backend="torch")
+    x = torch.randn(1, 12, 48 if packed else 2, *(() if packed else (8,)), requires_grad=True)
+    rows = (x,) if packed else (x, x, x)
+    quiet = op(*rows)
+    (gradient,) = torch.autograd.grad(quiet.square().sum(), x)
+    name = "attend_packed" if packed else "attend"
+    with Heard() as heard:
+        out = op(*rows)
+        (same,) = torch.autograd.grad(out.square().sum(), x)
+    assert {f"attnc.{name}.default", f"attnc.{name}_backward.default"} <= set(heard.names)
+    assert torch.equal(out, quiet)
+    assert torch.equal(same, gradient)
+    out = op(*rows)  # recorded past the dispatcher, run backward under a mode
+    with Heard() as heard:
+        (same,) = torch.autograd.grad(out.square().sum(), x)
+    assert f"attnc.{name}_backward.default" in heard.names
+    assert torch.equal(same, gradient)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        op(*rows)
+    assert f"attnc::{name}" in {e.name for e in profile.events()}
+    with torch.inference_mode():
+        assert torch.equal(op(*rows), quiet)

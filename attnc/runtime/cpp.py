@@ -149,7 +149,7 @@ def _planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tup
         if call.continues:
             choice = replace(choice, band=False)  # bands keep no running maximum
         found = call.kept[key] = _runner(spec, backward, choice), _ready(spec, call.geometry, choice, *size)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 from attnc.runtime import operator
 
 _Key: Any = torch._C.DispatchKey
-_ALONE = torch._C.DispatchKeySet(_Key.BackendSelect)
-_ALONE = frozenset((_ALONE.raw_repr(), _ALONE.add(_Key.ADInplaceOrView).raw_repr()))  # in inference mode, and out of it
+_KEYS = torch._C.DispatchKeySet(_Key.BackendSelect)
+_ALONE = frozenset((_KEYS.raw_repr(), _KEYS.add(_Key.ADInplaceOrView).raw_repr()))  # in inference mode, and out of it
 _OWN = (Tensor, torch.nn.Parameter)
 
 
@@ -26,7 +26,7 @@ def alone(tensors: Iterable[Tensor]) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _ALONE
         and not torch._C._len_torch_function_stack()
-        and not torch.autograd._profiler_enabled()
+        and not torch._C._autograd._profiler_enabled()
         and forward_ad._current_level < 0
         and all(type(t) in _OWN for t in tensors)
     )
@@ -39,7 +39,7 @@ def attend(past: bool, rows: tuple[Tensor, ...], tables: list[Tensor], *rest: An
         called = torch.ops.attnc.attend if len(rows) == 3 else torch.ops.attnc.attend_packed
         return called(*rows, tables, *rest)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *tables)):
-        return _Attend.apply(len(rows), rest, *rows, *tables)  # type: ignore[no-any-return,no-untyped-call]
+        return _Attend.apply(len(rows), rest, *rows, *tables)  # type: ignore[no-any-return]
     return operator.FORWARD[len(rows)](*rows, tables, *rest)
 
 
@@ -48,7 +48,7 @@ def channel(past: bool, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: 
     if not past:
         return torch.ops.attnc.channel(q, k, v, scale, backend)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Channel.apply(q, k, v, scale, backend)  # type: ignore[no-any-return,no-untyped-call]
+        return _Channel.apply(q, k, v, scale, backend)  # type: ignore[no-any-return]
     return operator.channel(q, k, v, scale, backend)
 
 
@@ -59,25 +59,25 @@ def _alone_once(tensors: Iterable[Tensor]) -> bool:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, rest: tuple[Any, ...], *tensors: Tensor) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, count: int, rest: tuple[Any, ...], *tensors: Tensor) -> Any:
         rows, tables = tensors[:count], list(tensors[count:])
         found = operator.FORWARD[count](*rows, tables, *rest)
         operator.attend_setup(ctx, (*rows, tables, *rest), found)
         return found
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         *rows, tables, _, _, _, _, _, _ = operator.attend_gradient(ctx, grad_out, grad_lse, alone=_alone_once)
         return None, None, *rows, *tables
 
 
 class _Channel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Any:
         found = operator.channel(q, k, v, scale, backend)
         operator.channel_setup(ctx, (q, k, v, scale, backend), found)
         return found
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
         return operator.channel_gradient(ctx, grad_out, alone=_alone_once)

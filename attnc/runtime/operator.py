@@ -399,8 +399,11 @@ def channel_gradient(ctx: Any, grad_out: Tensor, *, alone: Alone = None) -> tupl
     return (*backward(q, k, v, grad_out, *ctx.rest), None, None)
 
 
-FORWARD = {3: _attend, 1: _attend_packed}  # by the number of tensors that hold q, k and v
-BACKWARD = {3: _attend_backward, 1: _attend_packed_backward}
+FORWARD: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {
+    3: _attend,
+    1: _attend_packed,
+}  # by the number of tensors that hold q, k and v
+BACKWARD: dict[int, Callable[..., Any]] = {3: _attend_backward, 1: _attend_packed_backward}
 _plain_dispatch = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
 
 
