@@ -30,8 +30,9 @@ from attnc.lang import functions as fn
 from attnc.lang.functions import HEAD, SCORE, where
 from attnc.lang.pattern import pattern
 from attnc.lang.symbols import Table
-from attnc.runtime import cpp
+from attnc.runtime import cpp, operator
 from attnc.runtime.call import Call
+from attnc.schedule import choose
 from attnc.schedule.geometry import geometry
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
@@ -40,8 +41,26 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Nothing may be read from outputs, or left in them, that was never written."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: x.fill_(math.nan) if (x := empty(*a, **k)).is_floating_point() else x)
+
+    def filled(make):
+        return lambda *a, **k: x.fill_(math.nan) if (x := make(*a, **k)).is_floating_point() else x
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+
+
+@pytest.fixture(autouse=True)
+def preferred(monkeypatch):
+    """Bands are taken wherever they fit, also where tiles would cost less."""
+
+    def forget():
+        for known in (choose.candidates, cpp._tunable, cpp._choice, operator._parts):
+            known.cache_clear()
+
+    forget()
+    monkeypatch.setattr(choose, "_band_cost", lambda geo, kernel: 0.0)
+    yield
+    forget()
 
 
 @pytest.fixture
@@ -276,3 +295,18 @@ def test_memory_does_not_grow_with_the_grid(threads):
         del result
     assert kept[0] < 4 << 20
     assert kept[0] + kept[1] < 4 << 20, "the second, larger grid needed much more"
+
+
+def test_short_rows_are_cheaper_as_tiles(monkeypatch):
+    monkeypatch.undo()
+    for p, side, band in (
+        (patterns.neighborhood(7), 7, False),
+        (patterns.neighborhood(7), 28, True),
+        (patterns.dilated(7, 8), 56, False),
+    ):
+        program = make_program(p)
+        geo = geometry(program, (side, side), (side, side))
+        for backward in (False, True):
+            found = choose.candidates(geo, Spec(program, 32, 32, "float32").kernel(backward), 64, 1)
+            assert found[0][1].band == band
+            assert any(c.band for _, c in found)

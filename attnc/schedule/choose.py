@@ -89,6 +89,17 @@ def _cost(cuts: tuple[_Cut, ...], kernel: Kernel) -> float:
     return cost
 
 
+def _band_cost(geo: Geometry, kernel: Kernel) -> float:
+    """Cycles of one (batch, head) whose rows are walked as bands: a vector is one key of each of so many queries of a row."""
+    *others, x = geo.axes
+    lo, hi = ends(x)
+    rows = [-(-x.queries // x.split) - (r >= x.queries % x.split > 0) for r in range(x.split)]
+    vectors = sum(-(-n // kernel.lanes) for n in rows) * int((hi - lo + 1).max(initial=0))
+    return float(
+        vectors * math.prod(a.pairs() for a in others) * (kernel.dim + kernel.value_dim) * (3.3 if kernel.backward else 1.5)
+    )
+
+
 @lru_cache(maxsize=256)
 def candidates(geo: Geometry, kernel: Kernel, items: int, threads: int) -> tuple[tuple[float, Choice], ...]:
     """Every choice with its cost, the cheapest first, for `items` (batch, head) pairs on so many threads."""
@@ -111,7 +122,8 @@ def candidates(geo: Geometry, kernel: Kernel, items: int, threads: int) -> tuple
         found.append((cost, Choice(tuple(c.side for c in product))))
     found.sort(key=lambda x: x[0])
     if kernel.band:
-        found.insert(0, (0.0, Choice(found[0][1].sides, band=True)))
+        found.append((_band_cost(geo, kernel), Choice(found[0][1].sides, band=True)))
+        found.sort(key=lambda x: x[0])
     return tuple(found)
 
 
