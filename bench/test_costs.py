@@ -17,7 +17,7 @@ import torch
 import attnc
 from attnc import patterns
 from attnc.codegen import cpp_host
-from attnc.runtime import cpp, tuner
+from attnc.runtime import cpp, operator, tuner
 from bench.cases import Case, cases
 from bench.timing import Results, gemm_rate, interleaved, medians, passes, threads
 
@@ -148,10 +148,10 @@ def _built(case: Case, march: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cpp_host, "FLAGS", flags)
     for cached in (cpp._machine, cpp._function):
         cached.cache_clear()
-    run, kernels = case.ours(), lru_cache(maxsize=None)(cpp._kernel.__wrapped__)
+    run, kernels, parts = case.ours(), *(lru_cache(maxsize=None)(f.__wrapped__) for f in (cpp._kernel, operator._parts))
 
     def call(*inputs: torch.Tensor) -> torch.Tensor:
-        cpp._kernel = kernels
+        cpp._kernel, operator._parts = kernels, parts
         return run(*inputs)
 
     with torch.no_grad():

@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLAGS = ["-O2", "-march=native", "-std=gnu++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = [
+    "-O2",
+    "-fno-tree-vectorize",
+    "-fno-gcse",
+    "-march=native",
+    "-std=gnu++20",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 Number, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 

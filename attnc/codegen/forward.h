@@ -64,10 +64,9 @@ struct Forward {
     }
 
     // q . k of queries i .. i + M - 1 and N vectors of keys from key j on (b: the vectors in their panel, b_row apart), to `scores`.
-    // FINISH: as scores, with their maxima per lane; all queries see all these keys.
-    template <int M, int N, bool FINISH>
-    __attribute__((noinline)) void score_block(int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
-        const Numbers numbers = this->numbers;
+    // finished: as scores, with their maxima per lane; all queries see all these keys.
+    template <int M, int N>
+    __attribute__((noinline)) void score_block(bool finished, int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
         constexpr int parts = WORD > 1 ? 1 : (D + 63) / 64, most = (QW + parts - 1) / parts;     // sums are cut, so that their error does not grow
         real* row = scores + j;
         const real* a[M];
@@ -86,7 +85,8 @@ struct Forward {
             if (from) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] += load(row + r * STRIDE + n * L);
             if (from + most < QW) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(row + r * STRIDE + n * L, s[r][n]);
         }
-        if constexpr (FINISH) {
+        if (finished) {
+            const Numbers numbers = this->numbers;
             const I inside = lanes() < splat_integer(here->keys.count - j - (N - 1) * L);      // of the last vector
             UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {
                 V x = s[r][n];
@@ -97,12 +97,12 @@ struct Forward {
             }
         } else UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(row + r * STRIDE + n * L, s[r][n]);
     }
-    template <int M, bool FINISH> INLINE void score_rows(int n, int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
+    template <int M> INLINE void score_rows(bool finished, int n, int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
         switch (n) {
-            case 1: return score_block<M, 1, FINISH>(i, j, b, b_row, elements, best);
-            case 2: return score_block<M, 2, FINISH>(i, j, b, b_row, elements, best);
-            case 3: if constexpr (COLUMNS > 2) return score_block<M, 3, FINISH>(i, j, b, b_row, elements, best); break;
-            default: if constexpr (COLUMNS > 3) return score_block<M, 4, FINISH>(i, j, b, b_row, elements, best);
+            case 1: return score_block<M, 1>(finished, i, j, b, b_row, elements, best);
+            case 2: return score_block<M, 2>(finished, i, j, b, b_row, elements, best);
+            case 3: if constexpr (COLUMNS > 2) return score_block<M, 3>(finished, i, j, b, b_row, elements, best); break;
+            default: if constexpr (COLUMNS > 3) return score_block<M, 4>(finished, i, j, b, b_row, elements, best);
         }
     }
     // The same for the one or two keys after the last whole vector, which a vector of their own would mostly waste: sums over lanes of
@@ -216,11 +216,10 @@ struct Forward {
             if (x >= y) continue;
             const real* b = panels.data + begin * L * QW + (x - begin) * L;
             const int64_t width = (panels.first(p + 1) - begin) * L;
-            if (sight.check || x * L < sight.clear.begin || min(y * L, here->keys.count) > sight.clear.end) {
-                if (USES_SCORE || plain) score_rows<M, false>(y - x, i, x * L, b, width, elements, best);
-                else for (int r = 0; r < M; r++) memset(scores + r * STRIDE + x * L, 0, sizeof(real) * (y - x) * L);
-                check_rows(i, M, x * L, y * L, plain, elements, best);
-            } else score_rows<M, true>(y - x, i, x * L, b, width, elements, best);
+            const bool checked = sight.check || x * L < sight.clear.begin || min(y * L, here->keys.count) > sight.clear.end;
+            if (USES_SCORE || plain) score_rows<M>(!checked, y - x, i, x * L, b, width, elements, best);
+            else for (int r = 0; r < M; r++) memset(scores + r * STRIDE + x * L, 0, sizeof(real) * (y - x) * L);
+            if (checked) check_rows(i, M, x * L, y * L, plain, elements, best);
         }
         if constexpr (M <= L && D % (WORD * L) == 0) if (odd) odd_scores<M>(i, elements, best);
         // maxima, sums and factors of L rows at a time

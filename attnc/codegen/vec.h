@@ -421,10 +421,15 @@ template <int W, class Load> INLINE void pack_rows(Panels& panels, int rows, Loa
         for (int v = 0; v * L < width; v++) {
             const int first = (begin + v) * L, there = min(rows - first, L);
             real* dst = panels.data + (int64_t)begin * L * W + v * L;
+#pragma GCC unroll 1    // a transpose is long, and its source takes longer to build the more often it occurs
             for (int d = 0; d < W; d += L) {
-                V x[L];
+                V x[L], few[L];
                 if (there == L) { UNROLL for (int i = 0; i < L; i++) x[i] = load_part(first + i, d); }
-                else { UNROLL for (int i = 0; i < L; i++) x[i] = i < there ? load_part(first + i, d) : V{}; }
+                else {
+#pragma GCC unroll 1
+                    for (int i = 0; i < L; i++) few[i] = i < there ? load_part(first + i, d) : V{};
+                    UNROLL for (int i = 0; i < L; i++) x[i] = few[i];
+                }
                 transpose(x);
                 if (d + L <= W) { UNROLL for (int i = 0; i < L; i++) store(dst + (int64_t)(d + i) * width, x[i]); }
                 else for (int i = 0; i < W - d; i++) store(dst + (int64_t)(d + i) * width, x[i]);
