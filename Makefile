@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | clean       (`make test ARGS="-k cache"` passes arguments to pytest)
+# make setup | demo | test | lint | bench | fuzz | clean       (`make test ARGS="-k cache"` passes arguments to pytest)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ ARGS   ?=
 # make setup TORCH=torch
 TORCH  ?= torch>=2.11,<2.14
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench fuzz clean
 setup: $(STAMP)
 
 $(STAMP): Makefile pyproject.toml setup.py tools/torchvision_cpu.py
@@ -38,6 +38,11 @@ lint: setup
 # about twelve minutes on two cores: bench/results/*.json, docs/performance.md and its pictures
 bench: setup
 	$(PY) -m bench $(ARGS)
+
+# random programs on every backend against the float64 meaning; what is found wrong becomes a test (tests/fuzzed)
+MINUTES ?= 10
+fuzz: setup
+	OMP_WAIT_POLICY=passive $(PY) tests/fuzz.py --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

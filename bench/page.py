@@ -235,7 +235,8 @@ def _ratios(rows: list[Row], title: str, path: Path) -> None:
     axis.barh(place, [r["ratio"] for r in rows], color=colours, height=0.7)
     axis.plot([r["bar"]["ratio"] for r in rows], place, "|", color="black", markersize=11, markeredgewidth=1.6, label="bar")
     for i, r in zip(place, rows, strict=True):
-        axis.text(r["ratio"] + 0.05, i, f"{r['ratio']:.1f}x {r['peer']}, {r['share']:.2f} of GEMM", va="center", fontsize=7)
+        end = max(r["ratio"], r["bar"]["ratio"]) + 0.08
+        axis.text(end, i, f"{r['ratio']:.1f}x {r['peer']}, {r['share']:.2f} of GEMM", va="center", fontsize=7)
     axis.set_yticks(place, [label(r) for r in rows], fontsize=8)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlim(0, 1.25 * max(r["ratio"] for r in rows) + 0.8)

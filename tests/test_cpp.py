@@ -22,7 +22,7 @@ from attnc.lang import functions as fn
 from attnc.lang.functions import BATCH, HEAD, SCORE, where
 from attnc.lang.pattern import pattern
 from attnc.lang.symbols import Table
-from attnc.runtime import cpp
+from attnc.runtime import cpp, operator
 from attnc.runtime.call import Call
 from attnc.schedule.geometry import geometry
 
@@ -35,7 +35,7 @@ AXES = {1: ("x",), 2: ("y", "x"), 3: ("t", "y", "x")}
 def quick_builds():
     """Kernels are built without costly optimisation: their meaning is what is tested (`test_as_shipped` uses the real flags)."""
     flags = list(cpp_host.FLAGS)
-    caches = (cpp._machine, cpp._function, cpp._kernel, cpp._channel_kernel)
+    caches = (cpp._machine, cpp._function, cpp._kernel, cpp._channel_kernel, operator._parts)
     cpp_host.FLAGS[0] = "-O1"
     for c in caches:
         c.cache_clear()

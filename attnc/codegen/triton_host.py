@@ -48,6 +48,7 @@ class Host:
         self.rank_one = spec.rank == 1
         self.pads = ("pad_k", "pad_v") if spec.padded else ()
         self.tables = spec.attend.tables
+        self.given = {*self.tables, "pad_k", "pad_v"}
 
     # ------------------------------------------------------------------------------------------------------------------- pieces
     def sizes(self) -> list[str]:
@@ -122,8 +123,8 @@ class Host:
             return self.part(tensors[name[0]], "prefix")
         if name.endswith("_st"):
             stem = name.removesuffix("_st")
-            return f"table_strides({stem})" if stem.startswith("d_") else f'table_strides(tables["{stem}"])'
-        if name.endswith("_table"):
+            return f'table_strides(tables["{stem}"])' if stem in self.given else f"table_strides({stem})"
+        if name.removesuffix("_table") in self.given and name.endswith("_table"):  # not the gradient of a table called "table"
             return 'tables["' + name.removesuffix("_table") + '"]'
         if self.spec.prefix and name in ("Lse", "Lse2", "Delta", "GLse"):
             low, n = name.lower(), self.spec.program.queries.prefix

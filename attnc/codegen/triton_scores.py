@@ -128,6 +128,8 @@ class Scores(Shapes):
     def score(self, ok: str) -> str:
         """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked after), "" or "general"."""
         spec = self.spec
+        # a mask and terms of the chunk's columns alone have one row, and a product starts from all of them
+        flat = ok == "seen[None, :]" and not self.fused and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
         if self.fused and ok:  # rows beyond the group must not reach dk and dv
             self.put(f"ok = live[:, None] & {ok}")
             ok = "ok"
@@ -144,18 +146,24 @@ class Scores(Shapes):
             value = f"({self.pair(spec.bias, ok)}) * (1.0 / scale)"
             if self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
                 value += f" + tl.where(seen, 0.0, {INF})[None, :]"
-                self.put(f"bias = {value}" + (f" + tl.where(live, 0.0, {INF})[:, None]" if self.fused else ""))
-                return "bias"
-            self.put(f"bias = tl.where({ok}, {value}, {INF})" if ok else f"bias = tl.broadcast_to({value}, {shape})")
+                value += f" + tl.where(live, 0.0, {INF})[:, None]" if self.fused else ""
+            elif ok:
+                value = f"tl.where({ok}, {value}, {INF})"
+            self.put(f"bias = tl.broadcast_to({value}, {shape})" if flat or not ok else f"bias = {value}")
             return "bias"
         if ok in ("", "bias"):
             self.ok = "" if ok == "bias" else ok
             return ok
         if ok == "ok" or self.hoist:
-            zero = "0.0" if ok == "ok" and not self.fused else f"tl.zeros({shape}, tl.float32)"
+            zero = "0.0" if ok == "ok" and not self.fused and not flat else f"tl.zeros({shape}, tl.float32)"
             self.put(f"bias = tl.where({ok}, {zero}, {INF})")
             return "bias"
         return "seen"
+
+    def by_row(self, e: ir.Expr) -> bool:
+        """The rows of a tile differ in it."""
+        several = {p.axis for p in self.plans if p.rows > 1}
+        return any(n.op == "coord" and n.args[0] == self.side and n.args[1] in several for n in ir.walk(e))
 
     def scores(self, rows: str, columns: str) -> None:
         """s: the masked scores of a chunk, unscaled; or t, log2 weights, of a score that is more than SCORE plus a bias."""

@@ -1,0 +1,53 @@
+"""Programs that `make fuzz` once found wrong, each on the backend that was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+import pytest
+import strategies as draws
+
+FOUND = sorted(fuzz.FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FOUND, ids=[p.stem for p in FOUND])
+def test_found_once(path: Path) -> None:
+    kept = fuzz.Kept(**json.loads(path.read_text()))
+    if kept.backend != "triton":
+        draws.hold(kept.restored(), kept.backend)
+        return
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    text = f"import test_fuzzed as t; t.draws.hold(t.fuzz.Kept(**t.json.loads({path.read_text()!r})).restored(), 'triton')"
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_kept_program_is_the_program(tmp_path: Path) -> None:
+    p = draws.Problem(draws.decay() & draws.window(2), (5, 4), d=3, strides="guarded", pad=((1, 0), (0, 2)))
+    kept = fuzz.Kept(**json.loads(json.dumps(fuzz.asdict(fuzz.Kept.of(p, "torch", "")))))
+    again = kept.restored()
+    assert draws.replace_pads(again) == draws.replace_pads(p)
+    draws.hold(again, "torch")
+
+
+def test_the_fuzzer_sees_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from attnc.codegen import torch as portable
+
+    plain = portable.forward
+
+    def wrong(call, q, k, v):  # type: ignore[no-untyped-def]
+        out, lse = plain(call, q, k, v)
+        return out * 1.01, lse
+
+    monkeypatch.setattr(portable, "forward", wrong)
+    monkeypatch.setattr(fuzz, "FOLDER", tmp_path / "fuzzed")
+    counts = fuzz.fuzz("torch", 3)
+    assert counts["wrong"]
+    assert list((tmp_path / "fuzzed").glob("torch-*.json"))
