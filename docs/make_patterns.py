@@ -84,6 +84,12 @@ Each takes a pattern `of` (every key where it is left out) and changes its score
 | score | meaning |
 |---|---|
 {scores}
+## Lengths
+
+| pattern | meaning |
+|---|---|
+| `at_least(length, of)` | {at_least} |
+
 ## Mechanisms
 
 | mechanism | meaning |
@@ -123,7 +129,9 @@ def main() -> None:
     rows = "".join(row(*each) for each in SHOWN)
     channel = sentence(inspect.getdoc(patterns.channel) or "")
     scores = "".join(f"| `{call}` | {paragraphs(inspect.getdoc(f) or '')} |\n" for call, f in SCORES)
-    text = HEAD.format(grid="x".join(map(str, GRID))) + rows + TAIL.format(channel=channel, scores=scores)
+    at_least = paragraphs(inspect.getdoc(patterns.at_least) or "")
+    tail = TAIL.format(channel=channel, scores=scores, at_least=at_least)
+    text = HEAD.format(grid="x".join(map(str, GRID))) + rows + tail
     (HERE / "patterns.md").write_text(text, encoding="utf-8")
 
 

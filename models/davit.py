@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc.errors import DeclarationError
+from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.conv import ConvPositionalEncoding, conv_map, pad_to_multiple
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit, init_vit_conv
@@ -37,22 +38,6 @@ def window_operator(size: tuple[int, int], heads: int, backend: str) -> attnc.Op
 def channel_operator(backend: str) -> attnc.Operator:
     """Attention between the channels of a head, on q, k and v ``[B, N, heads, d]``."""
     return attnc.compile(attnc.patterns.channel(), layout="b x h d", backend=backend)
-
-
-class QkvAttention(nn.Module):
-    """What both have: ``qkv`` (C -> [q | k | v], each in heads of C / h channels) and ``proj`` (C -> C).
-
-    Raises:
-        DeclarationError: the heads do not divide the channels.
-    """
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise DeclarationError(f"num_heads is {num_heads}, which does not divide dim = {dim}")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
 
 
 class WindowAttention(QkvAttention):
@@ -85,11 +70,7 @@ class WindowAttention(QkvAttention):
     def _padding(self, qkv: Tensor) -> dict[str, Any]:
         """k and v of padded tokens, ``[heads, d]``; none where windows fit or there is no bias (zeros)."""
         fits = all(n % w == 0 for n, w in zip(qkv.shape[1:3], self.window_size, strict=True))
-        if fits or self.qkv.bias is None:
-            return {}
-        # under autocast the bias is float32 and qkv is not
-        _, k, v = self.qkv.bias.to(qkv.dtype).view(3, self.num_heads, -1).unbind(0)
-        return {"pad_k": k, "pad_v": v}
+        return {} if fits else self.padded_rows(qkv)
 
 
 class ChannelAttention(QkvAttention):

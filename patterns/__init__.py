@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnc.patterns.at_least import at_least
 from attnc.patterns.axial import axial
 from attnc.patterns.bands import band, causal, full
 from attnc.patterns.channel import channel
@@ -22,6 +23,7 @@ from attnc.patterns.window import blocks, window
 
 __all__ = [
     "alibi",
+    "at_least",
     "axial",
     "band",
     "blocks",

@@ -6,15 +6,23 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Linear C -> hidden, exact (erf) GELU, Linear hidden -> C, on the last dimension of ``[..., C]``."""
+    """Linear C -> hidden, GELU, Linear hidden -> C, on the last dimension of ``[..., C]``.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    Args:
+        dim: C.
+        hidden: channels between the two.
+        gelu: "none" is the exact (erf) GELU, "tanh" its approximation.
+        drop: dropout after either layer.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, gelu: str = "none", drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = nn.GELU(gelu)
         self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C] -> [..., C]``."""
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
         return out

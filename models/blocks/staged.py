@@ -1,0 +1,103 @@
+"""What models made of stages offer beside their mathematics: features, checkpointing, another classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attnc.errors import DeclarationError
+from attnc.models.blocks.init import init_vit
+
+
+class Staged(nn.Module):
+    """Base of classifiers whose stages give maps; a subclass builds them and has `forward_stages` and `forward_head`.
+
+    Args:
+        widths: channels of each stage's output.
+        reductions: stride of each stage's output, in pixels.
+        stages: name of the list of stages, for `feature_info`.
+        num_classes: logits; 0 leaves the pooled, normalised features.
+        features_only: the forward gives the list of stage outputs; there is no classifier.
+        out_indices: stages in that list, all by default.
+        grad_checkpointing: recompute each block in the backward.
+
+    Raises:
+        DeclarationError: `out_indices` names a stage that does not exist.
+    """
+
+    head: nn.Module
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        reductions: Sequence[int],
+        stages: str,
+        *,
+        num_classes: int,
+        features_only: bool,
+        out_indices: Sequence[int] | None,
+        grad_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        n = len(widths)
+        out_indices = tuple(range(n) if out_indices is None else out_indices)
+        self.check(all(-n <= i < n for i in out_indices), f"{out_indices=}: there are {n} stages")
+        self.num_classes = num_classes
+        self.num_features = widths[-1]
+        self.features_only = features_only
+        self.out_indices = tuple(sorted(i % n for i in out_indices))
+        self.grad_checkpointing = grad_checkpointing
+        # what timm's users of backbones read
+        self.feature_info = [
+            {"num_chs": widths[i], "reduction": reductions[i], "module": f"{stages}.{i}"} for i in self.out_indices
+        ]
+
+    def check(self, holds: bool, complaint: str) -> None:
+        """Raise a DeclarationError that names the model unless `holds`."""
+        if not holds:
+            raise DeclarationError(f"{type(self).__name__}: {complaint}")
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """``[B, in_chans, H, W] -> [B, num_classes]``; with `features_only`, all ``[B, C, H', W']``."""
+        if self.features_only:
+            maps = self.forward_stages(x)
+            return [maps[i] for i in self.out_indices]
+        return self.forward_head(self.forward_features(x))
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """The outputs of all stages, ``[B, C, H', W']``."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's output, ``[B, C, H', W']``, before norm and pooling."""
+        return self.forward_stages(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The classifier on the last stage's output; `pre_logits` leaves out its last layer."""
+        raise NotImplementedError
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer (an identity without classes)."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last linear layer by a fresh one; 0 classes leave what comes before it."""
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.apply(init_vit)
+        self.head.to(like)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade the blocks' activations for computing them again in the backward."""
+        self.grad_checkpointing = enable
+
+    def run(self, block: nn.Module, x: Tensor, **more: Any) -> Tensor:
+        """``block(x, **more)``, checkpointed where that is wanted."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x, use_reentrant=False, **more))
+        return cast(Tensor, block(x, **more))

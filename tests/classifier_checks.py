@@ -1,0 +1,96 @@
+"""What every model must do, as checks that a paper's test calls with a small configuration of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnc.models import create_model
+
+Build = Callable[..., nn.Module]
+
+
+def image(height: int, width: int, batch: int = 2) -> Tensor:
+    """Random pixels, the same at each call."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def parameters(name: str, **overrides: Any) -> int:
+    """The number of parameters of a registered variant, without memory for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in create_model(name, **overrides).parameters())
+
+
+def trains(model: nn.Module, size: tuple[int, int], steps: int = 12, rate: float = 3e-3) -> None:
+    """A few steps on one batch lower the loss, and every parameter has a finite gradient."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    x, target = image(*size, batch=4), torch.arange(4)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    for name, p in model.named_parameters():
+        assert p.grad is not None and bool(p.grad.isfinite().all()), name
+
+
+def checkpointing_changes_nothing(build: Build, size: tuple[int, int]) -> None:
+    """Gradients with and without recomputation are the same, random branches included."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(drop_path_rate=0.3, grad_checkpointing=checkpointing)
+        torch.manual_seed(2)
+        model(image(*size)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, msg=name)
+
+
+def autocasts(model: nn.Module, size: tuple[int, int]) -> None:
+    """Under bfloat16 autocast outputs stay near those of float32."""
+    model.eval()
+    exact = model(image(*size))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(image(*size))
+    assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max() + 0.02
+
+
+def compiles(model: nn.Module, size: tuple[int, int]) -> None:
+    """torch.compile takes the whole model as one graph, in evaluation and with a gradient."""
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = image(*size)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def classifier_changes(model: nn.Module, size: tuple[int, int]) -> None:
+    """Another number of classes, or none, which leaves what the classifier reads."""
+    model.eval()
+    model.reset_classifier(3)
+    assert model(image(*size)).shape == (2, 3)
+    pooled = model.forward_head(model.forward_features(image(*size)), pre_logits=True)
+    torch.testing.assert_close(model.get_classifier()(pooled), model(image(*size)))
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(image(*size)), pooled)
+
+
+def features(build: Build, size: tuple[int, int], shapes: list[tuple[int, int, int]]) -> None:
+    """Stage outputs ``(C, H, W)``, without a classifier, and equal to what the classifier is computed from."""
+    backbone = build(features_only=True).eval()
+    maps = backbone(image(*size))
+    assert [tuple(m.shape[1:]) for m in maps] == shapes
+    assert [info["num_chs"] for info in backbone.feature_info] == [c for c, _, _ in shapes]
+    model = build().eval()
+    left = model.load_state_dict(backbone.state_dict(), strict=False)
+    assert not left.unexpected_keys
+    torch.testing.assert_close(model.forward_features(image(*size)), maps[-1])
+    last = build(features_only=True, out_indices=(-1,)).eval()
+    assert [tuple(m.shape[1:]) for m in last(image(*size))] == shapes[-1:]
