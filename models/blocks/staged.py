@@ -29,7 +29,7 @@ class Staged(nn.Module):
         DeclarationError: `out_indices` names a stage that does not exist.
     """
 
-    head: nn.Module
+    classifier = "head"  # where the last linear layer is
 
     def __init__(
         self,
@@ -82,15 +82,14 @@ class Staged(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer (an identity without classes)."""
-        return self.head
+        return self.get_submodule(self.classifier)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the last linear layer by a fresh one; 0 classes leave what comes before it."""
-        like = next(self.parameters())
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_vit)
-        self.head.to(like)
+        fresh = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        fresh.apply(init_vit)
+        self.set_submodule(self.classifier, fresh.to(next(self.parameters())))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade the blocks' activations for computing them again in the backward."""
