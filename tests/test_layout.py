@@ -86,6 +86,15 @@ def test_an_output_in_the_querys_order_merges_without_a_copy(drawn: tuple[str, t
     assert merged.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
 
 
+def test_a_broadcast_query_s_output_merges_without_a_copy() -> None:
+    """Windows that share their queries: stride 0 along both axes of windows, and along the batch."""
+    layout = layouts.parse("b i y j x h d")
+    for q in (torch.randn(2, 1, 4, 1, 5, 3, 8), torch.randn(1, 1, 4, 1, 5, 3, 8)):
+        shared = q.expand(2, 6, 4, 7, 5, 3, 8)
+        out = layouts.from_rows(empty_like_order(layouts.to_rows(shared, layout, None, "q"), 8), layout)
+        assert out.is_contiguous()
+
+
 def test_strides_of_rows() -> None:
     t = torch.empty(2, 3, 20, 8)
     assert strides(t, (4, 5), 0) == strides(t.unflatten(2, (4, 5)), (4, 5), 0).__class__(480, 160, (40, 8), 1, 8, 0)

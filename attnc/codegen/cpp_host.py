@@ -196,11 +196,22 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def outermost_first(strides: tuple[int, ...]) -> list[int]:
+    """The dimensions in the order of memory. One that is broadcast (stride 0) has no place of its own: the batch comes first, any
+    other right before the dimension that follows it, as if it had been unflattened from the two.
+    """
+    placed = list(strides)
+    for d in reversed(range(len(placed) - 1)):
+        if placed[d] == 0:
+            placed[d] = placed[d + 1] if d else max(placed)
+    return sorted(range(len(placed)), key=lambda d: (-placed[d], d))
+
+
 @lru_cache(maxsize=1024)
 def strides_in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a dense tensor of this shape, its dimensions in memory in the order of these strides."""
     dense, step = [0] * len(shape), 1
-    for d in sorted(range(len(shape)), key=lambda d: (-strides[d], d), reverse=True):
+    for d in reversed(outermost_first(strides)):
         dense[d] = step
         step *= max(shape[d], 1)
     return tuple(dense)

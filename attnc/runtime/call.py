@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnc import ir
+from attnc.codegen.cpp_host import outermost_first, strides_in_order
 from attnc.schedule.geometry import Geometry
 
 
@@ -76,18 +76,9 @@ def strides(t: Tensor, grid: tuple[int, ...], prefix: int) -> Strides:
     return Strides(s[0], s[1], tuple(s[2:-1]), s[-1], 0, 0)
 
 
-@lru_cache(maxsize=1024)
-def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    dense, step = [0] * len(shape), 1
-    for d in sorted(range(len(shape)), key=lambda d: (-strides[d], d), reverse=True):
-        dense[d] = step
-        step *= max(shape[d], 1)
-    return tuple(dense)
-
-
 def in_order(t: Tensor, gradient: Tensor) -> bool:
     """Whether a tensor of t's shape is laid out as empty_like_order promises."""
-    return gradient.stride() == _dense(gradient.shape, t.stride())
+    return gradient.stride() == strides_in_order(gradient.shape, t.stride())
 
 
 def empty_like_order(t: Tensor, channels: int) -> Tensor:
@@ -98,8 +89,8 @@ def empty_like_order(t: Tensor, channels: int) -> Tensor:
     """
     shape, strides = (*t.shape[:-1], channels), t.stride()
     if all(type(n) is int for n in (*shape, *strides)):
-        return torch.empty_strided(shape, _dense(shape, strides), dtype=t.dtype, device=t.device)
-    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))  # sizes are symbols
+        return torch.empty_strided(shape, strides_in_order(shape, strides), dtype=t.dtype, device=t.device)
+    order = outermost_first(strides)  # sizes are symbols
     inverse = [order.index(d) for d in range(t.dim())]
     return torch.empty([shape[d] for d in order], dtype=t.dtype, device=t.device).permute(inverse)
 
