@@ -14,11 +14,17 @@ from attnc.errors import UnsupportedError
 from attnc.models.registry import discover
 
 _rules: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {}
+_flat: dict[str, re.Pattern[str]] = {}
 
 
-def timm_names(family: str, *rules: tuple[str, str]) -> None:
-    """Register (pattern, replacement) pairs for `re.sub` that make a timm key of `family` an official one."""
+def timm_names(family: str, *rules: tuple[str, str], flatten: str = "") -> None:
+    """Register (pattern, replacement) pairs for `re.sub` that make a timm key of `family` an official one.
+
+    Weights whose official names match `flatten` are linear layers that timm has as 1x1 convolutions.
+    """
     _rules[family] = tuple((re.compile(pattern), replacement) for pattern, replacement in rules)
+    if flatten:
+        _flat[family] = re.compile(flatten)
 
 
 def from_timm(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,5 +42,6 @@ def from_timm(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         for pattern, replacement in _rules[family]:
             key = pattern.sub(replacement, key)
-        renamed[key] = value
+        flat = family in _flat and _flat[family].search(key)
+        renamed[key] = value.flatten(1) if flat else value
     return renamed
