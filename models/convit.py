@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import attnc
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.attention import QkvAttention
-from attnc.models.blocks.conv import conv_map
 from attnc.models.blocks.drop import linear_rates
 from attnc.models.blocks.init import init_vit
+from attnc.models.blocks.patches import PatchEmbed, pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Classifier
 from attnc.models.official import official
@@ -138,18 +138,6 @@ class MHSA(QkvAttention):
         return self.project(self.attend(self.qkv(x), scale=self.scale))
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches."""
-
-    def __init__(self, in_chans: int, dim: int, patch: tuple[int, int]) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch, patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_chans, H, W] -> [B, H / patch, W / patch, C]``, rounded down."""
-        return conv_map(self.proj, x.permute(0, 2, 3, 1))
-
-
 @variants(
     convit_tiny={"embed_dim": 192, "num_heads": 4},
     convit_tiny_plus={"embed_dim": 256, "num_heads": 4},
@@ -203,12 +191,12 @@ class ConViT(Classifier):
         backend: str = "auto",
     ) -> None:
         super().__init__(embed_dim, num_classes=num_classes, grad_checkpointing=grad_checkpointing)
-        size, patch = _pair(img_size), _pair(patch_size)
+        size, patch = pair(img_size), pair(patch_size)
         self.grid = (size[0] // patch[0], size[1] // patch[1])
         self.check(min(self.grid) > 0, f"{img_size=} is less than a patch of {patch_size=}")
         self.check(local_up_to_layer >= 0, f"{local_up_to_layer=}: the number of gated blocks, 0 or more")
         self.local_up_to_layer = local_up_to_layer
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch)
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch, norm=False, pad=False)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
         self.pos_embed = None
         if use_pos_embed:
@@ -253,10 +241,6 @@ class ConViT(Classifier):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The first token of ``[B, N, C]``, and the classifier unless `pre_logits`."""
         return x[:, 0] if pre_logits else cast(Tensor, self.head(x[:, 0]))
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 timm_names("convit")  # the same names

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import attnc
 from attnc.errors import DeclarationError
 from attnc.models.blocks.attention import QkvAttention
-from attnc.models.blocks.conv import conv_map, pad_to_multiple
+from attnc.models.blocks.conv import conv_map
 from attnc.models.blocks.drop import linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.merge import PatchMerging
+from attnc.models.blocks.patches import PatchEmbed
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Staged
 from attnc.models.official import official
@@ -106,21 +107,6 @@ class ConvTokenizer(nn.Module):
         """``[B, in_chans, H, W] -> [B, ceil(H / 4), ceil(W / 4), C]``."""
         out: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
         return out
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, the image zero-padded on the bottom and right to whole ones, then LayerNorm if `norm`."""
-
-    def __init__(self, in_chans: int, dim: int, patch: int, norm: bool) -> None:
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv2d(in_chans, dim, patch, patch)
-        self.norm = nn.LayerNorm(dim) if norm else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_chans, H, W] -> [B, ceil(H / patch), ceil(W / patch), C]``."""
-        out = conv_map(self.proj, pad_to_multiple(x.permute(0, 2, 3, 1), self.patch, self.patch))
-        return out if self.norm is None else cast(Tensor, self.norm(out))
 
 
 class ConvDownsampler(nn.Module):
@@ -256,7 +242,9 @@ class DiNAT(Staged):
             f"{dilations=}: one per block, in a list per level of {depths=}",
         )
         self.check(swin or patch_size == 4, f"{patch_size=}: the convolutional stem has stride 4")
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_norm) if swin else ConvTokenizer(in_chans, embed_dim)
+        self.patch_embed: nn.Module = ConvTokenizer(in_chans, embed_dim)
+        if swin:
+            self.patch_embed = PatchEmbed(in_chans, embed_dim, (patch_size, patch_size), norm=patch_norm, pad=True)
         downsample = PatchMerging if swin else ConvDownsampler
         self.pos_drop = nn.Dropout(drop_rate)
         rates = iter(linear_rates(drop_path_rate, sum(depths)))

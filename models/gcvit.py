@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import attnc
 from attnc.errors import DeclarationError, ShapeError
-from attnc.models.blocks.attention import QkvAttention
+from attnc.models.blocks.biased_window import BiasedWindowAttention, BiasedWindows
 from attnc.models.blocks.conv import conv_map
 from attnc.models.blocks.drop import linear_rates
 from attnc.models.blocks.init import init_vit
@@ -38,28 +38,19 @@ def same_window(q: Any, k: Any, *, size: int, bias: attnc.Table) -> Any:
 
 
 @cache  # layers share operators
-def local_operator(size: int, heads: int, backend: str) -> attnc.Operator:
-    """Attention inside windows, on packed ``[B, H, W, 3C]``."""
-    pattern = attnc.patterns.window(size, bias="relative")
-    return attnc.compile(pattern, layout="b y x (three h d)", heads=heads, backend=backend)
-
-
-@cache
 def global_operator(size: int, backend: str) -> attnc.Operator:
     """Attention inside windows, on q, k and v ``[B, H / w, w, W / w, w, heads, d]``."""
     return attnc.compile(same_window(size=size), layout="b i y j x h d", backend=backend)
 
 
-class Windowed(QkvAttention):
-    """What both attentions have: softmax(q k^T / sqrt(d) + bias) v in w x w windows, the bias by query minus key.
+class GlobalWindowAttention(BiasedWindows):
+    """Window attention whose ``qkv`` (C -> [k | v]) gives keys and values: all windows of an image share their queries.
 
     Args:
-        dim, num_heads, qkv_bias, qk_scale, proj_drop: see `QkvAttention`.
-        window_size: w; it divides the map.
+        dim, num_heads, qkv_bias, qk_scale, proj_drop: see `BiasedWindows`.
+        window_size: side w of a window.
         backend: of the operator.
     """
-
-    rows = 3
 
     def __init__(
         self,
@@ -72,56 +63,13 @@ class Windowed(QkvAttention):
         *,
         backend: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, qk_scale=qk_scale, proj_drop=proj_drop, rows=self.rows)
-        self.window_size = window_size
-        table = torch.empty((2 * window_size - 1) ** 2, num_heads)
-        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
-        self.attend = self.operator(backend)
-
-    def operator(self, backend: str) -> attnc.Operator:
-        """The compiled attention."""
-        raise NotImplementedError
-
-    def bias(self) -> Tensor:
-        """The table as a view ``[heads, 2w - 1, 2w - 1]``."""
-        side = 2 * self.window_size - 1
-        return self.relative_position_bias_table.view(side, side, -1).permute(2, 0, 1)
-
-    def check(self, x: Tensor) -> None:
-        """ShapeError unless windows divide the map ``[B, H, W, C]``."""
-        if x.shape[1] % self.window_size or x.shape[2] % self.window_size:
-            raise ShapeError(
-                f"a map of {x.shape[1]}x{x.shape[2]} has no whole windows of {self.window_size}: choose an image size whose maps "
-                "they divide, or another window_size"
-            )
-
-
-class WindowAttention(Windowed):
-    """Local window attention, with queries of its own."""
-
-    def operator(self, backend: str) -> attnc.Operator:
-        """The compiled attention."""
-        return local_operator(self.window_size, self.num_heads, backend)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C] -> [B, H, W, C]``."""
-        self.check(x)
-        return self.project(self.attend(self.qkv(x), scale=self.scale, bias=self.bias()))
-
-
-class GlobalWindowAttention(Windowed):
-    """Global window attention: ``qkv`` (C -> [k | v]) gives keys and values, and all windows of an image share their queries."""
-
-    rows = 2
-
-    def operator(self, backend: str) -> attnc.Operator:
-        """The compiled attention."""
-        return global_operator(self.window_size, backend)
+        super().__init__(dim, num_heads, (window_size, window_size), qkv_bias, qk_scale, proj_drop, rows=2)
+        self.attend = global_operator(window_size, backend)
 
     def forward(self, x: Tensor, q_global: Tensor) -> Tensor:
         """x ``[B, H, W, C]``, q_global ``[B, w, w, C]`` -> ``[B, H, W, C]``; ShapeError where they do not fit."""
         self.check(x)
-        w, heads = self.window_size, self.num_heads
+        w, heads = self.window[0], self.num_heads
         if q_global.shape != (x.shape[0], w, w, x.shape[3]):
             raise ShapeError(
                 f"global queries of shape {list(q_global.shape)} for windows of {w}x{w} and a map {list(x.shape)}: the image has "
@@ -267,8 +215,12 @@ class Level(nn.Module):
         rates = [drop_path] * depth if isinstance(drop_path, int | float) else list(drop_path)
 
         def block(i: int) -> nn.Module:
-            kind = GlobalWindowAttention if i % 2 else WindowAttention
-            attn = kind(dim, num_heads, window_size, qkv_bias, qk_scale, drop, backend=backend)
+            attn: nn.Module
+            if i % 2:
+                attn = GlobalWindowAttention(dim, num_heads, window_size, qkv_bias, qk_scale, drop, backend=backend)
+            else:
+                window = (window_size, window_size)
+                attn = BiasedWindowAttention(dim, num_heads, window, qkv_bias, qk_scale, drop, backend=backend)
             return PreNormBlock(dim, attn, mlp_ratio=mlp_ratio, drop=drop, drop_path=rates[i], layer_scale=layer_scale)
 
         self.blocks = nn.ModuleList(block(i) for i in range(depth))
@@ -450,8 +402,8 @@ def _window_attention(
     backend: str = "auto",
 ) -> nn.Module:
     """Tokens of whole windows, ``[B * windows, w * w, C]``: each window is a map of its own."""
-    attn = WindowAttention(dim, num_heads, window_size, qkv_bias, qk_scale, backend=backend)
-    return on_tokens(attn, (window_size, window_size))
+    window = (window_size, window_size)
+    return on_tokens(BiasedWindowAttention(dim, num_heads, window, qkv_bias, qk_scale, backend=backend), window)
 
 
 @official("gcvit", "WindowAttentionGlobal", ignores=(*IGNORED, "batch", "windows_per_image"), derived=DERIVED)
@@ -460,7 +412,7 @@ class _OnWindows(GlobalWindowAttention):
 
     def forward(self, x: Tensor, q_global: Tensor) -> Tensor:
         """q_global ``[B, 1, heads, w * w, d]``."""
-        w = self.window_size
+        w = self.window[0]
         queries = torch.unflatten(q_global[:, 0].permute(0, 2, 1, 3).flatten(2), 1, (w, w))
         return super().forward(x.reshape(len(q_global), -1, w, x.shape[-1]), queries).view(x.shape)
 

@@ -19,6 +19,7 @@ import attnc
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.drop import DropPath
+from attnc.models.blocks.patches import pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Staged
 from attnc.models.official import official
@@ -342,7 +343,7 @@ class MaxViT(Staged):
         )
         self.check(len(depths) == len(embed_dim), f"{depths=} and {embed_dim=} differ in length")
         self.check(all(depth > 0 for depth in depths), f"{depths=}: every stage needs a block, which halves the map")
-        size = _pair(window_size)
+        size = pair(window_size)
         self.stem = Stem(in_chans, (stem_width[0], stem_width[1]))
         rates = iter([drop_path_rate * b / sum(depths) for b in range(sum(depths))])
 
@@ -380,10 +381,6 @@ class MaxViT(Staged):
         return out
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 timm_names("maxvit")  # the same names
 
 
@@ -406,7 +403,7 @@ def _partition(
     attn = PartitionAttention(
         dim,
         partition_type,
-        _pair(partition_size),
+        pair(partition_size),
         dim_head,
         biased=rel_pos_type is not None,
         interleaved=head_first,

@@ -11,7 +11,8 @@ from torch import nn
 
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models import create_model, from_timm
-from attnc.models.gcvit import GlobalWindowAttention, Level, WindowAttention
+from attnc.models.blocks.biased_window import BiasedWindowAttention
+from attnc.models.gcvit import GlobalWindowAttention, Level
 
 PARAMETERS = {  # 1000 classes
     "gcvit_xxtiny": 11_995_428,
@@ -69,7 +70,8 @@ def test_equals_timm(layer_scale: float | None) -> None:
 def test_shared_queries_are_local_ones_repeated(backend: str) -> None:
     """Where all windows of a map hold the same tokens, local queries are the same in all of them, too."""
     torch.manual_seed(0)
-    local, shared = WindowAttention(12, 3, 4, backend=backend).double(), GlobalWindowAttention(12, 3, 4, backend=backend).double()
+    local = BiasedWindowAttention(12, 3, (4, 4), backend=backend).double()
+    shared = GlobalWindowAttention(12, 3, 4, backend=backend).double()
     nn.init.normal_(local.qkv.bias)
     shared.load_state_dict({k: t[12:] if k.startswith("qkv") else t for k, t in local.state_dict().items()})
     window = torch.randn(2, 4, 4, 12, dtype=torch.float64)
@@ -123,7 +125,7 @@ def test_wrong_arguments(overrides: dict[str, Any], message: str) -> None:
 
 
 def test_wrong_image() -> None:
-    with pytest.raises(ShapeError, match="a map of 15x15 has no whole windows of 2"):
+    with pytest.raises(ShapeError, match="a map of 15x15 has no whole windows of 2x2"):
         small()(classifier_checks.image(60, 60))
     with pytest.raises(ShapeError, match="global queries of shape"):
         small()(classifier_checks.image(128, 128))
