@@ -84,11 +84,12 @@ Each takes a pattern `of` (every key where it is left out) and changes its score
 | score | meaning |
 |---|---|
 {scores}
-## Lengths
+## Lengths and generated weights
 
 | pattern | meaning |
 |---|---|
 | `at_least(length, of)` | {at_least} |
+| `outlook(size, stride=, padding=)` | {outlook} |
 
 ## Mechanisms
 
@@ -129,8 +130,8 @@ def main() -> None:
     rows = "".join(row(*each) for each in SHOWN)
     channel = sentence(inspect.getdoc(patterns.channel) or "")
     scores = "".join(f"| `{call}` | {paragraphs(inspect.getdoc(f) or '')} |\n" for call, f in SCORES)
-    at_least = paragraphs(inspect.getdoc(patterns.at_least) or "")
-    tail = TAIL.format(channel=channel, scores=scores, at_least=at_least)
+    at_least, outlook = (paragraphs(inspect.getdoc(f) or "") for f in (patterns.at_least, patterns.outlook))
+    tail = TAIL.format(channel=channel, scores=scores, at_least=at_least, outlook=outlook)
     text = HEAD.format(grid="x".join(map(str, GRID))) + rows + tail
     (HERE / "patterns.md").write_text(text, encoding="utf-8")
 

@@ -13,6 +13,7 @@ from attnc.patterns.dilated import dilated, dilated_blocks
 from attnc.patterns.gaussian import gaussian_mixture
 from attnc.patterns.grid import grid
 from attnc.patterns.neighborhood import neighborhood
+from attnc.patterns.outlook import outlook
 from attnc.patterns.overlapping import overlapping_window
 from attnc.patterns.per_head import per_head
 from attnc.patterns.polyline import polyline
@@ -40,6 +41,7 @@ __all__ = [
     "grid",
     "head_scale",
     "neighborhood",
+    "outlook",
     "overlapping_window",
     "per_head",
     "polyline",

@@ -79,6 +79,13 @@ def test_modules_compile_ahead_of_time(name, target):
             assert facts["spill_bytes"] == 0, kernel
 
 
+def test_inspect_compiles_padded_keys_of_half_precision() -> None:
+    """The rows of virtual keys have the dtype of the others: float32 ones made products of two types."""
+    padded = {"pad": "multiple", "heads": 2, "head_dim": 32, "dtype": "float16", "target": "cuda:80"}
+    report = attnc.inspect(patterns.window(7), grid=(10, 10), **padded).to_dict()
+    assert report["kernels"]["forward"]["mma_instructions"] > 0
+
+
 WIDE = [  # pattern, grid, head dimension, dtype, target
     (patterns.window(7, bias="relative"), (14, 14), 256, "float32", "cuda:80"),
     (patterns.neighborhood(7), (16, 24), 160, "float32", "cuda:80"),

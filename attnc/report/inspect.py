@@ -333,7 +333,7 @@ def _prefix_elements(spec: Spec, heads: int) -> int:
     return heads * (grid_rows + prefix_rows)
 
 
-def _tables(spec: Spec, heads: int, key_heads: int) -> dict[str, torch.Tensor]:
+def _tables(spec: Spec, heads: int, key_heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     g, out = spec.geometry, {}
     assert g is not None
     relation = spec.attend.int_tables
@@ -347,8 +347,8 @@ def _tables(spec: Spec, heads: int, key_heads: int) -> dict[str, torch.Tensor]:
         shape = [heads if e == ir.HEAD else longest_index(g, e) or 64 for e in node.children]
         out[name] = torch.empty(shape, dtype=torch.int32 if name in relation else torch.float32, device="meta")
     if spec.padded:
-        out["pad_k"] = torch.empty(key_heads, spec.head_dim, device="meta")
-        out["pad_v"] = torch.empty(key_heads, spec.value_dim, device="meta")
+        out["pad_k"] = torch.empty(key_heads, spec.head_dim, dtype=dtype, device="meta")
+        out["pad_v"] = torch.empty(key_heads, spec.value_dim, dtype=dtype, device="meta")
     return out
 
 
@@ -360,7 +360,7 @@ def _call(module: Any, spec: Spec, heads: int, head_dim: int, value_dim: int, dt
         return torch.empty(batch, heads, n, d, dtype=dtype, device="meta")
 
     q, k, v = rows(g.n_queries, head_dim), rows(g.n_keys, head_dim), rows(g.n_keys, value_dim)
-    tables = _tables(spec, heads, heads)
+    tables = _tables(spec, heads, heads, dtype)
     scale = head_dim**-0.5
     out, lse = module.run_forward(q, k, v, tables, scale)
     module.run_backward(q, k, v, out, lse, rows(g.n_queries, value_dim), None, tables, scale)
