@@ -104,7 +104,7 @@ def test_autocast() -> None:
 
 
 def test_compile() -> None:
-    classifier_checks.compiles(small(depths=(1, 1)), SIZE)
+    classifier_checks.compiles(small(depths=(1,), embed_dim=(8,)), SIZE)
 
 
 @pytest.mark.parametrize(

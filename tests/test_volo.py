@@ -159,7 +159,7 @@ def test_autocast() -> None:
 
 
 def test_compile() -> None:
-    classifier_checks.compiles(small(), SIZE)
+    classifier_checks.compiles(small(layers=(1, 1), post_layers=("ca",)), SIZE)
 
 
 @pytest.mark.parametrize(
