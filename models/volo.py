@@ -293,7 +293,8 @@ class VOLO(Staged):
         qkv_bias, qk_scale: of the attentions.
         drop_rate: dropout after the position embedding, after each attention and in the MLPs.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all; Outlookers have none.
-        post_layers: "ca" for each block of class attention; None leaves out the class token, and tokens are averaged.
+        post_layers: "ca" for each block of class attention; None leaves out the class token, and the first token takes its place.
+        return_mean: whether the mean over the tokens takes its place; not together with `return_dense`.
         return_dense: whether there is a classifier of tokens, ``aux_head``.
         pooling_scale: how much the stages reduce the map before the position embedding.
         out_kernel, out_stride, out_padding: of outlook attention.
@@ -321,6 +322,7 @@ class VOLO(Staged):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         post_layers: Sequence[str] | None = ("ca", "ca"),
+        return_mean: bool = False,
         return_dense: bool = True,
         pooling_scale: int = 2,
         out_kernel: int = 3,
@@ -347,6 +349,7 @@ class VOLO(Staged):
         )
         self.check(patch_size >= 2 and patch_size % 2 == 0, f"{patch_size=}: the stem's first convolution has stride 2")
         self.check(not downsamples[-1], f"{downsamples=}: nothing comes after the last stage")
+        self.check(not (return_mean and return_dense), "return_mean and return_dense exclude each other: choose one")
         self.check(set(post_layers or ()) <= {"ca"}, f"{post_layers=}: 'ca' exists")
 
         def block(stage: int, i: int) -> nn.Module:
@@ -375,7 +378,7 @@ class VOLO(Staged):
         grid = [side // patch_size // pooling_scale for side in pair(img_size)]
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, *grid, embed_dims[-1]), std=0.02))
         self.pos_drop = nn.Dropout(drop_rate)
-        self.return_dense = return_dense
+        self.return_mean = return_mean
         if not features_only:
             self.cls_token, self.post_network = None, None
             if post_layers is not None:
@@ -425,13 +428,13 @@ class VOLO(Staged):
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits from ``[B, C, H', W']``; `pre_logits` gives the normalised class token, or the mean over the tokens."""
+        """Logits from ``[B, C, H', W']``; `pre_logits` gives what the classifier reads, the normalised class token."""
         tokens = self._tokens(x)
-        pooled = tokens.mean(1) if self.cls_token is None else tokens[:, 0]
+        pooled = tokens.mean(1) if self.return_mean else tokens[:, 0]
         if pre_logits or not self.num_classes:
             return pooled
         logits: Tensor = self.head(pooled)
-        if self.cls_token is not None and self.aux_head is not None:
+        if self.aux_head is not None:
             logits = logits + 0.5 * self.aux_head(tokens[:, 1:]).amax(1)
         return logits
 
@@ -439,9 +442,9 @@ class VOLO(Staged):
         """Logits of the class token ``[B, num_classes]`` and of each token ``[B, N, num_classes]``, for token labelling.
 
         Raises:
-            DeclarationError: the model has no class token or no classifier of tokens.
+            DeclarationError: the model has no classifier of tokens.
         """
-        self.check(self.cls_token is not None and self.aux_head is not None, "no class token or no aux_head: nothing to label")
+        self.check(self.aux_head is not None, "there is no aux_head: build the model with return_dense=True to label tokens")
         tokens = self._tokens(self.forward_features(x))
         return self.head(tokens[:, 0]), cast(nn.Module, self.aux_head)(tokens[:, 1:])
 
@@ -460,4 +463,4 @@ official("volo", "OutlookAttention", ignores=IGNORED)(OutlookAttention)
 official("volo", "Attention", ignores=IGNORED)(Attention)
 official("volo", "ClassAttention", ignores=IGNORED)(ClassAttention)
 official("volo", "ClassBlock", ignores=IGNORED)(ClassBlock)
-official("volo", "VOLO", ignores=(*IGNORED, "return_mean"), derived=("*.num_batches_tracked",))(VOLO)
+official("volo", "VOLO", ignores=IGNORED, derived=("*.num_batches_tracked",))(VOLO)

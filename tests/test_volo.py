@@ -126,9 +126,17 @@ def test_token_labelling() -> None:
     plain = small(return_dense=False).eval()
     plain.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("aux_head")})
     torch.testing.assert_close(plain(x), token)
-    with pytest.raises(DeclarationError, match="nothing to label"):
+    with pytest.raises(DeclarationError, match="to label tokens"):
         plain.forward_dense(x)
-    assert small(post_layers=None)(x).shape == (2, 5)
+
+
+def test_without_a_class_token() -> None:
+    """The first token, or the mean over all, is classified."""
+    x = classifier_checks.image(*SIZE)
+    for mean in (False, True):
+        model = small(post_layers=None, return_dense=False, return_mean=mean).eval()
+        tokens = model.norm(model.forward_features(x).flatten(2).transpose(1, 2))
+        torch.testing.assert_close(model(x), model.head(tokens.mean(1) if mean else tokens[:, 0]))
 
 
 def test_features() -> None:
@@ -169,6 +177,7 @@ def test_compile() -> None:
         ({"patch_size": 7}, "has stride 2"),
         ({"downsamples": (False, True)}, "nothing comes after the last stage"),
         ({"post_layers": ("sa",)}, "'ca' exists"),
+        ({"return_mean": True}, "exclude each other"),
         ({"num_heads": (3, 4)}, "does not divide dim = 8"),
         ({"num_heads": (2, 3)}, "does not divide dim = 16"),
         ({"out_indices": (2,)}, "there are 2 stages"),
