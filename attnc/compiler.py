@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, pad_of
+from attnc.codegen import around
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
 from attnc.runtime import direct, operator
 from attnc.runtime import layout as layouts
+from attnc.runtime.traced import Traced
+from attnc.schedule import bounds
 
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
@@ -30,16 +33,6 @@ def has_compiler() -> bool:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A pattern traced on grids of one rank: its program, as text for the operators, and the tables a call gives."""
-
-    text: str
-    program: ir.Program
-    tables: tuple[operator.TableSpec, ...]
-    normalizer: str
-
-
-@dataclass(frozen=True)
 class Accepted:
     """What follows from the shapes, dtypes and devices of a call's tensors. traced: None for a mechanism."""
 
@@ -49,12 +42,6 @@ class Accepted:
     q_grid: tuple[int, ...]
     k_grid: tuple[int, ...]
     traced: Traced | None
-
-
-def _traced(text: str) -> Traced:
-    program = operator.program_of(text)  # the object that the operators' caches know: lookups compare by identity
-    assert isinstance(program.attend, ir.Attend)
-    return Traced(text, program, operator.table_specs(program), program.attend.normalizer.kind)
 
 
 def _untuned(backend: str) -> str:
@@ -135,7 +122,7 @@ class Operator:
             # sizes stay symbols, so one kernel serves all grids; a separate key grid is told apart by its prefix field or `kv`
             keys = ir.Tokens(unknown, self.kv_prefix, **fields)
             text = ir.to_json(ir.Program(attend, queries, keys, self.same_grid))
-            self._programs[len(names)] = _traced(text)
+            self._programs[len(names)] = Traced.of(text)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Operator:
         return self  # it holds no tensors, and nothing that changes
@@ -148,7 +135,7 @@ class Operator:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._programs = {n: _traced(t) if isinstance(t, str) else t for n, t in state["_programs"].items()}
+        self._programs = {n: Traced.of(t) if isinstance(t, str) else t for n, t in state["_programs"].items()}
 
     def __repr__(self) -> str:
         return f"<attnc operator {self.source.name} grid={self.grid} backend={self.backend}>"
@@ -216,10 +203,13 @@ class Operator:
             return layouts.from_rows(values[self._graph.result], accepted.layout)
         traced = accepted.traced
         assert traced is not None
-        if return_lse and traced.normalizer != "softmax":
-            raise ShapeError(f"{name}: return_lse=True, but weights by {traced.normalizer} have no log-sum-exp")
+        weights = traced.attend.normalizer
+        if return_lse and (weights.kind != "softmax" or weights.over == "queries"):
+            what = "softmax over queries" if weights.kind == "softmax" else weights.kind
+            raise ShapeError(f"{name}: return_lse=True, but weights by {what} have no log-sum-exp of a query")
         ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
-        out, lse = self._run(past, rows, ordered, scale, accepted)
+        run = self._run if traced.core is None or accepted.backend == "eager" else self._surrounded
+        out, lse = run(past, rows, ordered, scale, accepted)
         shaped = layouts.from_rows(out, accepted.layout)
         return (shaped, lse) if return_lse else shaped
 
@@ -257,6 +247,9 @@ class Operator:
         q_grid, k_grid = self._grids(q, k, grid)
         traced = self._traced(len(q_grid))
         self._check_tables(traced.tables, tables, q, k, v)
+        sink = traced.attend.normalizer.sink
+        if sink is not None:
+            bounds.check_sink(traced.attend, tables[sink].shape, q.shape[1])
         return Accepted(scale, backend, self._layouts[len(q_grid)], q_grid, k_grid, traced)
 
     def _run(
@@ -273,6 +266,17 @@ class Operator:
                 warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
                 self._warned = True
             return direct.attend(past, *args, "torch", False)
+
+    def _surrounded(
+        self, past: bool, rows: tuple[Tensor, ...], tables: list[Tensor], scale: float, call: Accepted
+    ) -> tuple[Tensor, Tensor]:
+        """The kernels of the statement's core, with row maps before them and the sink after."""
+        assert call.traced is not None and call.traced.core is not None
+        core, inner = call.traced.core, replace(call, traced=call.traced.core)
+        named = {s.name: t for s, t in zip(call.traced.tables, tables, strict=True)}
+        return around.surround(
+            call.traced.attend, _three(rows), named, lambda r, t: self._run(past, r, [t[s.name] for s in core.tables], scale, inner)
+        )
 
     def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
         """q, k and v as rows, or the three of them in one tensor."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 import attnc
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
+from attnc.lang.symbols import Table, as_expr
 from attnc.patterns import (
     axial,
     band,
@@ -31,6 +32,7 @@ from attnc.patterns import (
     strip,
     window,
 )
+from attnc.patterns.relation import rescored
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_QUIET, print_blob=True, database=None)
@@ -82,6 +84,7 @@ def shapes(pattern: attnc.Pattern, rank: int, reach: int, heads: int, batch: int
         "rate": (heads,),
         "item": (batch, heads),
         "document": (5,),
+        "sink": (heads,),
         "bias": (heads, *(reach,) * rank),
         "absolute": (heads, reach, reach),
     }
@@ -189,6 +192,38 @@ def patterns(rank: int) -> st.SearchStrategy[attnc.Pattern]:
         st.builds(lambda a, n: a.shift(n), scored(rank), st.integers(-1, 2)),
         st.builds(lambda a: a & documents(), plain),
     )
+
+
+NORMALIZERS: dict[str, Callable[[Any], ir.Normalizer]] = {
+    "sink": lambda sink: attnc.softmax(sink=sink),
+    "sigmoid": lambda sink: attnc.sigmoid(),
+    "relu": lambda sink: attnc.relu(),
+    "relu cubed": lambda sink: attnc.relu(3),
+    "queries": lambda sink: attnc.softmax(over="queries"),
+    "queries with a sink": lambda sink: attnc.softmax(over="queries", sink=sink),
+}
+
+
+def weighted(of: attnc.Pattern, kind: str, *, post: bool = False, maps: bool = False) -> attnc.Pattern:
+    """A pattern with other weights: a normaliser of NORMALIZERS (its table: `sink`), a post-factor, l2norm of the rows."""
+    sink = Table("sink")
+
+    def change(q: Any, k: Any, s: Any) -> Any:
+        changes: dict[str, Any] = {"normalizer": NORMALIZERS[kind](sink)} if kind != "softmax" else {}
+        if post:
+            changes["post"] = as_expr(1 + abs(q[0] - k[0]) % 3)
+        if maps:
+            changes |= {"q_map": attnc.l2norm(), "k_map": attnc.l2norm(1e-3)}
+        return replace(s, **changes)
+
+    return rescored(kind, of, change)
+
+
+def weights(rank: int) -> st.SearchStrategy[attnc.Pattern]:
+    """Relations, scores and unions with every other normaliser, post-factors and row maps."""
+    plain, own, kinds = relations(rank), scored(rank), st.sampled_from(("softmax", *NORMALIZERS))
+    of = st.one_of(plain, own, st.builds(lambda a, b: a | b, plain, plain), st.builds(lambda a, b: a & b, own, plain))
+    return st.builds(lambda p, kind, post, maps: weighted(p, kind, post=post, maps=maps), of, kinds, st.booleans(), st.booleans())
 
 
 # ---------------------------------------------------------------------------------------------------------------------- problems
@@ -379,6 +414,15 @@ def dense(
         on = torch.where(score > float("-inf"), score, -1e30)
         weight = torch.sigmoid(on) if a.normalizer.kind == "sigmoid" else torch.relu(on) ** a.normalizer.power
         lse = score.new_full(score.shape[:-1], float("-inf")).expand(raw.shape[:-1])
+    elif a.normalizer.over == "queries":
+        score = score.expand(raw.shape)
+        if a.normalizer.sink:
+            sink = tables[a.normalizer.sink].view(-1, 1, 1).expand(*raw.shape[:2], 1, raw.shape[-1])
+            score = torch.cat([score, sink], -2)
+        some = (score > float("-inf")).any(-2, keepdim=True)
+        safe = torch.where(some, score, 0.0)
+        weight = torch.where(some, torch.softmax(safe, -2), 0.0)[..., : raw.shape[-2], :]
+        lse = torch.where(some[..., 0, :], torch.logsumexp(safe, -2), float("-inf"))
     else:
         if a.normalizer.sink:
             score = score.expand(raw.shape)
@@ -424,9 +468,17 @@ def run_operator(p: Problem, backend: str, *, lse: bool = True, op: attnc.Operat
     rows, tables = p.inputs()
 
     def run(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if not has_lse(p):
+            return op(q, k, v, scale=p.scale, **t), torch.zeros(())
         return op(q, k, v, scale=p.scale, return_lse=True, **t)
 
     return _differentiate(run, rows, tables, p.seed, lse)
+
+
+def has_lse(p: Problem) -> bool:
+    """The statement's operator can return a log-sum-exp of each query."""
+    norm = p.pattern.trace(ir.AXES[len(p.grid)]).normalizer
+    return norm.kind == "softmax" and norm.over == "keys"
 
 
 def run_dense(p: Problem, dtype: torch.dtype, *, lse: bool = True) -> Results:
@@ -448,12 +500,13 @@ def replace_pads(p: Problem) -> ir.Program:
     return ir.Program(attend, tokens, tokens)
 
 
-def compare(found: Results, truth: Results, plain: Results, what: object) -> None:
-    """Errors against float64 stay within twice (gradients: three times) those of plain eager code in the same dtype.
+def compare(found: Results, truth: Results, plain: Results, what: object, slopes_too: tuple[str, ...] = ()) -> None:
+    """Errors against float64 stay within twice (gradients, `slopes_too`: three times) those of plain eager code in the same dtype.
 
     Both the largest error and the root mean square count. The floor is a few roundings of the largest number there is.
     """
     slopes = max(float(t.abs().nan_to_num(posinf=0.0).max()) for n, t in truth.items() if n not in ("out", "lse") and t.numel())
+    values = {"out", "lse"} - set(slopes_too)
     for name, true in truth.items():
         mine, theirs = found[name].double(), plain[name].double()
         assert mine.shape == true.shape, f"{name} of {what}: shape {tuple(mine.shape)}, expected {tuple(true.shape)}"
@@ -464,12 +517,12 @@ def compare(found: Results, truth: Results, plain: Results, what: object) -> Non
         assert torch.equal(mine[~finite], true[~finite]), f"{name} of {what}: infinities differ"
         errors = (mine - true)[finite], (theirs - true)[finite].nan_to_num(0.0)
         largest = float(true[finite].abs().max())
-        floor = torch.finfo(found[name].dtype).eps * max(1e-3, largest) * (4 if name in ("out", "lse") else 8)
-        if name not in ("out", "lse"):  # p * (dp - delta) cancels where a row has few keys, and rounds in float32 as what it was
+        floor = torch.finfo(found[name].dtype).eps * max(1e-3, largest) * (4 if name in values else 8)
+        if name not in values:  # p * (dp - delta) cancels where a row has few keys, and rounds in float32 as what it was
             floor += torch.finfo(torch.float32).eps * slopes * 16
         if found[name].dtype == torch.float64:  # the truth itself rounds there
             floor = 1e-13 * max(1.0, largest)
-        times = 2 if name in ("out", "lse") else 3
+        times = 2 if name in values else 3
         for measure in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
             budget = times * measure(errors[1]) + floor
             assert measure(errors[0]) <= budget, (
@@ -480,12 +533,17 @@ def compare(found: Results, truth: Results, plain: Results, what: object) -> Non
 
 def hold(p: Problem, backend: str, *, lse: bool = True) -> None:
     """A backend's outputs and gradients stay within the budget."""
-    normal = p.pattern.trace(ir.AXES[len(p.grid)]).normalizer.kind == "softmax"
-    if not normal:
-        raise AssertionError("hold() is for softmax; see test_backends")
-    found = run_operator(p, backend, lse=lse)
-    truth = run_dense(p, torch.float64, lse=lse)
-    compare(found, truth, run_dense(p, p.dtype, lse=lse), f"{backend}: {p!r}")
+    whole = has_lse(p)
+    found, truth, plain = (
+        run_operator(p, backend, lse=lse and whole),
+        run_dense(p, torch.float64, lse=lse and whole),
+        run_dense(p, p.dtype, lse=lse and whole),
+    )
+    if not whole:
+        truth.pop("lse")
+    # softmax over queries: the kernels give the output as the gradient that it also is
+    queries = p.pattern.trace(ir.AXES[len(p.grid)]).normalizer.over == "queries" and backend in ("cpp", "triton")
+    compare(found, truth, plain, f"{backend}: {p!r}", slopes_too=("out",) if queries else ())
 
 
 __all__ = [name for name in globals() if not name.startswith("_")]

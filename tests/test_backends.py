@@ -101,67 +101,6 @@ def test_every_head_dimension(d: int, backend: str) -> None:
     hold(Problem(patterns.window(3), (4, 5), d=d, dv=257 - d, batch=1), backend)
 
 
-# ------------------------------------------------------------------------------------------------------------ other normalisers
-@attnc.pattern
-def weighted(q: Any, k: Any, *, kind: Any, sink: attnc.Table | None, slope: attnc.Table) -> Any:
-    post = 1 + (q.x - k.x) % 3
-    return attnc.where(
-        abs(q.x - k.x) <= 2,
-        attnc.SCORE + slope[attnc.HEAD],
-        normalizer=kind(sink),
-        post=post,
-        q_map=attnc.l2norm,
-        k_map=attnc.l2norm(),
-    )
-
-
-KINDS: dict[str, Callable[[Any], Any]] = {
-    "sink": lambda sink: attnc.softmax(sink=sink),
-    "sigmoid": lambda sink: attnc.sigmoid(),
-    "relu": lambda sink: attnc.relu(),
-    "squared relu": lambda sink: attnc.relu(2),
-}
-
-
-@pytest.mark.parametrize("backend", SOME_BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_normalisers_posts_maps_and_sinks(kind: str, backend: str) -> None:
-    p = weighted(kind=KINDS[kind])
-    names = p.trace(("y", "x")).tables
-    problem = Problem(p, (3, 5), dtype=torch.float32, tables=dict.fromkeys(names, (2,)))
-    rows, tables = problem.inputs()
-    program = draws.replace_pads(problem)
-
-    def run(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (*rows, *tables.values())]
-        out = op(*leaves[:3], dict(zip(tables, leaves[3:], strict=True)))
-        g = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-        return [out.detach(), *torch.autograd.grad((out * g).sum(), leaves)]
-
-    def dense(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> Tensor:
-        return draws.dense(program, (3, 5), (3, 5), q, k, v, 8**-0.5, t)[0]
-
-    op = problem.compile(backend)
-    try:
-        found = run(lambda q, k, v, t: op(q, k, v, **t), torch.float32)
-    except attnc.UnsupportedError as e:
-        assert backend != "torch"
-        if "backend=" not in str(e):  # the message says which backend can
-            raise
-        return
-    truth, plain = run(dense, DOUBLE), run(dense, torch.float32)
-    names_of = ("out", "dq", "dk", "dv", *tables)
-    draws.compare(*(dict(zip(names_of, r, strict=True)) for r in (found, truth, plain)), f"{backend}: {kind}")
-
-
-def test_a_sink_of_one_head_is_broadcast() -> None:
-    p = weighted(kind=KINDS["sink"])
-    rows, tables = Problem(p, (3, 5), tables={"sink": (1,), "slope": (1,)}).inputs()
-    op = attnc.compile(p, grid=(3, 5), backend="torch")
-    wide = {n: t.expand(2) for n, t in tables.items()}
-    assert torch.equal(op(*rows, **tables), op(*rows, **wide))
-
-
 # ------------------------------------------------------------------------------------------------------------------- metamorphic
 def rows(n: int, *, batch: int = 2, heads: int = 2, d: int = 8, dtype: torch.dtype = DOUBLE, at: int = 0) -> list[Tensor]:
     g = torch.Generator().manual_seed(at)

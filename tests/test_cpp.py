@@ -558,7 +558,7 @@ def test_refusals():
     program = make_program(over_queries())
     call = Call(program, geometry(program, (4, 4), (4, 4)), 1.0, {})
     x = torch.randn(1, 1, 16, 8)
-    with pytest.raises(UnsupportedError, match=r"over queries; no backend lowers it yet, eager included"):
+    with pytest.raises(UnsupportedError, match=r"softmax over queries; an operator .* with queries and keys exchanged"):
         cpp.forward(call, x, x, x)
     program = make_program(neighborhood(s=3), prefix=(1, 1), multiple=(4, 4))
     call = Call(program, geometry(program, (4, 4), (4, 4)), 1.0, {})

@@ -138,7 +138,16 @@ CALL: list[tuple[Callable[[], Any], type[AttncError], str]] = [
         ShapeError,
         "return_lse=True, but weights by sigmoid have no log-sum-exp",
     ),
-    (lambda: compiled(over_queries())(x, x, x), UnsupportedError, r"over_queries\(\): softmax over queries is not lowered"),
+    (
+        lambda: compiled(over_queries(), pad=((0, 1), (0, 1)))(x, x, x),
+        UnsupportedError,
+        r"over_queries\(\): softmax over queries together with pad=: .*backend='eager' does it",
+    ),
+    (
+        lambda: compiled(over_queries())(x, x, x, return_lse=True),
+        ShapeError,
+        "return_lse=True, but weights by softmax over queries have no log-sum-exp of a query",
+    ),
     (lambda: compiled(grid=None)(x, x, x), ShapeError, "compiled without a grid: pass grid="),
     (lambda: compiled(grid=(None, None))(x, x, x), ShapeError, r"the lengths of \(y, x\) are open: pass grid= with the call"),
     (lambda: compiled()(x, x, x, grid=(5, 4)), ShapeError, r"compiled for grid=\(4, 5\), called on \(5, 4\)"),

@@ -108,7 +108,9 @@ def test_refusals_are_told() -> None:
     def columns(q: Any, k: Any) -> Any:
         return attnc.where(q.y == k.y, attnc.SCORE, normalizer=attnc.softmax(over="queries"))
 
-    assert "softmax over queries" in attnc.explain(columns(), grid=(4, 4)).split("Refused")[1]
+    text = attnc.explain(columns(), grid=(4, 4))
+    assert "no C++ kernel is printed for softmax over queries; an operator" in text.split("Refused")[1]
+    assert "the same with queries and keys exchanged" in text.split("Plan")[1]
 
 
 COUNTED = [
@@ -175,6 +177,17 @@ def test_plan_is_a_graph_of_kernels_with_tensors_on_its_edges() -> None:
 def test_plan_of_a_padded_pattern_gives_gradients_of_the_padding_rows() -> None:
     g = plans.plan(subject(patterns.window(7), grid=(10, 10), pad="multiple").program)
     assert {"dpad_k", "dpad_v"} <= set(plans.reads(g, plans.RESULTS))
+
+
+def test_plan_of_a_sink_and_row_maps_surrounds_the_kernels() -> None:
+    @attnc.pattern
+    def sunk(q: Any, k: Any, *, extra: attnc.Table) -> Any:
+        return attnc.where(q.y == k.y, attnc.SCORE, normalizer=attnc.softmax(sink=extra), k_map=attnc.l2norm)
+
+    g = plans.plan(subject(sunk(), grid=(4, 4)).program)
+    assert plans.reads(g, "sink") == ("out of the kernels", "lse of the kernels", "extra")
+    assert plans.reads(g, "row_maps") == ("k",) and "k, mapped" in plans.reads(g, "forward")
+    assert set(plans.reads(g, plans.RESULTS)) == {"out", "lse", "dq", "dk", "dv", "dextra"}
 
 
 def test_plan_without_softmax_has_no_delta() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from strategies import Problem, capped, hold, weighted
 
 import attnc
 from attnc import ir, patterns
@@ -70,7 +71,7 @@ def softcap(q, k, *, slope: attnc.Table):
 
 
 @attnc.pattern
-def weighted(q, k, *, gain: attnc.Table):
+def gained(q, k, *, gain: attnc.Table):
     return fn.where(abs(q.x - k.x) <= 2, attnc.SCORE, post=fn.exp(gain[attnc.HEAD, k.x]))
 
 
@@ -137,7 +138,7 @@ CASES: dict[str, dict[str, Case]] = {
     "statements": {
         "strange": Case(strange, (7, 8)),
         "softcap": Case(softcap, (5, 7), tables={"slope": (2,)}),
-        "post": Case(weighted, (3, 12), tables={"gain": (2, 12)}),
+        "post": Case(gained, (3, 12), tables={"gain": (2, 12)}),
         "nobody": Case(nobody, (4, 6)),
         "per-head": Case(lambda: patterns.per_head([patterns.window(2), patterns.neighborhood(3)]), (4, 5)),
         "head-in-relation": Case(wider_by_head, (4, 7), heads=3, key_heads=3),
@@ -179,6 +180,39 @@ SIMULATED["pad"] = Case(window(7), (9, 10), 2, 1, 24, 24, 1, torch.float16, pad=
 SIMULATED["neighborhood-bias"] = Case(
     neighborhood(3, bias="relative"), (7, 10), 1, 1, 32, 32, 1, torch.float16, tables={"bias": (1, 5, 5)}
 )
+
+
+# problems for operators, which put row maps and sinks around the kernels
+REST: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 16, "dv": 5, "batch": 1}
+BIASED = {"neighborhood": patterns.neighborhood(3, bias="relative"), "window": patterns.window(3, bias="relative")}
+HELD: dict[str, dict[str, Problem]] = {
+    "no sum": {
+        **{f"{n}, {k}": Problem(weighted(p, k), (5, 6), **REST) for n, p in BIASED.items() for k in ("sigmoid", "relu cubed")},
+        "plain": Problem(weighted(patterns.window(3), "relu"), (5, 7), **REST),
+        "fused": Problem(weighted(patterns.window(3), "sigmoid", post=True), (6, 6), batch=3),
+        "prefix": Problem(weighted(patterns.window(3), "sigmoid"), (4, 5), prefix=2, **REST),
+        "prefix and post": Problem(weighted(patterns.neighborhood(3), "relu cubed", post=True), (4, 5), prefix=1, **REST),
+        "virtual keys": Problem(weighted(patterns.window(3), "sigmoid", maps=True), (4, 5), pad=((1, 1), (0, 1)), **REST),
+        "union": Problem(weighted(patterns.cross(2), "sigmoid"), (12, 14), batch=1),
+        "cap": Problem(weighted(capped(cap=2.0), "relu"), (3, 6), **REST),
+        "bfloat16": Problem(weighted(patterns.neighborhood(3), "sigmoid"), (5, 6), dtype=torch.bfloat16, **REST),
+        "negative scale": Problem(weighted(patterns.causal(), "relu"), (3, 6), scale=-0.3, **REST),
+    },
+    "sinks": {
+        "window": Problem(weighted(patterns.window(3, bias="relative"), "sink"), (6, 6), **REST),
+        "post and maps": Problem(weighted(patterns.neighborhood(3), "sink", post=True, maps=True), (5, 6), **REST),
+        "union": Problem(weighted(patterns.cross(2), "sink"), (12, 14), batch=1),
+        "prefix": Problem(weighted(patterns.window(3), "sink"), (4, 5), prefix=2, **REST),
+        "virtual keys": Problem(weighted(patterns.window(3), "sink", maps=True), (4, 5), pad=((1, 1), (0, 1)), **REST),
+        "no keys": Problem(weighted(patterns.window(3).heads([0]), "sink"), (3, 6), batch=1),
+    },
+    "queries": {
+        "window": Problem(weighted(patterns.window(3, bias="relative"), "queries"), (6, 6), **REST),
+        "neighborhood": Problem(weighted(patterns.neighborhood(3), "queries with a sink", post=True), (5, 6), **REST),
+        "prefix": Problem(weighted(patterns.window(3), "queries", maps=True), (4, 5), prefix=2, **REST),
+        "causal": Problem(weighted(patterns.causal(), "queries"), (3, 6), **REST),
+    },
+}
 
 
 def problem(c: Case) -> tuple[Call, dict[str, torch.Tensor]]:
@@ -268,9 +302,13 @@ def main() -> None:
     if options.sim:
         simulate(str(Path(options.sim[0]).resolve()), int(options.sim[1]))
     for group in options.groups:
-        for name, case in (SIMULATED if group == "simulated" else CASES[group]).items():
+        for name, case in (SIMULATED if group == "simulated" else HELD[group] if group in HELD else CASES[group]).items():
             try:
-                line: dict[str, Any] = {"case": name, "errors": errors(case)}
+                line: dict[str, Any] = {"case": name}
+                if isinstance(case, Problem):
+                    hold(case, "triton")
+                else:
+                    line["errors"] = errors(case)
             except Exception as e:
                 line = {"case": name, "failure": f"{type(e).__name__}: {e}"}
             print(json.dumps(line), flush=True)  # noqa: T201

@@ -124,13 +124,13 @@ struct Backward {
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
         const V shift = splat(row_lse[i]), rest = splat(row_rest[i]), mean = splat(delta[i]), unit = unit_of(numbers);
         each_score<PLAIN>(P, numbers, tile, keys, masks, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
-            const V e = exp2_vector(exponent(x, shift, unit) - rest);
+            const V units = natural(x, numbers), e = SOFTMAX ? exp2_vector(exponent(x, shift, unit) - rest) : weight_of(units);
             V dp = load(d + j), weight = e, post_dp = dp;
             if constexpr (!PLAIN && POST) {
                 const V factor = post(P, numbers, tile.terms[i], keys.terms, elements, j);
                 weight *= factor; post_dp *= factor;
             }
-            V ds = e * (post_dp - mean);
+            V ds = SOFTMAX ? e * (post_dp - mean) : post_dp * weight_slope(units, e);
             if constexpr (!PLAIN && LOADS > 0) {
                 V slope[LOADS + 1], post_slope[LOADS + 1];
                 load_slopes(P, numbers, tile.terms[i], keys.terms, elements, j, s, slope);

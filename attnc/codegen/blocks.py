@@ -15,7 +15,6 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
-from attnc.errors import UnsupportedError
 from attnc.runtime.call import Call, empty_like_order, lse_like
 
 
@@ -36,24 +35,23 @@ class Tile:
 Tiles = Callable[[Call, torch.device, int], Iterable[Tile]]
 
 
-def check(call: Call, backend: str) -> None:
-    """Refuse what block arithmetic does not do."""
-    if call.attend.normalizer.over == "queries":
-        raise UnsupportedError(
-            f"pattern {call.attend.name}: softmax over queries is not lowered by the {backend} backend (nor by another one yet); "
-            "normalise over keys"
-        )
-
-
-def _flat(t: Tensor) -> Tensor:
+def flat(t: Tensor) -> Tensor:
     """[B, H, N, D] from [B, H, *grid, D]."""
     return t if t.dim() == 4 else t.flatten(2, -2)
 
 
-def attend_block(
-    call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int
-) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, n, Dv] and lse [B, H, T, n] of gathered rows q [B, H, T, n, D], k [B, Hkv, T, m, D], v [B, Hkv, T, m, Dv]."""
+@dataclass(frozen=True)
+class Pairs:
+    """What a block's statement comes to: [B, H, T, n, m] scores, pairs allowed, factors of weights; v [B, H, T, m, Dv]."""
+
+    score: Tensor
+    allowed: Tensor
+    factor: Tensor | None
+    v: Tensor
+
+
+def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int) -> Pairs:
+    """The statement on gathered rows q [B, H, T, n, D], k [B, Hkv, T, m, D], v [B, Hkv, T, m, Dv]."""
     a = call.attend
     virtual, absent = (tile.keys == -1), (tile.keys == -2)
     if "pad_k" in tables:
@@ -103,54 +101,65 @@ def attend_block(
         allowed, score = allowed | beside, torch.where(beside, raw, score)
     allowed = (allowed & ~absent[:, None, :]).expand(raw.shape)
     score = score.expand(raw.shape)
-    lse = torch.full(raw.shape[:-1], float("-inf"), dtype=raw.dtype, device=q.device)
-    match a.normalizer.kind:
+    factor = None
+    if a.post is not None:
+        factor = value(a.post).to(raw.dtype)
+        if g.q_prefix or g.k_prefix:
+            factor = torch.where(beside, 1.0, factor)
+    return Pairs(score, allowed, factor, v)
+
+
+def attend_block(
+    call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, n, Dv] and lse [B, H, T, n] of gathered rows q [B, H, T, n, D], k [B, Hkv, T, m, D], v [B, Hkv, T, m, Dv]."""
+    norm, x = call.attend.normalizer, pairs_of(call, tile, q, k, v, tables, group)
+    score, allowed = x.score, x.allowed
+    lse = torch.full(score.shape[:-1], float("-inf"), dtype=score.dtype, device=q.device)
+    match norm.kind:
         case "softmax":
             masked = torch.where(allowed, score, float("-inf"))
-            if a.normalizer.sink is not None:
-                sink = tables[a.normalizer.sink].view(-1, 1, 1, 1).expand(q.shape[0], q.shape[1], *raw.shape[2:4], 1)
+            if norm.sink is not None:
+                sink = tables[norm.sink].view(-1, 1, 1, 1).expand(q.shape[0], q.shape[1], *score.shape[2:4], 1)
                 masked = torch.cat([masked, sink], -1)
             some = (masked > float("-inf")).any(-1, keepdim=True)
             finite = torch.where(some, masked, 0.0)  # rows without keys: keep every derivative finite
             lse = torch.where(some[..., 0], torch.logsumexp(finite, -1), float("-inf"))
-            weight = torch.where(some, torch.softmax(finite, -1), 0.0)[..., : raw.shape[-1]]
+            weight = torch.where(some, torch.softmax(finite, -1), 0.0)[..., : score.shape[-1]]
         case "sigmoid":
             weight = torch.where(allowed, torch.sigmoid(score), 0.0)
         case "relu":
-            weight = torch.where(allowed, torch.relu(score) ** a.normalizer.power, 0.0)
-    if a.post is not None:
-        factor = value(a.post).to(weight.dtype)
-        if g.q_prefix or g.k_prefix:
-            factor = torch.where(beside, 1.0, factor)
-        weight = weight * factor
-    return weight @ v, lse
+            weight = torch.where(allowed, torch.relu(score) ** norm.power, 0.0)
+    if x.factor is not None:
+        weight = weight * x.factor
+    return weight @ x.v, lse
 
 
-def _compute_dtype(t: Tensor) -> torch.dtype:
+def compute_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _gather(t: Tensor, tokens: Tensor) -> Tensor:
+def gather(t: Tensor, tokens: Tensor) -> Tensor:
     """[B, H, T, n, D]; absent and virtual tokens read token 0, which is then replaced or masked."""
     if t.shape[2] == 0:
         return t.new_zeros(*t.shape[:2], *tokens.shape, t.shape[3])
     return t[:, :, tokens.clamp_min(0)]
 
 
-def _float_tables(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
+def float_tables(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in call.tables.items()}
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Run every tile. Returns out (q's shape with Dv channels) and lse."""
     out, lse = empty_like_order(q, v.shape[-1]), lse_like(q)
-    dtype, flat_q, flat_k, flat_v = _compute_dtype(q), _flat(q), _flat(k), _flat(v)
+    dtype, flat_q, flat_k, flat_v = compute_dtype(q), flat(q), flat(k), flat(v)
     group = q.shape[1] // k.shape[1]
-    tables = _float_tables(call, dtype)
+    tables = float_tables(call, dtype)
     rows = torch.empty((*flat_q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     for tile in tiles(call, q.device, q.shape[0] * q.shape[1]):
         rows_of = ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))
-        qb, kb, vb = (_gather(t, i).to(dtype) for t, i in rows_of)
+        qb, kb, vb = (gather(t, i).to(dtype) for t, i in rows_of)
         o, s = attend_block(call, tile, qb, kb, vb, tables, group)
         real = tile.queries >= 0
         rows[:, :, tile.queries[real]] = o[:, :, real].to(q.dtype)
@@ -174,14 +183,14 @@ def backward(
     whole: out and lse of the softmax that this call's keys are a part of. The part adds exp(lse_part - lse) out_part to out; as
     the whole's lse moves with every score too, the share exp(lse_part - lse) has the cotangent grad_lse - sum(out * grad_out).
     """
-    dtype, flat_q, flat_k, flat_v, flat_g = _compute_dtype(q), _flat(q), _flat(k), _flat(v), _flat(grad_out)
+    dtype, flat_q, flat_k, flat_v, flat_g = compute_dtype(q), flat(q), flat(k), flat(v), flat(grad_out)
     group = q.shape[1] // k.shape[1]
-    tables = _float_tables(call, dtype)
+    tables = float_tables(call, dtype)
     learned = {n: t for n, t in tables.items() if t.is_floating_point()}
     sums = [torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (flat_q, flat_k, flat_v)]
     table_sums = {n: torch.zeros_like(t) for n, t in learned.items()}
     for tile in tiles(call, q.device, q.shape[0] * q.shape[1]):
-        rows = [_gather(t, i).to(dtype) for t, i in ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))]
+        rows = [gather(t, i).to(dtype) for t, i in ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))]
         real, present = tile.queries >= 0, tile.keys >= 0
 
         def block(qb: Tensor, kb: Tensor, vb: Tensor, t: dict[str, Tensor], tile: Tile = tile) -> tuple[Tensor, Tensor]:
@@ -194,12 +203,12 @@ def backward(
             return o * share[..., None], share
 
         (_, s), vjp, *_ = torch.func.vjp(block, *rows, learned)
-        g = torch.where(real[..., None], _gather(flat_g, tile.queries).to(dtype), 0.0)
+        g = torch.where(real[..., None], gather(flat_g, tile.queries).to(dtype), 0.0)
         gl = torch.zeros_like(s)
         if grad_lse is not None:
             gl = torch.where(real & torch.isfinite(s), grad_lse[:, :, tile.queries.clamp_min(0)].to(dtype), 0.0)
         if whole is not None:
-            gl = gl - (_gather(_flat(whole[0]), tile.queries).to(dtype) * g).sum(-1)
+            gl = gl - (gather(flat(whole[0]), tile.queries).to(dtype) * g).sum(-1)
         *parts, table_parts = vjp((g, gl))
         for total, part, tokens, keep in zip(
             sums, parts, (tile.queries, tile.keys, tile.keys), (real, present, present), strict=True

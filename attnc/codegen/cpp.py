@@ -18,6 +18,7 @@ import numpy as np
 from attnc import ir
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.structure import Structure, analyse
+from attnc.codegen import around
 from attnc.codegen.cpp_expr import Printer, Terms, summands
 from attnc.errors import UnsupportedError
 from attnc.ir import Expr
@@ -93,7 +94,7 @@ class Spec:
         """Keys of the last axis that every query sees, 0 where that is no one number. (Calls on shorter axes look again.)"""
         a, s = self.attend, self.structure
         tokens = (self.program.queries, self.program.keys)
-        simple = s.residual == ir.TRUE and a.post is None and not any(s.unknown) and not a.int_tables
+        simple = s.residual == ir.TRUE and a.post is None and not any(s.unknown) and not a.int_tables and a.normalizer == ir.SOFTMAX
         if not simple or s.flat or self.padded or any(t.prefix for t in tokens):
             return 0
         if not _plain_or_relative(a.score, s):
@@ -151,15 +152,12 @@ def refuse(spec: Spec) -> None:
     """Raise UnsupportedError for what this printer does not lower."""
     a = spec.attend
     way = 'backend "cpp" does not lower it; backend="eager" does'
-    n = a.normalizer
-    if n.kind != "softmax" or n.over != "keys" or n.sink is not None:
-        what = f"softmax with sink {n.sink}" if n.sink else f"softmax over {n.over}" if n.kind == "softmax" else n.kind
-        if n.over == "queries":
-            way = "no backend lowers it yet, eager included; normalise over keys"
-        raise UnsupportedError(f"pattern {a.name}: its normalizer is {what}; {way}")
-    for what, m in (("q_map", a.q_map), ("k_map", a.k_map)):
-        if m is not None:
-            raise UnsupportedError(f"pattern {a.name}: {what}={m.kind}; {way}")
+    assert a == around.core(a), "row maps and sinks surround the kernels"
+    if a.normalizer.over == "queries":
+        raise UnsupportedError(
+            f"pattern {a.name}: no C++ kernel is printed for softmax over queries; an operator (attnc.compile, any backend=) runs "
+            "it by the kernels of the statement with queries and keys exchanged"
+        )
     if spec.padded and (spec.program.queries.prefix or spec.program.keys.prefix):
         raise UnsupportedError(f"pattern {a.name}: prefix tokens together with virtual padded keys; {way}")
     for name, dim in (("head dimension", spec.dim), ("value dimension", spec.value_dim)):
@@ -311,6 +309,7 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
     plain = a.score == ir.SCORE and s.residual == ir.TRUE and a.post is None
     slope = derivative(_placed(spec, a.score), ir.SCORE)
     uses = any(n.op == "score" for n in ir.walk(a.score))
+    softmax, power = a.normalizer.kind == "softmax", a.normalizer.power if a.normalizer.kind == "relu" else 0
 
     def flag(b: bool) -> str:
         return "true" if b else "false"
@@ -332,6 +331,8 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
             f"constexpr bool POST = {flag(a.post is not None)};   // a factor of the weights\n",
             f"constexpr bool PLAIN_SCORE = {flag(plain)}, USES_SCORE = {flag(uses)}, "
             f"SCORE_SLOPE = {flag(slope != ir.const(1.0))};\n",
+            f"constexpr bool SOFTMAX = {flag(softmax)};\n",
+            f"constexpr int RELU = {power};   // without softmax, weights are max(score, 0) to this power; 0: its sigmoid\n",
         ]
     )
     body = header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")

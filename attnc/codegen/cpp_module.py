@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnc import ir
-from attnc.codegen import cpp_host
+from attnc.codegen import around, cpp_host
 from attnc.codegen.cpp import Spec, channel_source, describe, source
 from attnc.errors import ShapeError
 from attnc.schedule.boxes import tiling
@@ -60,19 +60,19 @@ class Attention(torch.autograd.Function):
     """The two kernels as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *tables: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *tables: Tensor) -> @RESULT_TYPE@:
         named = dict(zip(TABLES, tables))
         out, lse = run_forward(runner(FORWARD, "attend_forward"), READY_FORWARD, q, k, v, scale, named)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, out, lse, *tables)
-        return out
+        return @RESULTS@
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
+    def backward(ctx: Any, @COTANGENTS@) -> Any:
         q, k, v, out, lse, *tables = ctx.saved_tensors
         named = dict(zip(TABLES, tables))
         run = runner(BACKWARD, "attend_backward")
-        dq, dk, dv, gradients = run_backward(run, READY_BACKWARD, q, k, v, out, lse, grad_out, None, ctx.scale, named)
+        dq, dk, dv, gradients = run_backward(run, READY_BACKWARD, q, k, v, out, lse, grad_out, @GRAD_LSE@, ctx.scale, named)
         return dq, dk, dv, None, *(gradients.get(name) for name in TABLES)
 
 
@@ -81,10 +81,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **
     for t, tokens, width in ((q, @NQ@, @D@), (k, @NK@, @D@), (v, @NK@, @DV@)):
         if t.dtype != torch.@DTYPE@ or t.dim() != 4 or t.shape[2:] != (tokens, width):
             raise ValueError(f"this module takes torch.@DTYPE@ tensors [B, H, {tokens}, {width}], not {t.dtype} {tuple(t.shape)}")
-@PADS@    missing = [name for name in TABLES if name not in tables]
+@PADS@    missing = [name for name in @ALL_TABLES@ if name not in tables]
     if missing:
         raise TypeError(f"attention() needs the tables {missing}")
-    return Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, *(tables[name] for name in TABLES))
+@END@
 '''
 
 CHANNEL = '''
@@ -159,6 +159,21 @@ def _ready(args: tuple[Any, ...]) -> str:
     return f"Ready([\n{shown}], {sizes!r}, {prefix!r}, {names!r}, {rank}, {sums!r})"
 
 
+def _surroundings(a: ir.Attend, padded: bool) -> dict[str, str]:
+    """What stands in the module's text for the row maps and the sink around its kernels."""
+    sink = a.normalizer.sink
+    scale = "q.shape[-1] ** -0.5 if scale is None else scale"
+    end = around.lines(a, f"Attention.apply(q, k, v, {scale}, *(tables[name] for name in TABLES))", 'tables["{}"]', padded)
+    return {
+        "RESULTS": "out" if sink is None else "out, lse",
+        "RESULT_TYPE": "Tensor" if sink is None else "tuple[Tensor, Tensor]",
+        "COTANGENTS": "grad_out: Tensor" if sink is None else "grad_out: Tensor, grad_lse: Tensor",
+        "GRAD_LSE": "None" if sink is None else "grad_lse",
+        "ALL_TABLES": "TABLES" if sink is None else f'(*TABLES, "{sink}")',
+        "END": "\n".join(f"    {line}" for line in end),
+    }
+
+
 def emit_cpu(
     program: ir.Program, *, grid: tuple[int, ...] | None = None, kv_grid: tuple[int, ...] | None = None, heads: int,
     head_dim: int, value_dim: int | None = None, dtype: str = "float32",
@@ -172,6 +187,8 @@ def emit_cpu(
         tail = CHANNEL
         setup = ""
     else:
+        whole = program.attend
+        program = around.core_program(program)
         spec = Spec(program, head_dim, value_dim, dtype)
         if grid is None:
             raise ShapeError(f"pattern {spec.attend.name}: a stand-alone CPU module needs a grid")
@@ -182,16 +199,19 @@ def emit_cpu(
             tuple(source(spec, b, band) for band in ((True, False) if choice.band else (False,)))
             for b, choice in zip((False, True), choices, strict=True)
         ]
-        head = [*describe(spec, False), "", f"Made for the grid {'x'.join(map(str, grid))} and {heads} heads (any number runs)."]
+        made = f"Made for the grid {'x'.join(map(str, grid))} and {heads} heads (any number runs)."
+        head = [*describe(spec, False), *(f"Weights: {x}." for x in around.described(whole)), "", made]
         pads = [f'    tables.setdefault("pad_{n}", q.new_zeros(1, {w}))\n' for n, w in (("k", head_dim), ("v", value_dim))]
         tables = (*spec.tables, *spec.int_tables, *(("pad_k", "pad_v") if spec.padded else ()))
-        names |= {"NQ": str(geo.n_queries), "NK": str(geo.n_keys), "NAMES": ", ".join(tables) or "none"}
+        spoken = (*tables, *((whole.normalizer.sink,) if whole.normalizer.sink else ()))
+        names |= {"NQ": str(geo.n_queries), "NK": str(geo.n_keys), "NAMES": ", ".join(spoken) or "none"}
         names["PADS"] = "".join(pads) if spec.padded else ""
         setup = f"TABLES = {tables!r}\n" + "".join(
             f"READY_{name} = {_ready(axis_tables(geo, spec, choice, name == 'BACKWARD', heads, THREADS))}\n"
             for name, choice in zip(("FORWARD", "BACKWARD"), choices, strict=True)
         )
-        tail = ATTENTION
+        tail = "".join(f"\n\n{text}" for text in around.texts(whole)) + ATTENTION
+        names |= _surroundings(whole, spec.padded)
     for name, text in names.items():
         tail = tail.replace(f"@{name}@", text)
     text = "\n".join(head).strip().replace('"""', "'''")

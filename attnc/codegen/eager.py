@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from attnc.codegen import blocks
+from attnc.codegen import blocks, over_queries
 from attnc.codegen.blocks import Tile
 from attnc.runtime.call import Call
 from attnc.schedule.geometry import Geometry
@@ -62,7 +62,8 @@ def _tiles(call: Call, device: torch.device, batch_heads: int) -> Iterable[Tile]
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See runtime.call.Call."""
-    blocks.check(call, "eager")
+    if call.attend.normalizer.over == "queries":
+        return over_queries.forward(call, q, k, v, _tiles)
     return blocks.forward(call, q, k, v, _tiles)
 
 
@@ -77,6 +78,8 @@ def backward(
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """See runtime.call.Call; out and lse are not needed."""
+    if call.attend.normalizer.over == "queries":
+        return over_queries.backward(call, q, k, v, grad_out, grad_lse, _tiles)
     return blocks.backward(call, q, k, v, grad_out, grad_lse, _tiles)
 
 

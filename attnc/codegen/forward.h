@@ -235,8 +235,10 @@ struct Forward {
         UNROLL for (int r = 0; r < M; r++) { best[r] = lane(now[r / L], r % L); sums[r] = V{}; }
         for (int j = from; j < to; j += L) {
             V e[M];
-            UNROLL for (int r = 0; r < M; r++) e[r] = exponent(load(scores + r * STRIDE + j), best[r], unit);
-            UNROLL for (int r = 0; r < M; r++) e[r] = exp2_vector(e[r]);
+            if constexpr (SOFTMAX) {
+                UNROLL for (int r = 0; r < M; r++) e[r] = exponent(load(scores + r * STRIDE + j), best[r], unit);
+                UNROLL for (int r = 0; r < M; r++) e[r] = exp2_vector(e[r]);
+            } else UNROLL for (int r = 0; r < M; r++) e[r] = weight_of(natural(load(scores + r * STRIDE + j), numbers));
             UNROLL for (int r = 0; r < M; r++) {
                 sums[r] += e[r];
                 if (POST && !plain) e[r] *= post(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j);
@@ -244,8 +246,8 @@ struct Forward {
             }
         }
         each_group<M>([&]<int G, int N>() __attribute__((always_inline)) {
-            const V old = load(maximum + i + G * L), factor = exp2_vector((old - now[G]) * splat(PLAIN_SCORE ? 1 : LOG2E));
-            const V all = fold_rows<N>((const V(&)[N])sums[G * L], plus) + load(total + i + G * L) * factor;
+            const V old = load(maximum + i + G * L), factor = SOFTMAX ? exp2_vector((old - now[G]) * splat(PLAIN_SCORE ? 1 : LOG2E)) : splat(1);
+            const V all = SOFTMAX ? fold_rows<N>((const V(&)[N])sums[G * L], plus) + load(total + i + G * L) * factor : splat(1);
             const V inverse = select(all > V{}, splat(1) / all, select(all <= V{}, V{}, all));      // 0 of no weights, NaN of a NaN
             const I mine = lanes() < splat_integer(N);
             store(maximum + i + G * L, select(mine, now[G], old));
@@ -296,9 +298,10 @@ struct Forward {
             prefetch<DV>(ahead.v + ahead.aimed->keys.v_offset[ahead.key], P.v_layout.channel);
         }
     }
-    // A query's softmax over other keys, from its output and log-sum-exp.
+    // A query's softmax over other keys, from its output and log-sum-exp; or its sum of weighted values, whose total stays 1.
     void take_up(int i, real lse) {
         load_row<DV>(out + here->out_offset[i], P.out_layout.channel, o + i * VP);
+        if (!SOFTMAX) total[i] = 1;
         if (lse == -INF) return;
         maximum[i] = PLAIN_SCORE ? lse * LOG2E : lse;
         total[i] = 1;
@@ -354,7 +357,7 @@ struct Forward {
         }
         for (int i = 0; i < tile.queries; i++) {
             if (total[i] <= 0) for (int d = 0; d < DV; d++) out[here->out_offset[i] + d * P.out_layout.channel] = put(0);
-            lse[here->lse_offset[i]] = log_sum[i];
+            lse[here->lse_offset[i]] = SOFTMAX ? log_sum[i] : -INF;
         }
     }
 };

@@ -383,6 +383,26 @@ struct Masks {
 // in natural units, so that it is rounded as it would be anywhere.
 INLINE V unit_of(const Numbers& numbers) { return splat(PLAIN_SCORE ? numbers.scale_log2e : LOG2E); }
 INLINE V exponent(V x, V shift, V unit) { return PLAIN_SCORE ? x * unit - shift : (x - shift) * unit; }
+// Weights that no sum divides (not SOFTMAX) and their derivatives, of a score in natural units; -inf has 0.
+INLINE V natural(V x, const Numbers& numbers) { return PLAIN_SCORE ? select(x > splat(-INF), x * splat(numbers.scale), x) : x; }
+INLINE V weight_of(V x) {
+    if constexpr (RELU > 0) {
+        const V r = x < V{} ? V{} : x;
+        V w = r;
+        for (int i = 1; i < RELU; i++) w *= r;
+        return w;
+    } else {
+        const V e = exp(-magnitude(x)), y = splat(1) / (splat(1) + e);
+        return x < V{} ? e * y : y;
+    }
+}
+INLINE V weight_slope(V x, V weight) {
+    if constexpr (RELU > 0) {
+        V slope = splat(RELU);
+        for (int i = 1; i < RELU; i++) slope *= x;
+        return x <= V{} ? V{} : slope;
+    } else return weight * (splat(1) - weight);
+}
 // f(j, s, x, masked) for the vectors of keys [from, to) of query i: s = q . k as found in `row`, x the score, -inf where it sees no key.
 template <bool PLAIN, class F>
 INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const Masks& masks, const real* const* elements, const real* row, int i, int from, int to, F f) {

@@ -123,7 +123,6 @@ def _tiles(call: Call, device: torch.device, batch_heads: int) -> Iterable[Tile]
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See runtime.call.Call."""
-    blocks.check(call, "torch")
     return blocks.forward(call, q, k, v, _tiles)
 
 

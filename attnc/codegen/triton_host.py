@@ -8,7 +8,7 @@ import numpy as np
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
-from attnc.codegen import triton_expr
+from attnc.codegen import around, triton_expr
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
 from attnc.codegen.triton_tables import table_sizes
@@ -43,12 +43,19 @@ def table_strides(t):
 class Host:
     """Text of the functions that launch a module's kernels."""
 
-    def __init__(self, spec: Spec, kernels: list[Kernel], flat: list[Kernel]) -> None:
+    def __init__(self, spec: Spec, kernels: list[Kernel], flat: list[Kernel], whole: ir.Attend | None = None) -> None:
+        self.whole = whole or spec.attend  # with the row maps and the sink that surround the kernels
+        self.sink = self.whole.normalizer.sink
         self.spec, self.kernels, self.flat = spec, {k.kind: k for k in kernels}, {k.kind: k for k in flat}
         self.rank_one = spec.rank == 1
         self.pads = ("pad_k", "pad_v") if spec.padded else ()
         self.tables = spec.attend.tables
         self.given = {*self.tables, "pad_k", "pad_v"}
+
+    @property
+    def imports(self) -> str:
+        """What the module imports beyond torch and triton."""
+        return "from torch import Tensor\n" if around.texts(self.whole) else ""
 
     # ------------------------------------------------------------------------------------------------------------------- pieces
     def sizes(self) -> list[str]:
@@ -179,7 +186,7 @@ class Host:
         parts.append(PRECISION)
         if self.tables or self.pads:
             parts.append(TABLE_STRIDES)
-        parts += [self.forward(), self.backward(), self.function(), self.attention()]
+        parts += [self.forward(), self.backward(), *around.texts(self.whole), self.function(), self.attention()]
         return "\n\n".join(p.strip("\n") + "\n" for p in parts)
 
     def signature(self, start: str) -> str:
@@ -201,13 +208,18 @@ class Host:
 
     def forward(self) -> str:
         out = [f"def run_forward({self.signature('q, k, v, tables, scale')}):"]
-        body = ['"""out, and lse (natural log, float32 [B, H, N], -inf for a row without keys)."""']
+        what = "natural log, float32 [B, H, N], -inf for a row without keys" if self.spec.softmax else "-inf: weights have no sum"
+        body = [f'"""out, and lse ({what})."""']
         shape = self.rank_one and not self.spec.prefix
         body += self.common()
         if shape:
             body += ["shape = q.shape[2:-1]", "q, k, v = (t.flatten(2, -2) for t in (q, k, v))"]
         body.append(f"out = {self.empty('q', self.spec.value_dim)}")
-        body.append("lse = torch.empty(B, H, N, device=q.device)")
+        body.append(
+            "lse = torch.empty(B, H, N, device=q.device)"
+            if self.spec.softmax
+            else 'lse = torch.full((B, H, N), float("-inf"), device=q.device)'
+        )
         body += self.launch(self.kernels["forward"])
         if "forward" in self.flat:
             body += self.launch(self.flat["forward"])
@@ -244,7 +256,8 @@ class Host:
             body += ["if H != HK:", "    for t, heads in ((dk, dk_heads), (dv, dv_heads)):"]
             body.append("        t.copy_(heads.unflatten(1, (HK, H // HK)).sum(2))")
         else:
-            body.append("delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
+            if spec.softmax:
+                body.append("delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
             body += self.launch(dq)
             if "backward_dq" in self.flat:
                 body += self.launch(self.flat["backward_dq"])
@@ -336,6 +349,8 @@ class Host:
         tail = "".join(f", {g}" for g in grids)
         gradients = "".join(f', found.get("{n}")' for n in names)
         saved = "".join(f", {n}" for n in names)
+        lse = ", lse" if self.sink else ""
+        cotangents = ("grad_out, grad_lse", "grad_lse.contiguous()") if self.sink else ("grad_out", "None")
         return f"""\
 class _Attention(torch.autograd.Function):
     @staticmethod
@@ -343,12 +358,12 @@ class _Attention(torch.autograd.Function):
         out, lse = run_forward(q, k, v, {named}, scale{tail})
         ctx.save_for_backward(q, k, v, out, lse{saved})
         ctx.rest = ({", ".join(rest)},)
-        return out
+        return out{lse}
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, {cotangents[0]}):
         q, k, v, out, lse{saved} = ctx.saved_tensors
-        dq, dk, dv, {"found" if names else "_"} = run_backward(q, k, v, out, lse, grad_out, None, {named}, *ctx.rest)
+        dq, dk, dv, {"found" if names else "_"} = run_backward(q, k, v, out, lse, grad_out, {cotangents[1]}, {named}, *ctx.rest)
         return dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}
 """
 
@@ -357,7 +372,8 @@ class _Attention(torch.autograd.Function):
         known = spec.geometry is not None
         same = spec.program.same_grid
         grids = [] if known else ["grid"] + ([] if same else ["kv_grid"])
-        keywords = ["scale=None", *grids, *self.tables, *[f"{p}=None" for p in self.pads]]
+        sink = [self.sink] if self.sink else []
+        keywords = ["scale=None", *grids, *self.tables, *sink, *[f"{p}=None" for p in self.pads]]
         d, dv = spec.head_dim, spec.value_dim
         grid = "GRID" if known else "grid"
         kv = grid if same else "KV_GRID" if known else "kv_grid"
@@ -393,8 +409,13 @@ class _Attention(torch.autograd.Function):
             lines.append(
                 f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [HK or 1, {width}]")'
             )
+        for name in sink:
+            lines.append(f"    if {name}.dim() != 1 or {name}.shape[0] not in (1, q.shape[1]):")
+            lines.append(f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [H or 1]")')
         rest = "".join(f", {n}" for n in (*grids, *self.tables, *self.pads))
-        lines.append(f"    return _Attention.apply(q, k, v, scale{rest})")
+        lines += [
+            f"    {line}" for line in around.lines(self.whole, f"_Attention.apply(q, k, v, scale{rest})", "{}", bool(self.pads))
+        ]
         return "\n".join(lines)
 
     def table_checks(self, name: str) -> list[str]:

@@ -17,6 +17,7 @@ from attnc.schedule.tiles import Side, Tile
 
 DOCS = {
     "forward": "One tile of queries: online softmax over the box of keys it sees.",
+    "weighted": "One tile of queries: the weighted values in the box of keys it sees.",
     "backward_dq": "The gradient of one tile of queries.",
     "backward_dkv": "The gradients of one tile of keys and values, over the box of queries that see them.",
     "backward_table": "Table gradients as 64-bit fixed-point sums, whose order does not matter.",
@@ -71,7 +72,7 @@ class Kernel(Steps):
         self.certain = whole and spec.program.same_grid and all(p.group for p in plans) and self.raw and spec.residual == ir.TRUE
         self.tensors = {
             "forward": ("q", "k", "v", "o"),
-            "backward_dq": ("q", "k", "v", "o", "g", "dq"),
+            "backward_dq": ("q", "k", "v", *(("o",) if spec.softmax else ()), "g", "dq"),
             "backward_table": ("q", "k", "v", "g"),
             "backward_dkv": ("q", "k", "v", "g", *(("dq",) if fused else ()), "dk", "dv"),
         }[kind]
@@ -227,14 +228,18 @@ class Kernel(Steps):
         with self.items():
             self.put(f"q = {self.load(self.own('q'), self.channels('q'))}")
             if self.kind != "forward":
-                self.put(f"g = {self.load(self.own('g'), self.channels('g'))}", f"token = (b * H + h) * N + {self.row_token()}")
-                if self.kind == "backward_table":
+                self.put(f"g = {self.load(self.own('g'), self.channels('g'))}")
+                if self.spec.softmax:
+                    self.put(f"token = (b * H + h) * N + {self.row_token()}")
+                if self.kind == "backward_table" and self.spec.softmax:
                     self.put("lse, delta = tl.load(Lse2 + token)[:, None], tl.load(Delta + token)[:, None]")
-                else:
-                    self.delta()
+                elif self.kind == "backward_dq":
+                    if self.spec.softmax:
+                        self.delta()
                     self.put(f"dq = tl.zeros([{self.bm}, {lanes(self.spec.head_dim)}], tl.float32)")
             elif not self.hoist or self.with_prefix:
                 state = [("m_i", f"tl.full([{self.bm}], -1e30, tl.float32)"), ("l_i", f"tl.zeros([{self.bm}], tl.float32)")]
+                state = state if self.spec.softmax else []
                 self.together([*state, ("acc", f"tl.zeros([{self.bm}, {lanes(self.spec.value_dim)}], tl.float32)")], 120)
             if self.with_prefix and self.kind != "backward_table":
                 self.prefix_columns()
@@ -242,7 +247,9 @@ class Kernel(Steps):
                 self.chunk(full=False)
             else:
                 self.walk_columns()
-            if self.kind == "forward":
+            if self.kind == "forward" and not self.spec.softmax:
+                self.store(self.own("o"), "acc", "o", "live[:, None]")
+            elif self.kind == "forward":
                 total = "l_i" if self.certain else "total"
                 if not self.certain:
                     self.put("total = tl.where(l_i > 0, l_i, 1.0)  # rows without keys: 0, and lse -inf")
@@ -311,8 +318,9 @@ class Kernel(Steps):
         with self.items():
             for t in ("q", "g"):
                 self.put(f"{t} = {self.load(self.own(t), self.channels(t))}")
-            self.put(f"token = (b * H + h) * N + {self.row_token()}")
-            self.put("lse = tl.load(Lse + token)[:, None]", f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)")
+            if self.spec.softmax:
+                self.put(f"token = (b * H + h) * N + {self.row_token()}")
+                self.put("lse = tl.load(Lse + token)[:, None]", f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)")
             self.chunk(full=False)
             self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
             for t, value in (("dk", "dk * scale"), ("dv", "dv")):
@@ -342,7 +350,7 @@ class Kernel(Steps):
         if self.with_prefix:
             columns = ("q", "g") if self.side == "k" else ("k", "v")
             lines = [lines[0], f"    {', '.join(f'{t}p_st' for t in columns)} = pst", *lines[1:]]
-        doc = DOCS["fused" if self.fused else self.kind]
+        doc = DOCS["fused" if self.fused else "weighted" if self.kind == "forward" and not self.spec.softmax else self.kind]
         return f'@triton.jit\ndef {self.name}(\n{sign}\n):\n    """{doc}"""\n' + "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ from attnc.analysis.axis import AxisForm, I, J
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.evaluate import evaluate
 from attnc.analysis.structure import Structure, analyse
+from attnc.codegen import around
 from attnc.errors import UnsupportedError
 from attnc.schedule.geometry import Geometry
 from attnc.schedule.tiles import Side, Tile, Tiles, walk
@@ -48,6 +49,11 @@ class Spec:
         """The statement."""
         assert isinstance(self.program.attend, ir.Attend)
         return self.program.attend
+
+    @property
+    def softmax(self) -> bool:
+        """Weights are divided by a sum; otherwise nothing is known of a row but its sum of weighted values."""
+        return self.attend.normalizer.kind == "softmax"
 
     @property
     def rank(self) -> int:
@@ -290,7 +296,7 @@ def _sizes(g: Geometry, axis: int) -> dict[ir.Expr, int]:
 
 def dense_spec(spec: Spec) -> Spec:
     """The plain kernel between prefix tokens and all tokens: one axis, every key, its own two lengths."""
-    a = ir.Attend(spec.attend.name, 1)
+    a = ir.Attend(spec.attend.name, 1, normalizer=spec.attend.normalizer)
     program = ir.Program(a, ir.Tokens((None,)), ir.Tokens((None,)), same_grid=False)
     flat = Tiles(*(replace(spec.tiles.flat) for _ in range(4)))
     return Spec(program, analyse(a, same_grid=False), flat, spec.head_dim, spec.value_dim, None, spec.plain)
@@ -301,16 +307,12 @@ def check(program: ir.Program) -> None:
     a = program.attend
     assert isinstance(a, ir.Attend)
     where = f"pattern {a.name}: the triton backend does not lower"
-    n = a.normalizer
-    if n.kind != "softmax":
-        raise UnsupportedError(f"{where} the normalizer {n.kind}; use backend='torch' or 'eager'")
-    if n.over != "keys":
-        raise UnsupportedError(f"{where} softmax over queries; no backend= lowers it yet: normalise over keys")
-    if n.sink is not None:
-        raise UnsupportedError(f"{where} a sink (table {n.sink!r}); use backend='torch' or 'eager'")
-    for what, m in (("q_map", a.q_map), ("k_map", a.k_map)):
-        if m is not None:
-            raise UnsupportedError(f"{where} {what} ({m.kind}); apply it to the rows first, or use backend='torch' or 'eager'")
+    assert a == around.core(a), "row maps and sinks surround the kernels"
+    if a.normalizer.over == "queries":
+        raise UnsupportedError(
+            f"{where} softmax over queries in a kernel; an operator (attnc.compile, any backend=) runs it by the kernels of the "
+            "statement with queries and keys exchanged"
+        )
     padded = any(t.pad is not None or t.pad_multiple is not None for t in (program.queries, program.keys))
     if padded and (program.queries.prefix or program.keys.prefix):
         raise UnsupportedError(f"{where} pad= together with prefix tokens; use backend='eager'")

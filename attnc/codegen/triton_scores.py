@@ -166,7 +166,8 @@ class Scores(Shapes):
         return any(n.op == "coord" and n.args[0] == self.side and n.args[1] in several for n in ir.walk(e))
 
     def scores(self, rows: str, columns: str) -> None:
-        """s: the masked scores of a chunk, unscaled; or t, log2 weights, of a score that is more than SCORE plus a bias."""
+        """s: the masked scores of a chunk, unscaled; or t, of a score that is more than SCORE plus a bias: scores in base 2 for
+        softmax, else as they are."""
         product = dot(rows, f"{columns}.T", "bias" if self.how == "bias" else "")
         if self.how != "general":
             self.put(f"s = {product}")
@@ -179,7 +180,7 @@ class Scores(Shapes):
             value = self.pair(score, self.ok)
         else:
             value = f"tl.zeros([{self.bm}, {self.bn}], tl.float32) + ({self.pair(score, self.ok)})"
-        t = f"({value}) * LOG2E"
+        t = f"({value}) * LOG2E" if self.spec.softmax else value
         self.put(f"t = tl.where({self.ok}, {t}, {INF})" if self.ok else f"t = {t}")
 
     def pair_names(self) -> dict[ir.Expr, str]:

@@ -1,4 +1,4 @@
-"""Prints what a kernel does with one chunk: online softmax, or its gradients, and those of tables."""
+"""Prints what a kernel does with one chunk: online softmax (or weights without a sum), or its gradients, and those of tables."""
 
 from __future__ import annotations
 
@@ -41,16 +41,43 @@ class Steps(Scores):
             self.put(f"token = (b * H + h) * N + ({origin}) + {' + '.join(inside)}")
             mask = reach.removesuffix("[:, None]")
             mask = f", mask={mask}, other=0.0" if mask else ""
-            self.put(f"lse, delta = tl.load(Lse2 + token{mask})[None, :], tl.load(Delta + token{mask})[None, :]")
+            if self.spec.softmax:
+                self.put(f"lse, delta = tl.load(Lse2 + token{mask})[None, :], tl.load(Delta + token{mask})[None, :]")
         if self.kind == "forward":
             self.scores("q", "k")
-            self.softmax_step(first=self.hoist and not self.with_prefix, post=True)
+            self.forward_step(first=self.hoist and not self.with_prefix, post=True)
         elif self.side == "k":
             self.scores("k", "q")
             self.backward_step(plain=False)
         else:
             self.scores("q", "k")
             self.backward_step(plain=False)
+
+    def forward_step(self, *, first: bool, post: bool) -> None:
+        """One more chunk (or the only one): its weights times its values."""
+        if self.spec.softmax:
+            self.softmax_step(first=first, post=post)
+            return
+        self.weights()
+        weight = self.weight() if post else "p"
+        self.put(f"acc = {dot(f'{weight}.to(v.dtype)', 'v', '' if first else 'acc')}")
+
+    def weights(self) -> None:
+        """p, the weights of a normalizer without a sum; a pair that is not there has the score -inf, whose weight is 0."""
+        n, x = self.spec.attend.normalizer, "s * scale" if self.raw else "t"
+        if n.kind == "sigmoid":
+            self.put(f"p = tl.sigmoid({x})")
+            return
+        if self.raw:
+            self.put("t = s * scale")
+        self.put("r = tl.where(t < 0, 0.0, t)", f"p = {' * '.join(['r'] * n.power)}")
+
+    def weights_slope(self) -> str:
+        """d weight / d score, for such a normalizer."""
+        n = self.spec.attend.normalizer
+        if n.kind == "sigmoid":
+            return "p * (1.0 - p)"
+        return f"tl.where(r > 0, {' * '.join([f'{n.power}.0', *['r'] * (n.power - 1)])}, 0.0)"
 
     def softmax_step(self, *, first: bool, post: bool) -> None:
         """Online softmax over one more chunk (or the only one)."""
@@ -70,7 +97,11 @@ class Steps(Scores):
         """Print the weight times its post-factor, where there is one."""
         if self.spec.post is None:
             return "p"
-        value = f"p * ({self.pair(self.spec.post, self.ok)})"
+        value = self.pair(self.spec.post, self.ok)
+        if not self.spec.softmax:
+            self.put(f"f = {f'tl.where({self.ok}, {value}, 0.0)' if self.ok else value}", "w = p * f")
+            return "w"
+        value = f"p * ({value})"
         self.put(f"w = {f'tl.where({self.ok}, {value}, 0.0)' if self.ok else value}")
         return "w"
 
@@ -79,17 +110,24 @@ class Steps(Scores):
         spec, keys = self.spec, self.side == "k"
         row2, column, column2 = ("v", "q", "g") if keys else ("g", "k", "v")
         at = "[:, None]" if self.kind == "backward_dq" else ""
-        self.put(f"p = tl.exp2({'s * c' if self.raw else 't'} - lse{at})")
+        if spec.softmax:
+            self.put(f"p = tl.exp2({'s * c' if self.raw else 't'} - lse{at})")
+        else:
+            self.weights()
         self.put(f"dp = {dot(row2, f'{column2}.T')}")
         weight = "p" if plain else self.weight()
         if keys:
             self.put(f"dv = {dot(f'{weight}.to(g.dtype)', 'g', 'dv')}")
         if self.fused:
             self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
+        if self.fused and spec.softmax:
             self.put(f"delta = tl.sum({weight} * dp, 1)[:, None]")
             with self.block("if GLse is not None:"):
                 self.put("delta -= tl.load(GLse + token)[:, None]")
-        self.put(f"ds = w * dp - p * delta{at}" if weight == "w" else f"ds = p * (dp - delta{at})")
+        if not spec.softmax:
+            self.put(f"ds = {'f * ' if weight == 'w' else ''}dp * ({self.weights_slope()})")
+        else:
+            self.put(f"ds = w * dp - p * delta{at}" if weight == "w" else f"ds = p * (dp - delta{at})")
         if not plain:
             self.table_gradients()
         slope = ir.const(1.0) if plain else spec.slope
@@ -156,13 +194,14 @@ class Steps(Scores):
                 self.put(f"{t} = {self.load(at, 'inside[:, None]', self.channels(t))}")
             if self.side == "k":
                 self.put(f"token = (b * H + h) * N + i * {self.bn} + n - P")
+            if self.side == "k" and self.spec.softmax:
                 for what, pointer in (("lse", "Lse2"), ("delta", "Delta")):
                     self.put(f"{what} = tl.load({pointer} + token, mask=inside, other=0.0)[None, :]")
             row, column = ("k", "q") if self.side == "k" else ("q", "k")
             self.put(f"s = {dot(row, f'{column}.T')}")
-            s, scaled = ("s", "s") if self.raw else ("t", "s * c")
+            s, scaled = ("s", "s") if self.raw else ("t", "s * c" if self.spec.softmax else "s * scale")
             self.put(f"{s} = tl.where(inside[None, :], {scaled}, {INF})")
             if self.kind == "forward":
-                self.softmax_step(first=False, post=False)
+                self.forward_step(first=False, post=False)
             else:
                 self.backward_step(plain=True)

@@ -85,8 +85,9 @@ def _channel(m: Mechanism) -> ir.Program:
 
 def refusals(program: ir.Program) -> list[str]:
     """What the printers do not lower of a program, a line for each that refuses; nothing is printed or built."""
-    from attnc.codegen import cpp, triton_plan
+    from attnc.codegen import around, cpp, triton_plan
 
+    program = around.core_program(program)
     asked: tuple[Callable[[], None], ...] = (
         lambda: triton_plan.check(program),
         lambda: cpp.refuse(cpp.Spec(program, 32, 32, "float32")),

@@ -250,9 +250,6 @@ def _plan(program: ir.Program, union: bool = False) -> list[str]:
 
 def _refused(s: Subject) -> list[str]:
     said = list(s.refused)
-    a = s.attend
-    if a.normalizer.over == "queries":
-        said.append("softmax over queries: no backend lowers it yet; normalise over keys")
     from attnc.report.emit import refusals
 
     said += refusals(s.program)

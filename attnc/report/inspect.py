@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc import ir
+from attnc.codegen.around import core_program
 from attnc.codegen.triton import kernels_of, make_spec, source
 from attnc.codegen.triton_host import longest_index
 from attnc.codegen.triton_kernels import Kernel
@@ -246,7 +247,7 @@ def inspect(
     if kind not in ("float16", "bfloat16", "float32"):
         raise UnsupportedError(f"{p.name}: dtype={kind!r}; triton takes float16, bfloat16 and float32")
     return inspect_triton(
-        op.program(len(op.axes)),
+        core_program(op.program(len(op.axes))),
         q_grid,
         k_grid,
         heads=heads,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from attnc import ir
 from attnc.analysis.structure import Structure, analyse
 from attnc.arguments import GridLike, PadLike
+from attnc.codegen.around import core_program
 from attnc.compiler import Operator, compile
 from attnc.errors import AttncError, UnsupportedError
 from attnc.lang.pattern import Pattern
@@ -120,7 +121,7 @@ def subject(
     g = geometry(program, q_grid, k_grid)
     parts = tuple(
         Part(run.first, run.last, part, _proved(part), geometry(part, q_grid, k_grid))
-        for run in split(program, q_grid, k_grid, heads, heads)
+        for run in split(core_program(program), q_grid, k_grid, heads, heads)
         for part in run.parts
     )
     return Subject(program, s, axes, g, heads, parts, tuple(refused))

@@ -103,7 +103,7 @@ def token_count(t: Tensor) -> int:
     return n
 
 
-def lse_like(q: Tensor) -> Tensor:
-    """[B, H, N], float32 (float64 for float64)."""
+def lse_like(q: Tensor, rows: Tensor | None = None) -> Tensor:
+    """[B, H, N], float32 (float64 for float64), one for each token of q, or of `rows`."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty((*q.shape[:2], token_count(q)), dtype=dtype, device=q.device)
+    return torch.empty((*q.shape[:2], token_count(q if rows is None else rows)), dtype=dtype, device=q.device)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnc import ir
 from attnc.analysis.structure import keep_proofs
 from attnc.errors import UnsupportedError
-from attnc.runtime import proofs, tuner
+from attnc.runtime import over_queries, proofs, tuner
 from attnc.runtime.call import Call, empty_like_order, in_order, lse_like
 from attnc.schedule import bounds
 from attnc.schedule.geometry import Geometry, geometry
@@ -166,6 +166,25 @@ def _like(t: Tensor, gradient: Tensor) -> Tensor:
     return empty_like_order(t, t.shape[-1]).copy_(gradient)
 
 
+def _over_queries(program: str) -> bool:
+    a = program_of(program).attend
+    return isinstance(a, ir.Attend) and a.normalizer.over == "queries"
+
+
+def _exchange(
+    q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, backend: str, tune: bool
+) -> over_queries.Exchange | None:
+    """Where the softmax is over queries: the call with queries and keys exchanged (`eager` is the meaning, which does without)."""
+    if backend == "eager" or not _over_queries(program):
+        return None
+    p = program_of(program)
+    named = dict(zip(table_names(p), tables, strict=True))
+    shapes = tuple((n, tuple(t.shape)) for n, t in named.items())
+    grids = tuple(map(int, q_grid)), tuple(map(int, k_grid))
+    bounds.check(p, *grids, q.shape[1], q.shape[0], shapes, backend == "torch")
+    return over_queries.Exchange(_attend, _opaque(_attend_backward), p, named, scale, (*grids, program, backend, tune))
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -178,6 +197,9 @@ def _attend(
     backend: str,
     tune: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    exchange = _exchange(q, k, tables, scale, q_grid, k_grid, program, backend, tune)
+    if exchange is not None:
+        return exchange.forward(q, k, v)
     module = backend_module(backend)
     named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
     if len(parts) == 1:
@@ -203,7 +225,8 @@ def _run(
         q, _, v = rows
         return empty_like_order(q, v.shape[-1]).zero_(), lse_like(q).fill_(float("-inf"))
     if len(calls) > 1 and not getattr(module, "CONTINUES", False):
-        return _merge([module.forward(call, *rows) for call in calls])
+        merge = _merge if calls[0].attend.normalizer.kind == "softmax" else _add
+        return merge([module.forward(call, *rows) for call in calls])
     calls[0].into = into
     found: tuple[Tensor, Tensor] = module.forward(calls[0], *rows)
     for call in calls[1:]:
@@ -224,6 +247,15 @@ def _merge(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out.to(dtype), lse
 
 
+def _add(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The sum over a union of disjoint key sets of weighted values, from the sum over each."""
+    out, lse = partial[0]
+    total = out.to(lse.dtype)
+    for o, _ in partial[1:]:
+        total = total + o
+    return total.to(out.dtype), lse
+
+
 def _attend_fake(
     q: Tensor,
     k: Tensor,
@@ -236,7 +268,7 @@ def _attend_fake(
     backend: str,
     tune: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return empty_like_order(q, v.shape[-1]), lse_like(q)
+    return empty_like_order(q, v.shape[-1]), lse_like(q, k if _over_queries(program) else q)
 
 
 def _attend_backward(
@@ -257,19 +289,24 @@ def _attend_backward(
     *,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    module = backend_module(backend)
-    named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
-    runs = [(p, p.calls(named, scale)) for p in parts]
-    rows = (q, k, v, out, lse, grad_out, grad_lse)
-    for p, calls in runs if tune else ():
-        for call in calls:
-            tuner.settle(module, call, *_rows_of_part(p, rows))
-    if len(runs) == 1 and len(runs[0][1]) == 1:
-        call = runs[0][1][0]
-        call.into = into
-        dq, dk, dv, sums = module.backward(call, *rows)
+    exchange = _exchange(q, k, tables, scale, q_grid, k_grid, program, backend, tune)
+    if exchange is None:
+        module = backend_module(backend)
+        named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
+        runs = [(p, p.calls(named, scale)) for p in parts]
+        rows = (q, k, v, out, lse, grad_out, grad_lse)
+        for p, calls in runs if tune else ():
+            for call in calls:
+                tuner.settle(module, call, *_rows_of_part(p, rows))
+        if len(runs) == 1 and len(runs[0][1]) == 1:
+            call = runs[0][1][0]
+            call.into = into
+            dq, dk, dv, sums = module.backward(call, *rows)
+        else:
+            dq, dk, dv, sums = _sum_of_parts(module, runs, rows, named)
     else:
-        dq, dk, dv, sums = _sum_of_parts(module, runs, rows, named)
+        named = exchange.tables
+        dq, dk, dv, sums = exchange.backward(q, k, v, lse, grad_out, grad_lse)
     gradients = [
         sums[n].to(t.dtype).contiguous() if t.is_floating_point() else t.new_empty(0, dtype=torch.float32) for n, t in named.items()
     ]
@@ -288,7 +325,7 @@ def _attend_packed(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attend_packed_fake(qkv: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    return empty_like_order(qkv[0], qkv.shape[-1]), lse_like(qkv[0])
+    return empty_like_order(qkv[0], qkv.shape[-1]), lse_like(qkv[0])  # keys are as many as queries
 
 
 def _attend_packed_backward(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:

@@ -274,11 +274,8 @@ def check(
         g, tables = geometry(program, q_grid, k_grid), dict(shapes)
     spoken = _spoken(program, g)
     _check_integers(a.name, spoken, Box(g, heads, batch, everywhere=True), wide)
-    sink = a.normalizer.sink
-    if sink is not None and tables[sink] not in ((1,), (heads,)):
-        raise ShapeError(
-            f"pattern {a.name}: the sink {sink!r} has {tables[sink][0]} entries, expected one per query head ({heads}) or 1"
-        )
+    if a.normalizer.sink is not None:
+        check_sink(a, tables[a.normalizer.sink], heads)
     box = Box(g, heads, batch)
     axes = ("index",) if g.structure.flat else ir.AXES.get(a.rank)
     conditions = ir.conjuncts(g.structure.residual)
@@ -309,6 +306,14 @@ def check(
                         f"{where}, but `{ir.show(index, axes)}` (dimension {d}) comes to {found} for an allowed pair on the grid "
                         f"{q_grid}: give it more entries, or shift the index so that it starts at 0"
                     )
+
+
+def check_sink(a: ir.Attend, shape: tuple[int, ...], heads: int) -> None:
+    """Raise ShapeError where the statement's sink, a table of this shape, is not one logit for each query head or for all."""
+    if tuple(shape) not in ((1,), (heads,)):
+        raise ShapeError(
+            f"pattern {a.name}: the sink {a.normalizer.sink!r} has {shape[0]} entries, expected one per query head ({heads}) or 1"
+        )
 
 
 def table_shapes(

@@ -19,7 +19,11 @@ def plan(program: ir.Program, *, union: bool = False) -> nx.DiGraph:
 
     union: the program runs as disjoint parts (see schedule.split) whose results a further step merges.
     """
-    return _channel() if isinstance(program.attend, ir.Channel) else _attend(program, program.attend, union)
+    if isinstance(program.attend, ir.Channel):
+        return _channel()
+    if program.attend.normalizer.over == "queries":
+        return _over_queries(program.attend)
+    return _surrounded(_attend(program, program.attend, union), program.attend)
 
 
 def _link(g: nx.DiGraph, source: str, target: str, *tensors: str) -> None:
@@ -29,10 +33,77 @@ def _link(g: nx.DiGraph, source: str, target: str, *tensors: str) -> None:
         g.add_edge(source, target, tensors=(*seen, *(t for t in tensors if t not in seen)))
 
 
+def _surrounded(g: nx.DiGraph, a: ir.Attend) -> nx.DiGraph:
+    """The graph with what surrounds the kernels: row maps before them, a sink after them, and their gradients."""
+    mapped = tuple(t for t, m in (("q", a.q_map), ("k", a.k_map)) if m is not None)
+    for t in mapped:
+        g.add_node("row_maps", does="the maps of rows, once per row")
+        g.add_node("backward_row_maps", does="gradients through the maps of rows")
+        for _, b, d in list(g.out_edges(INPUTS, data=True)):
+            if t in d["tensors"] and b not in ("row_maps", "backward_row_maps"):
+                d["tensors"] = tuple(x for x in d["tensors"] if x != t)
+                _link(g, "row_maps", b, f"{t}, mapped")
+        _link(g, INPUTS, "row_maps", t)
+        _link(g, INPUTS, "backward_row_maps", t)
+        _move(g, f"d{t}", f"d{t}, mapped", "backward_row_maps")
+    sink = a.normalizer.sink
+    if sink is not None:
+        g.add_node("sink", does="the sink joins each row's sum, once")
+        g.add_node("backward_sink", does="gradients through it: of what the kernels gave, and of the sink, summed over rows")
+        for t in ("out", "lse"):
+            _move(g, t, f"{t} of the kernels", "sink")
+            _link(g, "sink", "backward_sink", f"{t} of the kernels")
+        for _, b, d in list(g.out_edges(INPUTS, data=True)):
+            if "grad_out" in d["tensors"]:
+                given = tuple(x for x in d["tensors"] if x in ("grad_out", "grad_lse"))
+                d["tensors"] = tuple(x for x in d["tensors"] if x not in given)
+                _link(g, "backward_sink", b, *(f"{x} of the kernels" for x in given))
+        _link(g, INPUTS, "sink", sink)
+        _link(g, INPUTS, "backward_sink", "grad_out", "grad_lse", sink)
+        _link(g, "backward_sink", RESULTS, f"d{sink}")
+    g.remove_edges_from([(x, y) for x, y, d in g.edges(data=True) if not d["tensors"]])
+    return g
+
+
+def _move(g: nx.DiGraph, result: str, inner: str, through: str) -> None:
+    """What kernels gave as `result` they give as `inner` to the node `through`, which gives the result."""
+    for x, _, d in list(g.in_edges(RESULTS, data=True)):
+        if result in d["tensors"]:
+            d["tensors"] = tuple(t for t in d["tensors"] if t != result)
+            _link(g, x, through, inner)
+    _link(g, through, RESULTS, result)
+
+
+def _over_queries(a: ir.Attend) -> nx.DiGraph:
+    """Softmax over queries: the kernels of the statement with queries and keys exchanged (see runtime.over_queries)."""
+    g: nx.DiGraph = nx.DiGraph(name=a.name)
+    tables, learned = a.tables, tuple(t for t in a.tables if t not in a.int_tables)
+    for node, does in (
+        (INPUTS, "what the caller passes"),
+        ("forward_lse", "the same with queries and keys exchanged: one log-sum-exp per key"),
+        ("forward", "its backward with v as the output's gradient: what that gives the values is out"),
+        (RESULTS, "what the caller gets"),
+        ("backward_dv", "exchanged again, with grad_out as the values: its output is dv"),
+        ("backward", "its backward with v as the output's gradient: dk, dq and the tables' gradients"),
+    ):
+        g.add_node(node, does=does)
+    _link(g, INPUTS, "forward_lse", "q", "k", *tables)
+    _link(g, INPUTS, "forward", "q", "k", "v", *tables)
+    _link(g, "forward_lse", "forward", "lse")
+    _link(g, "forward", RESULTS, "out")
+    _link(g, INPUTS, "backward_dv", "q", "k", *tables, "grad_out")
+    _link(g, INPUTS, "backward", "q", "k", "v", *tables, "grad_out")
+    _link(g, "forward_lse", "backward", "lse")
+    _link(g, "backward_dv", "backward", "dv")
+    _link(g, "backward_dv", RESULTS, "dv")
+    _link(g, "backward", RESULTS, "dq", "dk", *(f"d{t}" for t in learned))
+    return g
+
+
 def _attend(program: ir.Program, a: ir.Attend, union: bool) -> nx.DiGraph:
     g: nx.DiGraph = nx.DiGraph(name=a.name)
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
-    rows = (*a.tables, *(("pad_k", "pad_v") if padded else ()))
+    rows = (*(t for t in a.tables if t != a.normalizer.sink), *(("pad_k", "pad_v") if padded else ()))
     learned = tuple(t for t in rows if t not in a.int_tables)
     in_score = tuple(t for t in learned if t not in ("pad_k", "pad_v"))
     softmax = a.normalizer.kind == "softmax"
@@ -43,7 +114,8 @@ def _attend(program: ir.Program, a: ir.Attend, union: bool) -> nx.DiGraph:
     _link(g, INPUTS, "forward", "q", "k", "v", *rows)
     last = "merge" if union else "forward"
     if union:
-        g.add_node("merge", does="parts joined exactly through their log-sum-exp; their backwards read the joined out and lse")
+        joined = "parts joined exactly through their log-sum-exp; their backwards read the joined out and lse"
+        g.add_node("merge", does=joined if softmax else "parts added")
         _link(g, "forward", "merge", *(f"{t} of each part" for t in saved))
     forwards = [last]
     if program.queries.prefix:

@@ -1,9 +1,10 @@
 """Statements that run as several: heads with patterns of their own, and unions of structured relations.
 
-Heads that follow different parts of a relation run apart, each part with its own structure. A union `a | b | ...` whose parts have
-intervals of their own, but whose union has none, runs as partial programs: part i gets the residual "not in an earlier part", so
-each key counts once, and the parts are merged exactly through their log-sum-exp. The backward of each part takes the merged output
-and LSE, which is what makes the sum of the parts' gradients the gradient of the whole.
+Heads that follow different parts of a relation run apart, each part with its own structure. A union `a | b | ...` whose parts
+have intervals of their own, but whose union has none, runs as partial programs: part i gets the residual "not in an earlier
+part", so each key counts once, and the parts are merged exactly through their log-sum-exp, or added where weights have no
+sum. The backward of each part takes the merged output and LSE, which is what makes the sum of the parts' gradients the
+gradient of the whole.
 """
 
 from __future__ import annotations
@@ -79,8 +80,10 @@ def _boxes(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]
 def _union(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]) -> tuple[ir.Program, ...]:
     """Disjoint partial programs of a union; the program alone where splitting gains nothing or parts cannot be merged."""
     a = program.attend
-    if not isinstance(a, ir.Attend) or a.normalizer != ir.SOFTMAX or program.queries.prefix or program.keys.prefix:
+    if not isinstance(a, ir.Attend) or program.queries.prefix or program.keys.prefix:
         return (program,)
+    if a.normalizer.over != "keys" or a.normalizer.sink is not None:
+        return (program,)  # a sink counts once, and is not there where kernels run (see codegen.around)
     # a conjunct beside the union, (a | b) & c, belongs to every part
     common = tuple(c for c in ir.conjuncts(a.relation) if c.op != "or")
     unions = [c for c in ir.conjuncts(a.relation) if c.op == "or"]

@@ -1,0 +1,122 @@
+"""Softmax over queries by the kernels of softmax over keys, with queries and keys exchanged.
+
+Exchanged, the weights A[j, i] = exp(score[i, j] - lse[j]) are a plain softmax of the rows k over the rows q. What the statement
+asks for, out[i] = sum_j A[j, i] v[j], is what that attention's backward gives as the gradient of its values where the gradient of
+its output is v. With grad_out as its values its output is dv, and its backward, at the output gradient v again, gives dk and dq:
+dS = A (dA - delta) with dA[j, i] = grad_out[i] v[j] and delta[j] = sum_i A[j, i] dA[j, i] = dv[j] v[j]. So every backend that has a
+forward and a backward has this; what the forward computes in vain are the gradients of queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc import ir
+from attnc.errors import UnsupportedError
+from attnc.runtime.call import empty_like_order
+
+
+@lru_cache(maxsize=256)
+def exchanged(p: ir.Program) -> tuple[str, tuple[str, ...]]:
+    """The program with queries and keys exchanged, normalised over its keys, without a sink: as text, and its tables' names.
+
+    Raises UnsupportedError where virtual keys exist: they would be queries.
+    """
+    a = p.attend
+    assert isinstance(a, ir.Attend)
+    if any(t.pad is not None or t.pad_multiple is not None for t in (p.queries, p.keys)):
+        raise UnsupportedError(
+            f"pattern {a.name}: softmax over queries together with pad=: virtual keys are not lowered as rows of their own; "
+            "backend='eager' does it, or append the padding to the tensors yourself"
+        )
+    other: dict[Any, ir.Role] = {"q": "k", "k": "q"}
+
+    def rule(n: ir.Expr) -> ir.Expr | None:
+        if n.op == "coord" or (n.op == "size" and not p.same_grid):
+            return ir.Expr(n.op, (other[n.args[0]], n.args[1]), n.kind)
+        return ir.index(other[n.args[0]]) if n.op == "index" else None
+
+    relation, score = ir.rewrite(a.relation, rule), ir.rewrite(a.score, rule)
+    post = None if a.post is None else ir.rewrite(a.post, rule)
+    attend = replace(a, relation=relation, score=score, post=post, normalizer=ir.SOFTMAX)
+    return ir.to_json(replace(p, attend=attend, queries=p.keys, keys=p.queries)), attend.tables
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One call with queries and keys exchanged. attend, attend_backward: the operators' own (see runtime.operator).
+
+    rest: what follows scale in their arguments: grids, the program's text, the backend, tune.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    program: ir.Program
+    tables: dict[str, Tensor]
+    scale: float
+    rest: tuple[Any, ...]
+
+    @property
+    def _sink(self) -> str | None:
+        assert isinstance(self.program.attend, ir.Attend)
+        return self.program.attend.normalizer.sink
+
+    def _arguments(self) -> tuple[list[Tensor], tuple[Any, ...]]:
+        text, names = exchanged(self.program)
+        q_grid, k_grid, _, *options = self.rest
+        return [self.tables[n] for n in names], (self.scale, k_grid, q_grid, text, *options)
+
+    def _with_sink(self, lse: Tensor) -> Tensor:
+        return lse if self._sink is None else torch.logaddexp(lse, self.tables[self._sink].to(lse.dtype).view(1, -1, 1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out as q with Dv channels, and lse [B, H, Nk]."""
+        k, v = _for_each_head(q, k, v)
+        tables, rest = self._arguments()
+        nothing = empty_like_order(q, v.shape[-1]).zero_()
+        out, lse = self.attend(k, q, nothing, tables, *rest)
+        lse = self._with_sink(lse)
+        _, _, found, _ = self.attend_backward(k, q, nothing, tables, out, lse, v, None, *rest)
+        return found, lse
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """dq, dk, dv and the gradients of tables."""
+        kv_heads, names = k.shape[1], exchanged(self.program)[1]
+        k, v = _for_each_head(q, k, v)
+        tables, rest = self._arguments()
+        grad_out = grad_out.to(q.dtype)
+        dv, own = self.attend(k, q, grad_out, tables, *rest)
+        found: dict[str, Tensor] = {}
+        if self._sink is not None:
+            seen = own > float("-inf")
+            dv = (dv * torch.where(seen, torch.exp(own - lse), 0.0).view(*dv.shape[:-1], 1)).to(dv.dtype)
+            delta = (dv.to(lse.dtype) * v.to(lse.dtype)).sum(-1).view(lse.shape)
+            delta = delta if grad_lse is None else delta - grad_lse.to(lse.dtype)
+            sink = self.tables[self._sink]
+            weight = torch.where(lse > float("-inf"), torch.exp(sink.to(lse.dtype).view(1, -1, 1) - lse), 0.0)
+            found[self._sink] = -(weight * delta).sum((0, 2)).sum_to_size(sink.shape)
+        dk, dq, _, gradients = self.attend_backward(k, q, grad_out, tables, dv, lse, v, grad_lse, *rest)
+        found |= dict(zip(names, gradients, strict=True))
+        return dq, _for_key_heads(dk, kv_heads), _for_key_heads(dv, kv_heads), found
+
+
+def _for_each_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values once per query head: as rows that ask, each has a softmax of its own."""
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+
+
+def _for_key_heads(t: Tensor, heads: int) -> Tensor:
+    """Summed over the query heads that share a key head."""
+    if t.shape[1] == heads:
+        return t
+    grouped = t.reshape(t.shape[0], heads, -1, *t.shape[2:])
+    return grouped.sum(2, dtype=torch.promote_types(t.dtype, torch.float32)).to(t.dtype)

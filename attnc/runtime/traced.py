@@ -1,0 +1,35 @@
+"""A traced statement as operators take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnc import ir
+from attnc.codegen.around import core_program
+from attnc.runtime import operator
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A pattern traced on grids of one rank: its program, as text for the operators, and the tables a call gives.
+
+    core: what kernels run, where row maps or a sink surround them (see codegen.around; `eager` runs the whole).
+    """
+
+    text: str
+    program: ir.Program
+    tables: tuple[operator.TableSpec, ...]
+    core: Traced | None
+
+    @property
+    def attend(self) -> ir.Attend:
+        """The statement."""
+        assert isinstance(self.program.attend, ir.Attend)
+        return self.program.attend
+
+    @classmethod
+    def of(cls, text: str) -> Traced:
+        """From a program's text (see ir.to_json)."""
+        program = operator.program_of(text)  # the object that the operators' caches know: lookups compare by identity
+        core = ir.to_json(core_program(program))
+        return cls(text, program, operator.table_specs(program), None if core == text else cls.of(core))

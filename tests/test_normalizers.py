@@ -1,0 +1,221 @@
+"""Every normaliser, sinks, post-factors and row maps on every backend, held to the float64 meaning with gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import strategies as draws
+import torch
+import triton_cases
+from hypothesis import given
+from strategies import NORMALIZERS, Problem, hold, weighted
+from test_triton import failures, run_cases
+
+import attnc
+from attnc import patterns
+from attnc.compiler import has_compiler
+
+CPP = importlib.util.find_spec("attnc.runtime.cpp") is not None and has_compiler()
+needs_compiler = pytest.mark.skipif(not CPP, reason="no C++ compiler here")
+BACKENDS = ("eager", "torch", pytest.param("cpp", marks=needs_compiler))
+# a kernel takes the C++ compiler seconds: these build theirs when asked for
+SOME_BACKENDS = BACKENDS if os.environ.get("ATTNC_TEST_MANY_KERNELS") else BACKENDS[:2]
+REST = {"heads": 4, "kv_heads": 2, "dv": 5}
+
+
+@draws.examples(30)
+@given(draws.problems(made=draws.weights))
+def test_eager_is_the_meaning_of_all_weights(p: Problem) -> None:
+    hold(p, "eager")
+
+
+@draws.examples(40)
+@given(draws.problems(made=draws.weights))
+def test_torch_on_all_weights(p: Problem) -> None:
+    if p.pad is not None and "queries" in p.pattern.name:
+        with pytest.raises(attnc.UnsupportedError, match="softmax over queries together with pad="):
+            hold(p, "torch")
+    else:
+        hold(p, "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", NORMALIZERS)
+def test_normalisers_with_posts_maps_and_bias(kind: str, backend: str) -> None:
+    """On cpp one kernel each, at two sizes and strides."""
+    p = weighted(patterns.neighborhood(3, bias="relative"), kind, post=True, maps=True)
+    for shape, strides in (((5, 7), "guarded"), ((3, 18), "tokens first")):
+        hold(Problem(p, shape, strides=strides, **REST), backend)
+
+
+@pytest.mark.parametrize("backend", SOME_BACKENDS)
+@pytest.mark.parametrize("kind", ["sink", "sigmoid", "relu cubed", "queries"])
+def test_normalisers_of_plain_scores_with_prefix_tokens(kind: str, backend: str) -> None:
+    for scale in (None, -0.3):
+        hold(Problem(weighted(patterns.window(3), kind), (4, 5), prefix=2, scale=scale, d=33, **REST), backend)
+
+
+@pytest.mark.parametrize("backend", SOME_BACKENDS)
+@pytest.mark.parametrize("kind", ["sink", "sigmoid"])
+def test_normalisers_with_virtual_keys_through_a_row_map(kind: str, backend: str) -> None:
+    """pad_k goes through the keys' map too, and gets its gradient through it."""
+    p = weighted(patterns.window(3), kind, maps=True)
+    hold(Problem(p, (4, 5), pad=((1, 1), (0, 1)), **REST), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["sink", "sigmoid", "queries"])
+def test_unions_add_or_merge_and_count_a_sink_once(kind: str, backend: str) -> None:
+    """Two strips far longer than wide run as two parts."""
+    p = weighted(patterns.cross(2), kind)
+    hold(Problem(p, (12, 14), batch=1, **REST), backend)
+
+
+@pytest.mark.parametrize("backend", SOME_BACKENDS)
+@pytest.mark.parametrize("kind", ["sink", "relu", "queries with a sink"])
+def test_heads_that_see_nothing(kind: str, backend: str) -> None:
+    """A row without keys gives zeros (and the sink as its lse); head 1 has no key at all."""
+    p = weighted(patterns.causal() & ~patterns.window(2).on("x"), kind)
+    hold(Problem(p, (3, 6), heads=2), backend)
+    hold(Problem(weighted(patterns.window(3).heads([0]), kind), (3, 6), heads=2), backend)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["sink", "sigmoid", "relu", "queries"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
+    hold(Problem(weighted(patterns.window(3), kind), (6, 6), dtype=dtype, d=16, dv=16), "cpp")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("group", list(triton_cases.HELD))
+def test_interpreted_kernels_on_all_weights(group: str) -> None:
+    found = run_cases(group, interpret=True)
+    assert set(found) == set(triton_cases.HELD[group])
+    assert not failures(found)
+
+
+# ------------------------------------------------------------------------------------------------------------------- what it means
+def test_a_huge_sink_takes_everything_and_none_takes_nothing() -> None:
+    q, k, v = (torch.randn(1, 2, 12, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    plain = attnc.compile(patterns.window(3), grid=(3, 4), backend="torch")(q, k, v)
+    op = attnc.compile(weighted(patterns.window(3), "sink"), grid=(3, 4), backend="torch")
+    assert op(q, k, v, sink=torch.tensor([1e4, float("-inf")]))[:, 0].abs().max() == 0
+    nothing = torch.full((2,), float("-inf"), requires_grad=True)
+    out, lse = op(q.requires_grad_(), k, v, sink=nothing, return_lse=True)
+    assert torch.equal(out, plain)
+    for found in torch.autograd.grad(out.sum() + lse.sum(), (q, nothing)):
+        assert torch.isfinite(found).all()
+
+
+def test_a_sink_of_one_head_is_broadcast() -> None:
+    p = weighted(patterns.window(3), "sink", post=True, maps=True)
+    rows, _ = Problem(p, (3, 5)).inputs()
+    op = attnc.compile(p, grid=(3, 5), backend="torch")
+    sink = torch.tensor([0.7])
+    assert torch.equal(op(*rows, sink=sink), op(*rows, sink=sink.expand(2)))
+
+
+def test_weights_of_a_key_sum_to_one_over_its_queries() -> None:
+    """With values of one, the outputs of all queries sum to the number of keys."""
+    q, k = (torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2))
+    op = attnc.compile(weighted(patterns.neighborhood(3), "queries"), grid=(4, 5), backend="torch")
+    out = op(q, k, torch.ones(1, 2, 20, 1, dtype=torch.float64))
+    torch.testing.assert_close(out.sum(2), torch.full((1, 2, 1), 20.0, dtype=torch.float64))
+
+
+def test_softmax_over_queries_is_softmax_over_keys_transposed() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 20, 8, generator=g, dtype=torch.float64) for _ in range(3))
+    out = attnc.compile(weighted(patterns.full(), "queries"), grid=(4, 5), backend="torch")(q, k, v)
+    weight = torch.softmax(k @ q.transpose(-1, -2) * 8**-0.5, -1)
+    torch.testing.assert_close(out, weight.transpose(-1, -2) @ v)
+
+
+@pytest.mark.parametrize("kind", ["sink", "sigmoid", "queries with a sink"])
+def test_gradients_are_the_same_on_every_run(kind: str) -> None:
+    p = Problem(weighted(patterns.neighborhood(3, bias="relative"), kind), (5, 6), **REST)
+    first, second = (draws.run_operator(p, "cpp" if CPP else "torch") for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("kind", ["sink", "queries"])
+def test_a_compiled_graph_gives_the_same(kind: str) -> None:
+    op = attnc.compile(weighted(patterns.window(3), kind, maps=True), grid=(3, 5), backend="torch")
+    p = Problem(weighted(patterns.window(3), kind, maps=True), (3, 5))
+    rows, tables = p.inputs()
+    graph = torch.compile(lambda q, k, v, t: op(q, k, v, **t), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(graph(*rows, tables), op(*rows, **tables))
+
+
+def test_a_packed_tensor_goes_through_the_maps() -> None:
+    p = weighted(patterns.window(3), "sink", maps=True)
+    x = torch.randn(2, 15, 3 * 2 * 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    packed = attnc.compile(p, grid=(3, 5), layout="b (y x) (three h d)", heads=2, backend="torch")
+    q, k, v = x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    sink = torch.tensor([0.3, -1.0])
+    out, plain = packed(x, sink=sink), attnc.compile(p, grid=(3, 5), backend="torch")(q, k, v, sink=sink)
+    torch.testing.assert_close(out, plain.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (out, plain)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- refusals
+def test_no_log_sum_exp_of_a_query() -> None:
+    x = torch.randn(1, 1, 4, 8)
+    op = attnc.compile(weighted(patterns.full(), "queries"), grid=4)
+    with pytest.raises(attnc.ShapeError, match="weights by softmax over queries have no log-sum-exp of a query"):
+        op(x, x, x, return_lse=True)
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "cpu"])
+def test_no_module_of_softmax_over_queries(target: str) -> None:
+    with pytest.raises(attnc.UnsupportedError, match=r"softmax over queries.*any backend=.*queries and keys exchanged"):
+        attnc.emit(weighted(patterns.window(3), "queries"), grid=(6, 6), heads=2, head_dim=16, target=target, dtype="float32")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ modules
+SCRIPT = """
+import importlib.util, sys
+import torch
+
+spec = importlib.util.spec_from_file_location("module", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["module"] = module
+spec.loader.exec_module(module)
+q, k, v, sink, pad_k, pad_v, g, *wanted = (t.requires_grad_() for t in torch.load(sys.argv[2]))
+leaves = [q, k, v, pad_k, pad_v, *([sink] if sys.argv[3] == "sink" else [])]
+out = module.attention(q, k, v, pad_k=pad_k, pad_v=pad_v, **({"sink": sink} if sys.argv[3] == "sink" else {}))
+for a, b in zip((out, *torch.autograd.grad(out, leaves, g)), wanted, strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+assert not any(name.partition(".")[0] == "attnc" for name in sys.modules)
+"""
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("target", ["cuda:90", pytest.param("cpu", marks=needs_compiler)])
+@pytest.mark.parametrize("kind", ["sink", "sigmoid"])
+def test_modules_with_sinks_and_row_maps_stand_alone(kind: str, target: str, tmp_path: Path) -> None:
+    """Virtual keys, which the map of keys takes in, too; gradients of all there is."""
+    p, pad = weighted(patterns.window(3), kind, maps=True), ((0, 1), (1, 0))
+    text = attnc.emit(p, grid=(5, 5), pad=pad, heads=2, head_dim=16, target=target, dtype="float32")
+    (tmp_path / "module.py").write_text(text)
+    gen = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(1, 2, 25, 16, generator=gen, requires_grad=True) for _ in range(4))
+    pads = [torch.randn(2, 16, generator=gen, requires_grad=True) for _ in range(2)]
+    sink = torch.randn(2, generator=gen, requires_grad=True)
+    tables: dict[str, Any] = {"sink": sink} if kind == "sink" else {}
+    out = attnc.compile(p, grid=(5, 5), pad=pad, backend="eager")(q, k, v, pad_k=pads[0], pad_v=pads[1], **tables)
+    wanted = torch.autograd.grad(out, [q, k, v, *pads, *tables.values()], g)
+    torch.save([t.detach() for t in (q, k, v, sink, *pads, g, out, *wanted)], tmp_path / "data.pt")
+    environment = {n: x for n, x in os.environ.items() if n != "PYTHONPATH"} | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "module.py"), str(tmp_path / "data.pt"), kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search("softmax with the sink sink" if kind == "sink" else "sigmoid", text.split("import")[0])
