@@ -185,8 +185,9 @@ def test_plan_of_a_sink_and_row_maps_surrounds_the_kernels() -> None:
         return attnc.where(q.y == k.y, attnc.SCORE, normalizer=attnc.softmax(sink=extra), k_map=attnc.l2norm)
 
     g = plans.plan(subject(sunk(), grid=(4, 4)).program)
-    assert plans.reads(g, "sink") == ("out of the kernels", "lse of the kernels", "extra")
-    assert plans.reads(g, "row_maps") == ("k",) and "k, mapped" in plans.reads(g, "forward")
+    assert set(plans.reads(g, "sink")) == {"kernels' out", "kernels' lse", "extra"}
+    assert plans.writes(g, "sink") == ("out", "lse") and "kernels' lse" in plans.reads(g, "backward_dq")
+    assert plans.reads(g, "row_maps") == ("k",) and "mapped k" in plans.reads(g, "forward")
     assert set(plans.reads(g, plans.RESULTS)) == {"out", "lse", "dq", "dk", "dv", "dextra"}
 
 

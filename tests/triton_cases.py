@@ -181,6 +181,20 @@ SIMULATED["neighborhood-bias"] = Case(
     neighborhood(3, bias="relative"), (7, 10), 1, 1, 32, 32, 1, torch.float16, tables={"bias": (1, 5, 5)}
 )
 
+SIMULATED["sigmoid"] = Case(
+    lambda: weighted(patterns.window(7, bias="relative"), "sigmoid"),
+    (14, 14),
+    1,
+    1,
+    32,
+    32,
+    2,
+    torch.float16,
+    tables={"bias": (1, 13, 13)},
+)
+SIMULATED["relu"] = Case(
+    lambda: weighted(patterns.neighborhood(7), "relu cubed", post=True), (7, 12), 1, 1, 32, 32, 1, torch.float16
+)
 
 # problems for operators, which put row maps and sinks around the kernels
 REST: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 16, "dv": 5, "batch": 1}

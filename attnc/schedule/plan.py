@@ -22,7 +22,7 @@ def plan(program: ir.Program, *, union: bool = False) -> nx.DiGraph:
     if isinstance(program.attend, ir.Channel):
         return _channel()
     if program.attend.normalizer.over == "queries":
-        return _over_queries(program.attend)
+        return _surrounded(_over_queries(program.attend), program.attend)
     return _surrounded(_attend(program, program.attend, union), program.attend)
 
 
@@ -36,33 +36,38 @@ def _link(g: nx.DiGraph, source: str, target: str, *tensors: str) -> None:
 def _surrounded(g: nx.DiGraph, a: ir.Attend) -> nx.DiGraph:
     """The graph with what surrounds the kernels: row maps before them, a sink after them, and their gradients."""
     mapped = tuple(t for t, m in (("q", a.q_map), ("k", a.k_map)) if m is not None)
-    for t in mapped:
+    if mapped:
         g.add_node("row_maps", does="the maps of rows, once per row")
         g.add_node("backward_row_maps", does="gradients through the maps of rows")
-        for _, b, d in list(g.out_edges(INPUTS, data=True)):
-            if t in d["tensors"] and b not in ("row_maps", "backward_row_maps"):
-                d["tensors"] = tuple(x for x in d["tensors"] if x != t)
-                _link(g, "row_maps", b, f"{t}, mapped")
+    for t in mapped:
+        _rename(g, INPUTS, "row_maps", t, f"mapped {t}")
         _link(g, INPUTS, "row_maps", t)
         _link(g, INPUTS, "backward_row_maps", t)
-        _move(g, f"d{t}", f"d{t}, mapped", "backward_row_maps")
+        _move(g, f"d{t}", f"d mapped {t}", "backward_row_maps")
     sink = a.normalizer.sink
-    if sink is not None:
+    if sink is not None and a.normalizer.over == "keys":
         g.add_node("sink", does="the sink joins each row's sum, once")
         g.add_node("backward_sink", does="gradients through it: of what the kernels gave, and of the sink, summed over rows")
         for t in ("out", "lse"):
-            _move(g, t, f"{t} of the kernels", "sink")
-            _link(g, "sink", "backward_sink", f"{t} of the kernels")
-        for _, b, d in list(g.out_edges(INPUTS, data=True)):
-            if "grad_out" in d["tensors"]:
-                given = tuple(x for x in d["tensors"] if x in ("grad_out", "grad_lse"))
-                d["tensors"] = tuple(x for x in d["tensors"] if x not in given)
-                _link(g, "backward_sink", b, *(f"{x} of the kernels" for x in given))
+            _move(g, t, f"kernels' {t}", "sink")
+            for x in [x for x in g if x not in ("sink", INPUTS, RESULTS)]:
+                _rename(g, x, x, t, f"kernels' {t}")
+                if any(f"kernels' {t}" in d["tensors"] for _, _, d in g.out_edges(x, data=True)):
+                    _link(g, x, "backward_sink", f"kernels' {t}")
+            _rename(g, INPUTS, "backward_sink", f"grad_{t}", f"kernels' grad_{t}")
         _link(g, INPUTS, "sink", sink)
         _link(g, INPUTS, "backward_sink", "grad_out", "grad_lse", sink)
         _link(g, "backward_sink", RESULTS, f"d{sink}")
     g.remove_edges_from([(x, y) for x, y, d in g.edges(data=True) if not d["tensors"]])
     return g
+
+
+def _rename(g: nx.DiGraph, source: str, now: str, tensor: str, name: str) -> None:
+    """What nodes read as `tensor` from `source` they read as `name` from `now`."""
+    for _, b, d in list(g.out_edges(source, data=True)):
+        if tensor in d["tensors"] and b not in (RESULTS, now):
+            d["tensors"] = tuple(t for t in d["tensors"] if t != tensor)
+            _link(g, now, b, name)
 
 
 def _move(g: nx.DiGraph, result: str, inner: str, through: str) -> None:
