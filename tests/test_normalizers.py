@@ -166,6 +166,41 @@ def test_a_packed_tensor_goes_through_the_maps() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (out, plain)))
 
 
+def over_a_grid_of_its_own(backend: str) -> tuple[attnc.Operator, list[torch.Tensor], torch.Tensor]:
+    """Softmax over 20 queries (and a class token) for each of 6 keys, two query heads a key head."""
+    near = attnc.pattern(lambda q, k: (q.y // 2 == k.y) & (abs(q.x // 2 - k.x) <= 1))
+    op = attnc.compile(weighted(near(), "queries with a sink"), grid=(4, 5), kv_grid=(2, 3), prefix=1, kv_prefix=0, backend=backend)
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(2, h, n, d, generator=g, requires_grad=True) for h, n, d in ((4, 21, 8), (2, 6, 8), (2, 6, 5))]
+    return op, rows, torch.randn(4, generator=g, requires_grad=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_compiler)])
+def test_queries_and_keys_on_grids_of_their_own(backend: str) -> None:
+    found = []
+    for which in (backend, "eager"):
+        op, rows, sink = over_a_grid_of_its_own(which)
+        out = op(*rows, sink=sink)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [*rows, sink])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own copies of list arguments
+def test_opcheck_of_softmax_over_queries(backend: str) -> None:
+    """The fake kernels know that there is one lse per key."""
+    op, rows, sink = over_a_grid_of_its_own(backend)
+    rest = (0.3, (4, 5), (2, 3), op._traced(2).text, backend, False)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.attnc.attend.default, (*rows, [sink], *rest), test_utils=tests)
+    plain = [t.detach() for t in (*rows, sink)]
+    out, lse = torch.ops.attnc.attend(*plain[:3], plain[3:], *rest)
+    assert lse.shape == (2, 4, 6)
+    backward = (*plain[:3], plain[3:], out, lse, torch.randn_like(out), torch.randn_like(lse), *rest)
+    torch.library.opcheck(torch.ops.attnc.attend_backward.default, backward, test_utils=tests)
+
+
 # ----------------------------------------------------------------------------------------------------------------------- refusals
 def test_no_log_sum_exp_of_a_query() -> None:
     x = torch.randn(1, 1, 4, 8)
