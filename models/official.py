@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from inspect import signature
+from inspect import Parameter, Signature, signature
 from typing import Any, TypeVar
 
 import torch
@@ -107,6 +107,31 @@ def on_tokens(module: nn.Module, size: tuple[int, int]) -> nn.Module:
     module.register_forward_pre_hook(partial(_to_map, (size[0], size[1])), with_kwargs=True)
     module.register_forward_hook(_to_tokens)
     return module
+
+
+def tokens(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`build` for official modules on tokens ``[B, H*W, C]`` where ours are on maps, see `on_tokens`.
+
+    The result takes the arguments of `build` and `H`, `W`, the size of the call's map; `input_resolution`, which many
+    official constructors take, stands in for them.
+    """
+    own = signature(build)
+
+    def built(*, H: int | None = None, W: int | None = None, **arguments: Any) -> nn.Module:
+        if "input_resolution" in arguments:
+            arguments["input_resolution"] = tuple(arguments["input_resolution"])
+        rows, columns = arguments.get("input_resolution", (None, None))
+        size = (H if H is not None else rows, W if W is not None else columns)
+        if None in size:
+            raise DeclarationError("the size of the map is not given: H and W, or input_resolution")
+        if "input_resolution" not in own.parameters:
+            arguments.pop("input_resolution", None)
+        return on_tokens(build(**arguments), (size[0], size[1]))
+
+    extra = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in ("H", "W", "input_resolution")]
+    extra = [p for p in extra if p.name not in own.parameters]
+    built.__signature__ = Signature([*own.parameters.values(), *extra])  # type: ignore[attr-defined]
+    return built
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], derived: tuple[str, ...], what: str) -> None:
