@@ -18,7 +18,14 @@ import attnc
 from attnc.errors import DeclarationError
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.mlp import Mlp
-from attnc.models.blocks.relative_window import RelativeWindowAttention, check_heads, check_multiple, fitted_window, relative_table
+from attnc.models.blocks.relative_window import (
+    RelativeWindowAttention,
+    check_heads,
+    check_multiple,
+    fitted_window,
+    patches,
+    relative_table,
+)
 from attnc.models.blocks.super_resolution import SuperResolution, residual_conv, run_residual_conv
 from attnc.models.official import official, tokens
 from attnc.models.registry import variants
@@ -311,13 +318,6 @@ class HAT(SuperResolution):
             tokens=resolution[0] * resolution[1] if ape else 0,
             grad_checkpointing=grad_checkpointing,
         )
-
-
-def patches(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of patches in an image; either size is an int or a pair."""
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    return height // rows, width // columns
 
 
 # dropouts, which mean nothing in evaluation mode, and what follows from the sizes

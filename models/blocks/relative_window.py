@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -43,6 +44,13 @@ def fitted_window(window: int, shift: int, resolution: tuple[int, int]) -> tuple
     if not 0 <= shift < window:
         raise DeclarationError(f"shift_size is {shift}; it must lie in [0, window_size) = [0, {window})")
     return window, shift
+
+
+def patches(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image; either size is an int or a pair."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return height // rows, width // columns
 
 
 def check_multiple(x: Tensor, window: int, what: str) -> None:
