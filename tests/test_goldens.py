@@ -32,14 +32,13 @@ def test_golden(name: str, dtype: torch.dtype, backend: str) -> None:
     torch.stack([(outputs[key] * t).sum() for key, t in golden.cotangents.items()]).sum().backward()
     leaves = {f"in.{key}": t for key, t in inputs.items()}
     leaves |= {f"param.{key}": t for key, t in module.named_parameters()}
-    nothing = 1e-6 * max(float(t.abs().max()) for t in golden.gradients.values())
+    # the files' gradients are float32: one that is left where larger ones cancel carries the rounding of those
+    largest = max(float(expected.abs().max()) for expected in golden.gradients.values())
     for key, expected in golden.gradients.items():
         found = leaves[key].grad
         assert found is not None, f"grad.{key} is missing"
-        if expected.abs().max() <= nothing:  # zero, and the official code's rounding
-            assert found.abs().max() <= nothing, f"grad.{key}"
-            continue
-        assert golden_files.relative_error(found, expected) <= 1e-4, f"grad.{key}"
+        allowed = 1e-4 * max(1.0, 1e-2 * largest / max(float(expected.abs().max()), 1e-30))
+        assert golden_files.relative_error(found, expected) <= allowed, f"grad.{key}"
 
 
 @pytest.mark.parametrize("name", golden_files.names())

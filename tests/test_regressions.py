@@ -18,6 +18,7 @@ from torch import Tensor
 
 import attnc
 from attnc import ir, patterns
+from attnc.analysis import structure
 from attnc.codegen import torch as portable
 from attnc.schedule.geometry import Axis, geometry
 
@@ -268,3 +269,13 @@ def test_everything_sees_keys_on_a_coarser_grid(backend: str) -> None:
     g = torch.ones_like(out)
     for mine, theirs in zip(torch.autograd.grad(out, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_dilated_blocks_moved_by_less_than_their_interval(backend: str) -> None:
+    """Borders then lie elsewhere in each residue class, so that there is no block of one shift."""
+    problem = Problem(patterns.dilated_blocks((3, 2), 2, bias="relative").shift(-1, 3), (9, 8))
+    hold(problem, backend)
+    form = structure.analyse(problem.pattern.trace(("y", "x")), True, False).axes[0]
+    assert form.kind == "residue 2 of interval"
+    assert form.block is None

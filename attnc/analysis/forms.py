@@ -191,6 +191,8 @@ def recognise(
     inverse_lo, inverse_hi = _inverses(lo, hi, nq, nk)
     block, shift = _block(lo, hi)
     kind = _name(lo, hi, nq, nk)
+    if block is None and kind in ("block", "shifted block"):
+        kind = "interval"  # blocks whose borders differ from class to class
     if split != 1:
         kind = "residue" if kind == "full" else f"residue {from_sympy(split)} of {kind}"
     size = None if block is None else from_sympy(block)
@@ -234,14 +236,14 @@ def _inverses(lo: sp.Expr, hi: sp.Expr, nq: sp.Expr, nk: sp.Expr) -> tuple[ir.Ex
 
 
 def _block(lo: sp.Expr, hi: sp.Expr) -> tuple[sp.Expr | None, sp.Expr]:
-    """(s, t) where both ends depend on j through (j - t) // s alone: the relation is constant on blocks."""
+    """(s, t) where both ends depend on j through (j - t) // s alone, with one t for all residues: constant on blocks."""
     floors = {f for f in lo.atoms(FloorDiv) | hi.atoms(FloorDiv) if f.has(_J)}
     if len(floors) != 1:
         return None, sp.Integer(0)
     f = floors.pop()
     mark = sp.Symbol("block")
     shift = sp.expand(_J - f.args[0])
-    if lo.xreplace({f: mark}).has(_J) or hi.xreplace({f: mark}).has(_J) or shift.has(_J):
+    if lo.xreplace({f: mark}).has(_J) or hi.xreplace({f: mark}).has(_J) or shift.has(_J) or shift.has(_R):
         return None, sp.Integer(0)
     s = f.args[1]
     return s, FloorMod(shift, s)
