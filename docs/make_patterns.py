@@ -55,7 +55,7 @@ SCORES: list[tuple[str, Any]] = [
     ("soft_cap(cap, of)", patterns.soft_cap),
     ("head_scale(of)", patterns.head_scale),
     ("cosine(of, most=100)", patterns.cosine),
-    ("gaussian_mixture(kernels, of)", patterns.gaussian_mixture),
+    ("gaussian_mixture(kernels, of, vanish=)", patterns.gaussian_mixture),
     ("polyline(of, corner=)", patterns.polyline),
     ("positional(of)", patterns.positional),
 ]

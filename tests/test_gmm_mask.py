@@ -1,0 +1,156 @@
+"""Gaussian-mixture masks: parameter counts, the mask on larger grids, hosts, training. Outputs and gradients: test_goldens.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import model_checks as checks
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnc.errors import DeclarationError, ShapeError
+from attnc.models import create_model, load_official
+from attnc.models.gmm_mask import Attention, GaussianMixtureMask, LayerScale, TalkingHeads, base_mask
+
+PARAMETERS = {  # with the frozen base mask, and without
+    "gmm_mask_vit": (2_697_218, 2_693_122),
+    "gmm_mask_vit_cifar100": (2_714_588, 2_710_492),
+    "gmm_mask_vit_tiny_imagenet": (2_761_536, 2_757_440),
+    "gmm_mask_vit_plain": (2_696_522, 2_692_426),
+    "gmm_mask_vit_plain_cifar100": (2_713_892, 2_709_796),
+    "gmm_mask_vit_plain_tiny_imagenet": (2_760_840, 2_756_744),
+    "gmm_mask_vit_base": (4_348_490, 4_282_954),
+    "gmm_mask_cait": (9_025_674, 9_021_578),
+    "gmm_mask_cait_cifar100": (9_043_044, 9_038_948),
+    "gmm_mask_cait_tiny_imagenet": (9_089_992, 9_085_896),
+    "gmm_mask_cait_tiny": (5_083_890, 5_079_794),
+    "gmm_mask_cait_tiny_cifar100": (5_093_700, 5_089_604),
+    "gmm_mask_cait_tiny_tiny_imagenet": (5_120_152, 5_116_056),
+}
+SMALL: dict[str, Any] = {"img_size": 16, "patch_size": 4, "dim": 8, "depth": 1, "heads": 2, "dim_head": 4, "num_kernals": 2}
+HOSTS: dict[str, dict[str, Any]] = {
+    "gmm_mask_vit": {},
+    "gmm_mask_vit_plain": {},
+    "gmm_mask_cait": {"mlp_dim": 16, "cls_depth": 1},
+}
+
+
+def small(host: str = "gmm_mask_vit", **overrides: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(host, **{**SMALL, **HOSTS[host], **overrides})
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    assert (sum(n for n, _ in counts), sum(n for n, trained in counts if trained)) == PARAMETERS[name]
+
+
+def reference(attention: Attention, x: Tensor, prefix: int) -> Tensor:
+    """The official way: a dense mask, as a power of the base mask, times the scores between patches."""
+    assert attention.mask is not None
+    heads = attention.mask.sigma.shape[1]
+    q, k, v = attention.to_qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    power = base_mask(attention.side).to(x.dtype) ** (1 / (attention.mask.sigma**2 + 1e-5))
+    factor = torch.ones_like(scores)
+    factor[:, :, prefix:, prefix:] = (attention.mask.alpha * power).sum(0)
+    return attention.to_out(((factor * scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("side", "prefix"), [(3, 0), (9, 0), (13, 0), (4, 1), (13, 1)])  # from 9 on, float32 loses far pairs
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_the_mask_is_the_official_one(side: int, prefix: int, backend: str) -> None:
+    torch.manual_seed(0)
+    attention = Attention(6, prefix + side * side, 2, 3, num_kernals=2, prefix=prefix, backend=backend).double()
+    x = torch.randn(1, prefix + side * side, 6, dtype=torch.float64)
+    # exp(-d^2) has few bits left where it is about to vanish, and the official mask is a root of it
+    torch.testing.assert_close(attention(x), reference(attention, x, prefix), atol=2e-3 if side > 8 else 1e-6, rtol=1e-3)
+
+
+def test_far_pairs_vanish() -> None:
+    mask = GaussianMixtureMask(1, 1)
+    dense = mask.dense(13)[0]
+    assert dense[0, 13 * 10 + 2] == 0  # d^2 = 104
+    assert dense[0, 13 * 10 + 1] != 0
+    assert torch.equal(dense == 0, base_mask(13)[0, 0] == 0)
+
+
+def test_talking_heads_without_a_mask() -> None:
+    torch.manual_seed(0)
+    block = TalkingHeads(8, 16, 2, 3).double()
+    x, context = torch.randn(2, 1, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    q = block.to_q(x).unflatten(-1, (2, 3)).transpose(1, 2)
+    k, v = block.to_kv(context).unflatten(-1, (2, 2, 3)).permute(2, 0, 3, 1, 4)
+    scores = torch.einsum("bhij,hg->bgij", q @ k.mT * 3**-0.5, block.mix_heads_pre_attn)
+    weights = torch.einsum("bhij,hg->bgij", scores.softmax(-1), block.mix_heads_post_attn)
+    torch.testing.assert_close(block(x, context), block.to_out((weights @ v).transpose(1, 2).flatten(2)))
+
+
+def test_layer_scales_shrink_with_depth() -> None:
+    assert [LayerScale(3, nn.Identity(), depth).scale.flatten()[0].item() for depth in (1, 18, 19, 24, 25)] == pytest.approx(
+        [0.1, 0.1, 1e-5, 1e-5, 1e-6]
+    )
+
+
+def test_one_head_has_no_projection() -> None:
+    assert not list(Attention(6, 9, 1, 6).to_out.parameters())
+    assert list(Attention(6, 9, 1, 5).to_out.parameters())
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_head(host: str) -> None:
+    model = small(host).eval()
+    x = checks.image(16, 16)
+    torch.testing.assert_close(model(x), model.mlp_head(model.forward_features(x)))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    assert small(host, num_classes=0)(x).shape == (2, 8)
+
+
+@pytest.mark.parametrize(("host", "module"), [("gmm_mask_vit", "vit.ViT"), ("gmm_mask_cait", "cait.CaiT")])
+def test_load_official_repeats_the_base_mask(host: str, module: str) -> None:
+    model = small(host, num_classes=10).eval()
+    state = model.state_dict()
+    aliases = {key.replace(".sigma", ".mask"): state["mask"] for key in state if key.endswith("mask.sigma")}
+    assert aliases
+    config = {**SMALL, **HOSTS[host], "num_classes": 10, "dropout": 0.1, "emb_dropout": 0.1}
+    torch.testing.assert_close(
+        load_official("gmm-mask", module, config, state | aliases)(checks.image(16, 16)), model(checks.image(16, 16))
+    )
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_training_lowers_the_loss(host: str) -> None:
+    target = torch.randn(8, 10, generator=torch.Generator().manual_seed(3))
+    checks.check_training(small(host, stochastic_depth=0.1), checks.image(16, 16, batch=8), target, lr=2e-2)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_checkpointing(host: str) -> None:
+    checks.check_checkpointing(lambda **more: small(host, stochastic_depth=0.3, **more), checks.image(16, 16))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_autocast(host: str, backend: str) -> None:
+    checks.check_autocast(small(host, backend=backend), checks.image(16, 16))
+
+
+@pytest.mark.parametrize("host", ["gmm_mask_vit", "gmm_mask_cait"])
+def test_torch_compile(host: str) -> None:
+    checks.check_compiles(small(host), checks.image(16, 16))
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(DeclarationError, match="does not divide img_size = 16"):
+        small(patch_size=5)
+    with pytest.raises(DeclarationError, match="a mixture needs at least one"):
+        small(num_kernals=0)
+    with pytest.raises(ShapeError, match="12 tokens are no square grid"):
+        Attention(6, 12)
+    with pytest.raises(ShapeError, match="learned positions fix it to 16 x 16"):
+        small()(checks.image(16, 20))
