@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models import create_model, load_official
 from attnc.models.gmm_mask import Attention, GaussianMixtureMask, LayerScale, TalkingHeads, base_mask
+from attnc.models.gmm_mask_pit import Pool
+from attnc.models.gmm_mask_swin import MaskedWindows
 
 PARAMETERS = {  # with the frozen base mask, and without
     "gmm_mask_vit": (2_697_218, 2_693_122),
@@ -21,6 +23,12 @@ PARAMETERS = {  # with the frozen base mask, and without
     "gmm_mask_vit_plain_cifar100": (2_713_892, 2_709_796),
     "gmm_mask_vit_plain_tiny_imagenet": (2_760_840, 2_756_744),
     "gmm_mask_vit_base": (4_348_490, 4_282_954),
+    "gmm_mask_pit": (7_043_074, 6_973_186),
+    "gmm_mask_pit_cifar100": (7_077_724, 7_007_836),
+    "gmm_mask_pit_tiny_imagenet": (7_119_680, 7_049_792),
+    "gmm_mask_swin": (7_074_344, 7_074_088),
+    "gmm_mask_swin_cifar100": (7_108_994, 7_108_738),
+    "gmm_mask_swin_tiny_imagenet": (7_150_950, 7_150_694),
     "gmm_mask_cait": (9_025_674, 9_021_578),
     "gmm_mask_cait_cifar100": (9_043_044, 9_038_948),
     "gmm_mask_cait_tiny_imagenet": (9_089_992, 9_085_896),
@@ -33,12 +41,18 @@ HOSTS: dict[str, dict[str, Any]] = {
     "gmm_mask_vit": {},
     "gmm_mask_vit_plain": {},
     "gmm_mask_cait": {"mlp_dim": 16, "cls_depth": 1},
+    "gmm_mask_pit": {"depth": (1, 1), "heads": (2, 2)},
+    "gmm_mask_swin": {"embed_dim": 4, "depths": (2, 1), "num_heads": (2, 2), "window_size": 2, "num_kernals": 2},
 }
+VIT_ONLY = ("dim", "depth", "heads", "dim_head")  # of the arguments in SMALL
 
 
 def small(host: str = "gmm_mask_vit", **overrides: Any) -> nn.Module:
     torch.manual_seed(0)
-    return create_model(host, **{**SMALL, **HOSTS[host], **overrides})
+    common = {key: value for key, value in SMALL.items() if host != "gmm_mask_swin" or key not in VIT_ONLY}
+    if host == "gmm_mask_swin" and "stochastic_depth" in overrides:
+        overrides["drop_path_rate"] = overrides.pop("stochastic_depth")
+    return create_model(host, **{**common, **HOSTS[host], **overrides})
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -105,10 +119,10 @@ def test_one_head_has_no_projection() -> None:
 def test_head(host: str) -> None:
     model = small(host).eval()
     x = checks.image(16, 16)
-    torch.testing.assert_close(model(x), model.mlp_head(model.forward_features(x)))
+    assert model(x).shape == (2, 10)
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
-    assert small(host, num_classes=0)(x).shape == (2, 8)
+    assert small(host, num_classes=0)(x).shape == (2, model.num_features)
 
 
 @pytest.mark.parametrize(("host", "module"), [("gmm_mask_vit", "vit.ViT"), ("gmm_mask_cait", "cait.CaiT")])
@@ -145,7 +159,42 @@ def test_torch_compile(host: str) -> None:
     checks.check_compiles(small(host), checks.image(16, 16))
 
 
+def test_masked_windows_are_the_official_ones() -> None:
+    """One window of the map: the mask multiplies the scores, then the bias is added."""
+    torch.manual_seed(0)
+    layer = MaskedWindows(6, 2, 3, 0, 2).double()
+    nn.init.normal_(layer.relative_position_bias_table)
+    x = torch.randn(2, 3, 3, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+    place = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij"), -1).flatten(0, 1)
+    at = place[:, None] - place + 2
+    bias = layer.relative_position_bias_table[at[..., 0] * 5 + at[..., 1]].permute(2, 0, 1)
+    assert layer.mask is not None
+    scores = q @ k.mT * 3**-0.5 * layer.mask.dense(3) + bias
+    torch.testing.assert_close(layer(x), layer.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)))
+
+
+def test_pooling_leaves_the_class_token_out() -> None:
+    pool = Pool(4)
+    x = torch.randn(2, 1 + 25, 4)
+    out = pool(x)
+    assert out.shape == (2, 1 + 9, 8)
+    torch.testing.assert_close(out[:, 0], pool.cls_ff(x[:, 0]))
+    torch.testing.assert_close(
+        out[:, 1:], pool.downsample(x[:, 1:].view(2, 5, 5, 4).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+    )
+
+
 def test_wrong_arguments() -> None:
+    for host, overrides, message in (
+        ("gmm_mask_pit", {"heads": (2,)}, "differ in length"),
+        ("gmm_mask_swin", {"num_heads": (2,)}, "differ in length"),
+        ("gmm_mask_swin", {"window_size": 3}, "2 stages in windows of 3 do not fit"),
+    ):
+        with pytest.raises(DeclarationError, match=message):
+            small(host, **overrides)
+    with pytest.raises(ShapeError, match="learned positions fix it to 16 x 16"):
+        small("gmm_mask_swin")(checks.image(16, 20))
     with pytest.raises(DeclarationError, match="does not divide img_size = 16"):
         small(patch_size=5)
     with pytest.raises(DeclarationError, match="a mixture needs at least one"):

@@ -1,0 +1,107 @@
+"""PiT under Gaussian-mixture masks, a host of the paper of `gmm_mask` (Li et al. 2023, arXiv:2309.05375), for small images.
+
+PiT (Heo et al. 2021) pools its patches between stages by convolutions, and its class token by a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from attnc.errors import DeclarationError
+from attnc.models.gmm_mask import Attention, FeedForward, PatchClassifier, PreNorm, Transformer, base_mask, side_of
+from attnc.models.registry import variants
+
+
+class Pool(nn.Module):
+    """Between PiT's stages: a strided 3x3 depthwise and a 1x1 convolution of patches, a linear layer for the class token."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.downsample = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, 2, 1, groups=dim), nn.Conv2d(2 * dim, 2 * dim, 1))
+        self.cls_ff = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, 1 + n^2, C] -> [B, 1 + ceil(n / 2)^2, 2C]``."""
+        side = side_of(x.shape[1] - 1)
+        patches = x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, side, side)
+        pooled = cast(Tensor, self.downsample(patches)).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_ff(x[:, :1]), pooled], 1)
+
+
+PIT: dict[str, Any] = {"img_size": 32, "patch_size": 2, "dim": 96, "depth": (2, 6, 4), "heads": (2, 4, 8), "num_kernals": 5}
+TINY_IMAGENET: dict[str, Any] = {"img_size": 64, "patch_size": 4, "num_classes": 200}
+
+
+@variants(
+    gmm_mask_pit={**PIT, "num_classes": 10},
+    gmm_mask_pit_cifar100={**PIT, "num_classes": 100},
+    gmm_mask_pit_tiny_imagenet={**PIT, **TINY_IMAGENET},
+)
+class PiT(PatchClassifier):
+    """Image classifier for images ``[B, channels, img_size, img_size]``; scores of the class token are not masked.
+
+    Args:
+        img_size, patch_size: side of the image and of its patches.
+        num_classes: logits; 0 leaves the normalised features.
+        dim: channels of the first stage, doubled by each pooling.
+        depth, heads: layers and heads per stage.
+        mlp_dim_ratio, num_kernals, channels, dim_head, stochastic_depth, is_GMM, grad_checkpointing, backend: see `gmm_mask.ViT`.
+
+    Raises:
+        DeclarationError: the stages differ in number, or patches do not divide the image.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        num_classes: int,
+        dim: int,
+        depth: Sequence[int],
+        heads: Sequence[int],
+        mlp_dim_ratio: float = 2,
+        num_kernals: int = 3,
+        channels: int = 3,
+        dim_head: int = 48,
+        stochastic_depth: float = 0.0,
+        is_GMM: bool = True,
+        *,
+        grad_checkpointing: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if len(depth) != len(heads):
+            raise DeclarationError(f"PiT: {depth=} and {heads=} differ in length")
+        super().__init__(img_size, patch_size, num_classes, dim, channels, prefix=1)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.layers = nn.Sequential()
+        side, width = img_size // patch_size, dim
+        sides = []
+        for stage, (count, h) in enumerate(zip(depth, heads, strict=True)):
+            if stage:
+                self.layers.append(Pool(width))
+                side, width = -(-side // 2), 2 * width
+            sides.append(side)
+            branches = []
+            for _ in range(count):
+                attention = Attention(width, 1 + side**2, h, dim_head, is_GMM, num_kernals, prefix=1, backend=backend)
+                branches.append((PreNorm(width, attention), PreNorm(width, FeedForward(width, int(width * mlp_dim_ratio)))))
+            self.layers.append(Transformer(branches, stochastic_depth))
+        # frozen, one per stage, as in the official code; what they say is computed from coordinates here
+        self.pooled_masks = nn.ParameterList(nn.Parameter(base_mask(s), requires_grad=False) for s in sides[1:])
+        self.num_features = width
+        self.reset_classifier(num_classes)
+        self.set_grad_checkpointing(grad_checkpointing)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[B, channels, img_size, img_size] -> [B, num_classes]``. Raises ShapeError for another size."""
+        return cast(Tensor, self.mlp_head(self.forward_features(image)))
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The class token ``[B, C]``, before the norm."""
+        x = self.embed(image)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embedding
+        return cast(Tensor, self.layers(x))[:, 0]
