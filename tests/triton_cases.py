@@ -115,6 +115,9 @@ CASES: dict[str, dict[str, Case]] = {
         "window-bias-shared-keys": Case(window(3, bias="relative"), (6, 6), heads=4, key_heads=2, tables={"bias": (4, 5, 5)}),
         "window-large": Case(window(9), (9, 18), heads=1, key_heads=1, batch=1),
         "grid": Case(lambda: patterns.grid(2), (5, 6)),
+        # classes of 4 and 3 rows: the second has no tile where the first has its last
+        "dilated-blocks": Case(lambda: patterns.dilated_blocks(3, 2), (7, 6)),
+        "dilated-blocks-bias": Case(lambda: patterns.dilated_blocks(3, 2, bias="relative"), (7, 10), batch=3, **BIAS),
         "axial-x": Case(lambda: patterns.axial("x"), (4, 19)),
         "axial-y": Case(lambda: patterns.axial("y"), (19, 4)),
         "strip": Case(lambda: patterns.strip("x", 2), (5, 9)),

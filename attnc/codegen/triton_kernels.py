@@ -315,6 +315,10 @@ class Kernel(Steps):
         """Rows and columns are one group: every gradient in one pass."""
         if self.spec.learned:
             self.put(f"grad = tl.zeros([{self.bm}, {self.bn}], tl.float32)")
+        tests = ["seen[:, None]"] if self.geometric else []
+        if any(p.split != ir.ONE for p in self.plans):  # tiles are counted for the longest class
+            self.put("some = tl.max(live.to(tl.int32), 0) > 0  # a tile past the end of its class has no keys of its own")
+            tests.append("some")
         with self.items():
             for t in ("q", "g"):
                 self.put(f"{t} = {self.load(self.own(t), self.channels(t))}")
@@ -324,7 +328,7 @@ class Kernel(Steps):
             self.chunk(full=False)
             self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
             for t, value in (("dk", "dk * scale"), ("dv", "dv")):
-                self.store(self.chunk_of(t), value, t, "seen[:, None]" if self.geometric else "")
+                self.store(self.chunk_of(t), value, t, " & ".join(tests))
         if self.spec.learned:
             self.store_partial()
 
