@@ -7,10 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import attnc
 from attnc import patterns
+from attnc.codegen.cpp import Spec
 from attnc.report.draw import thumbnail
+from attnc.report.issued import issued
 from attnc.report.subject import subject
+from attnc.schedule.choose import choose
+from attnc.schedule.geometry import geometry
+from attnc.schedule.split import split
+from attnc.schedule.tiles import tiles
 
 HERE = Path(__file__).parent
 GRID, QUERY = (28, 28), (11, 12)
@@ -60,6 +68,26 @@ SCORES: list[tuple[str, Any]] = [
     ("positional(of)", patterns.positional),
 ]
 
+# grids of models, and what is asked of the waste: GPU, CPU
+WASTE: list[tuple[str, Any, tuple[int, ...], float | None, float | None]] = [
+    ("window(7)", patterns.window(7), (56, 56), 1.71, 1.35),
+    ("window(7, shift=3)", patterns.window(7, 3), (56, 56), 1.95, None),
+    ("window(8)", patterns.window(8), (64, 64), 1.1, None),
+    ("grid(7)", patterns.grid(7), (56, 56), 1.71, None),
+    ("neighborhood(7)", patterns.neighborhood(7), (56, 56), 3.3, 3.0),
+    ("neighborhood(7, dilation=4)", patterns.neighborhood(7, 4), (56, 56), 3.3, 3.0),
+    ("neighborhood(13)", patterns.neighborhood(13), (56, 56), None, None),
+    ("overlapping_window(7, 11)", patterns.overlapping_window(7, 11), (56, 56), None, None),
+    ("dilated_blocks(7, 8)", patterns.dilated_blocks(7, 8), (56, 56), None, None),
+    ('axial("x")', patterns.axial("x"), (56, 56), 1.31, None),
+    ('axial("x")', patterns.axial("x"), (64, 64), 1.1, None),
+    ('strip("y", 8)', patterns.strip("y", 8), (64, 64), 1.1, None),
+    ("cross(8)", patterns.cross(8), (64, 64), None, None),
+    ("causal(), one axis", patterns.causal(), (4096,), None, None),
+    ("full()", patterns.full(), (56, 56), None, None),
+]
+HEADS, DIM = 4, 32
+
 HEAD = """# The library of patterns
 
 Written by `python docs/make_patterns.py`. Each picture shows the keys (blue) of one query (red) on a {grid} grid; *share* is what
@@ -97,6 +125,17 @@ Each takes a pattern `of` (every key where it is left out) and changes its score
 |---|---|
 | `channel()` | {channel} |
 
+## Waste
+
+Score elements that the kernels compute over those that the pattern allows, at grids of models, with the tiles that the cost
+model chooses for heads of {dim}: on the GPU in float16 (rows x keys of a tile, per axis), on the CPU in float32 on 2 threads for 8
+images of {heads} heads (sides of a tile of queries; a *band* has 16 queries of a row in the lanes of a vector). *FlexAttention*:
+128x128 blocks of the flat sequence with a pair in them, which is what its block mask visits. *asked*: what the project asks of
+itself, on GPU and CPU (the shifted window's small edge groups are not packed together on the GPU yet).
+
+| pattern | grid | allowed | GPU tile | GPU | CPU | CPU | FlexAttention | asked |
+|---|---|---|---|---|---|---|---|---|
+{waste}
 A pattern is a function of two points, so what is missing here is usually a few lines of your own: see [language.md](language.md).
 """
 
@@ -125,13 +164,48 @@ def row(call: str, p: attnc.Pattern, options: dict[str, Any]) -> str:
     return f"| `{call}` | {meaning} | {s.strategy} | {share} | ![{call}](img/{slug}.png) |\n"
 
 
+def blocks_of_flex(p: attnc.Pattern, grid: tuple[int, ...], side: int = 128) -> int:
+    """Score elements of the blocks that a mask over the flat sequence visits."""
+    mask = attnc.mask(p, grid=grid)[0]
+    short = -len(mask) % side
+    mask = torch.nn.functional.pad(mask, (0, short, 0, short))
+    n = len(mask) // side
+    return int(mask.view(n, side, n, side).any(3).any(1).sum()) * side * side
+
+
+def waste(call: str, p: attnc.Pattern, grid: tuple[int, ...], gpu: float | None, cpu: float | None) -> str:
+    """One line of the table of waste. A union's parts add up."""
+    program = attnc.compile(p, grid=grid).program(len(grid))
+    parts = [part for run in split(program, grid, grid, HEADS, HEADS) for part in run.parts]
+    places = [geometry(part, grid, grid) for part in parts]
+    allowed = sum(g.allowed(1) for g in places)
+    sizes = {"heads": 1, "head_dim": DIM, "value_dim": DIM}
+    found = [
+        sum(issued(b, part, g, dtype=t, **sizes) for part, g in zip(parts, places, strict=True)) / allowed
+        for b, t in (("triton", "float16"), ("cpp", "float32"))
+    ]
+    tile = tiles(places[0], DIM, DIM, 2).forward
+    shown = f"{'x'.join(map(str, tile.rows))} x {'x'.join(map(str, tile.chunk))}"
+    choice = choose(places[0], Spec(parts[0], DIM, DIM, "float32").kernel(backward=False), 8 * HEADS, 2)
+    sides = "band" if choice.band else " x ".join(str(s or "all") for s in choice.sides)
+    asked = ", ".join("-" if n is None else f"{n:g}" for n in (gpu, cpu)) if gpu or cpu else "-"
+    n = 1
+    for length in grid:
+        n *= length
+    flex = blocks_of_flex(p, grid) / allowed
+    cells = [f"`{call}`", "x".join(map(str, grid)), f"{100 * allowed / n**2:.2f} %", shown, f"{found[0]:.2f}", sides]
+    return f"| {' | '.join([*cells, f'{found[1]:.2f}', f'{flex:.1f}', asked])} |\n"
+
+
 def main() -> None:
     (HERE / "img").mkdir(exist_ok=True)
     rows = "".join(row(*each) for each in SHOWN)
     channel = sentence(inspect.getdoc(patterns.channel) or "")
     scores = "".join(f"| `{call}` | {paragraphs(inspect.getdoc(f) or '')} |\n" for call, f in SCORES)
     at_least, outlook = (paragraphs(inspect.getdoc(f) or "") for f in (patterns.at_least, patterns.outlook))
-    tail = TAIL.format(channel=channel, scores=scores, at_least=at_least, outlook=outlook)
+    wasted = "".join(waste(*each) for each in WASTE)
+    told = {"channel": channel, "scores": scores, "at_least": at_least, "outlook": outlook, "waste": wasted}
+    tail = TAIL.format(**told, heads=HEADS, dim=DIM)
     text = HEAD.format(grid="x".join(map(str, GRID))) + rows + tail
     (HERE / "patterns.md").write_text(text, encoding="utf-8")
 

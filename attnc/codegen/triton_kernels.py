@@ -317,8 +317,9 @@ class Kernel(Steps):
             self.put(f"grad = tl.zeros([{self.bm}, {self.bn}], tl.float32)")
         tests = ["seen[:, None]"] if self.geometric else []
         if any(p.split != ir.ONE for p in self.plans):  # tiles are counted for the longest class
-            self.put("some = tl.max(live.to(tl.int32), 0) > 0  # a tile past the end of its class has no keys of its own")
-            tests.append("some")
+            self.put(f"count = tl.sum(live.to(tl.int32), 0) + tl.zeros([{self.bn}], tl.int32)")
+            self.put("some = count > 0  # a tile past the end of its class has no keys of its own")
+            tests.append("some[:, None]")
         with self.items():
             for t in ("q", "g"):
                 self.put(f"{t} = {self.load(self.own(t), self.channels(t))}")

@@ -30,10 +30,13 @@ def issued(backend: str, program: ir.Program, g: Geometry, *, heads: int, head_d
     if backend == "cpp":
         from attnc.codegen.cpp import Spec
         from attnc.schedule.boxes import tiling
-        from attnc.schedule.choose import choose
+        from attnc.schedule.choose import band_elements, choose
 
         kernel, threads = Spec(program, head_dim, value_dim, dtype).kernel(backward=False), torch.get_num_threads()
-        axes = tiling(g, kernel, choose(g, kernel, heads, threads).sides, heads, threads).axes
+        choice = choose(g, kernel, heads, threads)
+        if choice.band:
+            return heads * band_elements(g, kernel.lanes)
+        axes = tiling(g, kernel, choice.sides, heads, threads).axes
         return heads * _runs([_extents(a) for a in axes], kernel.rows, kernel.lanes) + beside
     if backend == "torch":
         return heads * boxes.count(g).elements + beside
@@ -53,7 +56,8 @@ def _extents(axis: Any) -> list[Extent]:
 
 
 def _runs(axes: list[list[Extent]], rows: int, lanes: int) -> int:
-    """Elements of all tiles: `rows` queries at a time share one run of their box's keys, cut to whole vectors.
+    """Elements of all tiles: `rows` queries at a time share one run of their box's keys, in whole vectors. One or two keys after
+    the last vector are none of their own.
 
     Runs are bounded on the first axis that has more than one key; on the axes after it every key of the box is computed.
     """
@@ -69,6 +73,8 @@ def _runs(axes: list[list[Extent]], rows: int, lanes: int) -> int:
             continue
         starts = np.arange(0, len(at), rows)
         first, last = np.minimum.reduceat(begin, starts), np.maximum.reduceat(end, starts)
-        width = np.minimum(-(-last // lanes) * lanes, math.prod(keys[lead:])) - first // lanes * lanes
+        box = math.prod(keys[lead:])
+        most = box if box >= lanes and box % lanes <= 2 else -(-box // lanes) * lanes
+        width = np.minimum(-(-last // lanes) * lanes, most) - first // lanes * lanes
         total += int((np.maximum(width, 0) * np.diff([*starts, len(at)])).sum())
     return total

@@ -89,15 +89,19 @@ def _cost(cuts: tuple[_Cut, ...], kernel: Kernel) -> float:
     return cost
 
 
-def _band_cost(geo: Geometry, kernel: Kernel) -> float:
-    """Cycles of one (batch, head) whose rows are walked as bands: a vector is one key of each of so many queries of a row."""
+def band_elements(geo: Geometry, lanes: int) -> int:
+    """Score elements that one (batch, head) computes whose rows are walked as bands: one key each of `lanes` queries of a row."""
     *others, x = geo.axes
     lo, hi = ends(x)
     rows = [-(-x.queries // x.split) - (r >= x.queries % x.split > 0) for r in range(x.split)]
-    vectors = sum(-(-n // kernel.lanes) for n in rows) * int((hi - lo + 1).max(initial=0))
-    return float(
-        vectors * math.prod(a.pairs() for a in others) * (kernel.dim + kernel.value_dim) * (3.3 if kernel.backward else 1.5)
-    )
+    columns = sum(-(-n // lanes) for n in rows) * lanes * int((hi - lo + 1).max(initial=0))
+    return columns * math.prod(a.pairs() for a in others)
+
+
+def _band_cost(geo: Geometry, kernel: Kernel) -> float:
+    """Cycles of one (batch, head), roughly."""
+    per_vector = (kernel.dim + kernel.value_dim) * (3.3 if kernel.backward else 1.5)
+    return band_elements(geo, kernel.lanes) / kernel.lanes * per_vector
 
 
 @lru_cache(maxsize=256)
