@@ -1,4 +1,4 @@
-"""`python -m bench [NAME ...]`: measure attnc beside its peers; results in bench/results, and from there docs/performance.md."""
+"""`python -m bench [NAME ...]`: measure attnc beside its peers; results in bench/results, from there docs/performance*.md."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def main(
     ] = False,
     quick: Annotated[bool, typer.Option(help="few rounds, nothing kept: does it run?")] = False,
     seconds: Annotated[float, typer.Option(help="measured time of a row")] = 1.2,
-    out: Annotated[Path | None, typer.Option(help="folder for the results; bench/results for a whole run, else none")] = None,
-    page: Annotated[bool, typer.Option("--page", help="only write docs/performance.md from bench/results")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for the results; bench/results/KIND for a whole run, else none")] = None,
+    page: Annotated[bool, typer.Option("--page", help="only write docs/performance*.md from bench/results")] = False,
 ) -> None:
     """Measure attnc beside its peers in one run."""
+    results = ROOT / "bench" / "results"
     if page:
-        from bench.page import write
+        from bench.page import write_all
 
-        write(out or ROOT / "bench" / "results", ROOT / "docs")
+        write_all(results, ROOT / "docs")
         return
     if any(os.environ.get(k) != v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"):
         os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], {**os.environ, **ENVIRONMENT})
@@ -44,15 +45,18 @@ def main(
     except ImportError as e:
         typer.echo(f"attnc bench: {e.name} is missing: pip install --editable '.[dev]' in the repository", err=True)
         raise typer.Exit(2) from None
-    if out is None and not names and not quick:
-        out = ROOT / "bench" / "results"
+    whole = out is None and not names and not quick
+    if whole:
+        from bench.timing import machine
+
+        out = results / machine()["kind"]
     words = [*(f"--name={n}" for n in names or ()), f"--seconds={seconds}"]
     words += ["--everything"] * everything + ["--quick"] * quick + ([f"--out={out}"] if out else [])
     status = pytest.main(["-c", str(ROOT / "bench" / "pytest.ini"), str(ROOT / "bench"), *words])
-    if status == pytest.ExitCode.OK and out == ROOT / "bench" / "results":
-        from bench.page import write
+    if status == pytest.ExitCode.OK and whole:
+        from bench.page import write_all
 
-        write(out, ROOT / "docs")
+        write_all(results, ROOT / "docs")
     raise typer.Exit(int(status))
 
 

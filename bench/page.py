@@ -1,4 +1,4 @@
-"""docs/performance.md and its pictures, from the JSON files of bench/results. Nothing is measured here."""
+"""docs/performance*.md and their pictures, from the JSON files of bench/results. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from typing import Any
 Row = dict[str, Any]
 SHORT = {"float32": "float32", "bfloat16": "bf16"}
 GOAL = {"forward": 3.0, "forward + backward": 2.5}  # geometric means asked for, over all float32 rows of a pass
-HEAD = """# Performance on a CPU
+INDEX = """# Performance on a CPU
 
-Written by `python -m bench --page` from `bench/results/*.json`, which `make bench` measures in one run.
+A page for each kind of machine, by its widest vectors. Written by `python -m bench --page` from `bench/results/*/*.json`;
+`make bench` measures all of this machine's in one run.
+"""
+HEAD = """# Performance on a CPU: {kind}
+
+Written by `python -m bench --page` from `bench/results/{kind}/*.json`, which `make bench` measures in one run.
 
 {machine}. {versions}.
 
@@ -21,24 +26,40 @@ Written by `python -m bench --page` from `bench/results/*.json`, which `make ben
   thresholds raised for both sides and waiting threads asleep. Peers' masks and compilations are made beforehand.
 - **share**: useful floating-point operations (two products over the allowed pairs; five more in a backward) over the machine's own
   1024 x 1024 GEMM in the same dtype on as many threads, measured in the same row.
-- **bar**: what the project asks of itself; where none is given, no slower than the best peer. Rows below a bar are marked.
+- **bar**: what the project asks of itself, on a machine with AVX-512; where none is given, no slower than the best peer. Rows below
+  a bar are marked.
 - All tiles are those of the cost model: nothing was tuned.
 """
 
 
-def write(results: Path, docs: Path) -> None:
-    """Write the page, and docs/img/performance-*.png, from what is there."""
+def write_all(results: Path, docs: Path) -> None:
+    """A page for each folder of results, and the page that leads to them."""
+    parts = [INDEX]
+    for folder in sorted(p for p in results.iterdir() if p.is_dir()):
+        found = write(folder, docs)
+        rows, page = found.get("attention", {}).get("rows", []), f"performance-{folder.name}"
+        parts += [f"## {folder.name}", "", f"[Every row]({page}.md). {_machine(next(iter(found.values()))['machine'])}."]
+        parts += _summary(_groups(rows))
+        first = next((_picture(page, key) for key in _groups(rows)), None)
+        parts += [f"![ratios to the best peer on {folder.name}](img/{first})", ""] if first else []
+    (docs / "performance.md").write_text("\n".join(parts).rstrip() + "\n")
+
+
+def write(results: Path, docs: Path) -> dict[str, Row]:
+    """Write one folder's page, docs/performance-FOLDER.md, and its pictures, from what is there. Gives what was read."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
     rows, models, costs = (found.get(n, {}).get("rows", []) for n in ("attention", "model", "costs"))
     machine = next((r["machine"] for r in found.values()), {})
+    page = f"performance-{results.name}"
     (docs / "img").mkdir(parents=True, exist_ok=True)
     parts = [
-        HEAD.format(machine=_machine(machine), versions=_versions(machine)),
-        *_attention(rows, docs),
+        HEAD.format(kind=results.name, machine=_machine(machine), versions=_versions(machine)),
+        *_attention(rows, docs, page),
         *_against_ourselves(rows),
     ]
-    parts += [*_models(models, docs), *_costs(costs, docs)]
-    (docs / "performance.md").write_text("\n".join(parts).rstrip() + "\n")
+    parts += [*_models(models), *_costs(costs)]
+    (docs / f"{page}.md").write_text("\n".join(parts).rstrip() + "\n")
+    return found
 
 
 def _machine(m: Row) -> str:
@@ -88,21 +109,30 @@ def _groups(rows: list[Row]) -> dict[tuple[str, int, int, str], list[Row]]:
     return out
 
 
-def _attention(rows: list[Row], docs: Path) -> list[str]:
-    if not rows:
-        return []
-    out, summary = ["", "## attnc beside its peers", ""], []
-    groups = _groups(rows)
+def _summary(groups: dict[tuple[str, int, int, str], list[Row]]) -> list[str]:
+    summary = []
     for (dtype, batch, threads, what), mine in groups.items():
         slower, short = [r for r in mine if r["ratio"] < 1], [r for r in mine if below(r)]
         goal = f"{GOAL[what]:.1f}" if dtype == "float32" else "-"
         cells = (SHORT[dtype], batch, threads, what, len(mine), _mean(r["ratio"] for r in mine), goal)
         summary.append((*cells, _mean(r["share"] for r in mine), len(short), len(slower)))
     head = ("dtype", "batch", "threads", "pass", "rows", "ratio (geometric mean)", "asked", "share (geometric mean)")
-    out += _table((*head, "below a bar", "slower than a peer"), summary)
+    return _table((*head, "below a bar", "slower than a peer"), summary)
+
+
+def _picture(page: str, key: tuple[str, int, int, str]) -> str:
+    dtype, batch, threads, what = key
+    return f"{page}-{SHORT[dtype]}-b{batch}-t{threads}-{'training' if '+' in what else 'forward'}.png"
+
+
+def _attention(rows: list[Row], docs: Path, page: str) -> list[str]:
+    if not rows:
+        return []
+    groups = _groups(rows)
+    out = ["", "## attnc beside its peers", "", *_summary(groups)]
     for (dtype, batch, threads, what), mine in groups.items():
         name = f"{SHORT[dtype]}, batch {batch}, {threads} thread{'s' * (threads > 1)}, {what}"
-        picture = f"performance-{SHORT[dtype]}-b{batch}-t{threads}-{'training' if '+' in what else 'forward'}.png"
+        picture = _picture(page, (dtype, batch, threads, what))
         _ratios(mine, name, docs / "img" / picture)
         out += [f"### {name}", "", f"![ratios to the best peer: {name}](img/{picture})"]
         out += _table(
@@ -138,7 +168,7 @@ def _against_ourselves(rows: list[Row]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- models
-def _models(rows: list[Row], docs: Path) -> list[str]:
+def _models(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     out = ["## A whole model", ""]
@@ -166,7 +196,7 @@ def _models(rows: list[Row], docs: Path) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------------- costs
-def _costs(rows: list[Row], docs: Path) -> list[str]:
+def _costs(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     by: dict[str, list[Row]] = {}

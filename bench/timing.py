@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COPIES = 3  # of the inputs, taken in turn so that caches do not flatter
 FEWEST, MOST = 5, 200  # measured rounds of a row
 HOPELESS = 3.0  # a runner that is so much slower than the best peer after two calls is not called again
@@ -99,20 +98,28 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on: processor, memory allocator, versions."""
+    """What figures depend on: processor, versions; its kind is the widest vectors it has, which name the folder of the results."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     model = next(named, platform.processor() or platform.machine())
     flags = next((x.split() for x in lines if x.startswith(("flags", "Features"))), [])
     sets = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve") if f in flags]
+    kind = next((f for f in ("avx512", "avx2", "sve", "asimd") if any(s.startswith(f) for s in sets)), platform.machine())
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     for name in ("timm", "natten"):
         try:
             versions[name] = __import__(name).__version__
         except ImportError:
             versions[name] = "not installed"
-    return {"processor": model, "cores": os.cpu_count(), "sets": sets, "versions": versions, "system": platform.system()}
+    return {
+        "kind": kind,
+        "processor": model,
+        "cores": os.cpu_count(),
+        "sets": sets,
+        "versions": versions,
+        "system": platform.system(),
+    }
 
 
 class Results:

@@ -76,23 +76,28 @@ def test_page_tells_what_was_measured(tmp_path: Path) -> None:
     rows = [row("good", 1e-3, 4e-3, 3.0), row("short", 1e-3, 2e-3, 3.0), row("slow", 2e-3, 1e-3, 1.0)]
     rows.append(row("good", 5e-4, 4e-3, 3.0, dtype="bfloat16", bar={"ratio": 1.0, "share": None, "float32": 1.45}))
     machine = {"processor": "Somebody's", "cores": 2, "sets": ["avx2"], "versions": {"torch": "9"}}
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "attention.json").write_text(json.dumps({"machine": machine, "rows": rows}))
-    page.write(tmp_path / "results", tmp_path / "docs")
-    text = (tmp_path / "docs" / "performance.md").read_text()
+    (tmp_path / "results" / "avx2").mkdir(parents=True)
+    (tmp_path / "results" / "avx2" / "attention.json").write_text(json.dumps({"machine": machine, "rows": rows}))
+    page.write_all(tmp_path / "results", tmp_path / "docs")
+    text = (tmp_path / "docs" / "performance-avx2.md").read_text()
+    index = (tmp_path / "docs" / "performance.md").read_text()
+    assert "(performance-avx2.md). Somebody's, 2 cores, avx2." in index
     assert "Somebody's, 2 cores, avx2. torch 9." in text
     mean = (4.0 * 2.0 * 0.5) ** (1 / 3)
-    assert f"| float32 | 8 | 2 | forward | 3 | {mean:.2f} | 3.0 | 0.50 | 2 | 1 |" in text
+    summary = f"| float32 | 8 | 2 | forward | 3 | {mean:.2f} | 3.0 | 0.50 | 2 | 1 |"
+    assert summary in text
+    assert summary in index
     assert "| good | 8x8x32 | 1 | eager | 4 | 4.00 | 3.0 | 0.50 | 0.4 |  |" in text
     assert "| short | 8x8x32 | 1 | eager | 2 | 2.00 | 3.0 | 0.50 | 0.4 | below |" in text
     assert "| good, 8x8x32 | batch 8 | 2 threads | forward | 2.00 | 1.45 |  |" in text
     pictures = sorted((tmp_path / "docs" / "img").glob("*.png"))
-    assert [p.name for p in pictures] == ["performance-bf16-b8-t2-forward.png", "performance-float32-b8-t2-forward.png"]
+    assert [p.name for p in pictures] == [f"performance-avx2-{t}-b8-t2-forward.png" for t in ("bf16", "float32")]
     assert all(f"(img/{p.name})" in text for p in pictures)
     before = [p.read_bytes() for p in pictures]
-    page.write(tmp_path / "results", tmp_path / "docs")
+    page.write_all(tmp_path / "results", tmp_path / "docs")
     assert [p.read_bytes() for p in pictures] == before
-    assert (tmp_path / "docs" / "performance.md").read_text() == text
+    assert (tmp_path / "docs" / "performance-avx2.md").read_text() == text
+    assert (tmp_path / "docs" / "performance.md").read_text() == index
 
 
 # ---------------------------------------------------------------------------------------------------------------- the command
@@ -122,6 +127,6 @@ def test_quick_run(tmp_path: Path) -> None:
         assert min(r["calls"].values()) >= 2
         assert 0 < r["share"] < 2
     page.write(tmp_path, tmp_path / "docs")
-    text = (tmp_path / "docs" / "performance.md").read_text()
+    text = next((tmp_path / "docs").glob("performance-*.md")).read_text()
     assert "shifted window 7 + bias" in text
     assert "Growing the grid" in text
