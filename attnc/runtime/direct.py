@@ -5,7 +5,7 @@ A mode, a transform, a tracer, a profiler or a tensor subclass sees the operator
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ def attend(past: bool, rows: tuple[Tensor, ...], tables: list[Tensor], *rest: An
         called = torch.ops.attnc.attend if len(rows) == 3 else torch.ops.attnc.attend_packed
         return called(*rows, tables, *rest)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *tables)):
-        return _Attend.apply(len(rows), rest, *rows, *tables)  # type: ignore[no-any-return]
+        apply: Callable[..., tuple[Tensor, Tensor]] = _Attend.apply  # torch's releases differ in whether they type it
+        return apply(len(rows), rest, *rows, *tables)
     return operator.FORWARD[len(rows)](*rows, tables, *rest)
 
 
@@ -48,7 +49,8 @@ def channel(past: bool, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: 
     if not past:
         return torch.ops.attnc.channel(q, k, v, scale, backend)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Channel.apply(q, k, v, scale, backend)  # type: ignore[no-any-return]
+        apply: Callable[..., Tensor] = _Channel.apply
+        return apply(q, k, v, scale, backend)
     return operator.channel(q, k, v, scale, backend)
 
 
