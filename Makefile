@@ -35,7 +35,7 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) tools/typecheck.py
 
-# about twelve minutes on two cores: bench/results/*.json, docs/performance.md and its pictures
+# about twelve minutes on two cores: bench/results/*.json, docs/performance*.md and their pictures
 bench: setup
 	$(PY) -m bench $(ARGS)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from attnc import ir
 from attnc.analysis.axis import AxisForm, from_data, to_data
+from attnc.analysis.implied import axes_of, implied, split
 from attnc.errors import CacheError
 
 Prove = Callable[[], Any]
@@ -21,12 +22,15 @@ class Structure:
     """relation = the product of the axes' intervals, and `residual` (TRUE where the product says it all).
 
     flat: the relation and score live on the row-major index, so the grid was proved to be one axis.
-    separable: per axis, the conjuncts that mention only that axis (what tables may be built from).
+    spoken: per axis, the conditions that mention it alone; those of `shadows` follow from a condition on several axes.
+    unknown: per axis, those that no rule knew (what tables may be built from).
     """
 
     axes: tuple[AxisForm, ...]
     residual: ir.Expr
     flat: bool
+    spoken: tuple[tuple[ir.Expr, ...], ...]
+    shadows: frozenset[ir.Expr]
     unknown: tuple[tuple[ir.Expr, ...], ...]
 
     @property
@@ -67,10 +71,6 @@ def _recognise(
         raise CacheError(f"not a proof: {e}") from e
 
 
-def _axes_of(e: ir.Expr) -> set[int]:
-    return {n.args[1] for n in ir.walk(e) if n.op == "coord"}
-
-
 def _mentions(e: ir.Expr, ops: tuple[str, ...]) -> bool:
     return any(n.op in ops for n in ir.walk(e))
 
@@ -95,12 +95,17 @@ def analyse(a: ir.Attend, same_grid: bool, padded: bool = False) -> Structure:
         relation = ir.flatten_index(relation, a.rank, same_grid)
     per_axis: list[list[ir.Expr]] = [[] for _ in range(rank)]
     residual: list[ir.Expr] = []
-    for c in ir.conjuncts(relation):
-        axes = _axes_of(c)
+    for c in (part for whole in ir.conjuncts(relation) for part in (split(whole) if len(axes_of(whole)) > 1 else (whole,))):
+        axes = axes_of(c)
         if len(axes) == 1 and not _mentions(c, ("load", "head", "heads", "batch")):
             per_axis[axes.pop()].append(c)
         else:
             residual.append(c)
+    shadows = {(axis, e) for c in residual for axis, e in implied(c) if e not in per_axis[axis]}
+    for axis, e in sorted(shadows, key=str):
+        per_axis[axis].append(e)
     forms, unknown = _recognise([tuple(terms) for terms in per_axis], roles)
-    residual += [e for left in unknown for e in left]
-    return Structure(tuple(forms), ir.all_of(tuple(residual)), flat, tuple(unknown))
+    follow = frozenset(e for _, e in shadows)
+    residual += [e for left in unknown for e in left if e not in follow]
+    spoken = tuple(tuple(terms) for terms in per_axis)
+    return Structure(tuple(forms), ir.all_of(tuple(residual)), flat, spoken, follow, tuple(unknown))

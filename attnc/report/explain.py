@@ -97,7 +97,6 @@ def _bracketed(c: ir.Expr, axes: tuple[str, ...], among: bool) -> str:
 def _axes(s: Subject, p: Part) -> list[str]:
     same, structure = s.program.same_grid, p.structure
     roles: proof.Roles = ("q", "q") if same else ("q", "k")
-    found = proof.conjuncts_of(structure, p.attend.relation, p.attend.rank, same)
     lines = ["Normal form, per axis: a query at j sees the keys i from lo(j) to hi(j), and both ends never fall"]
     if structure.flat:
         lines.append("  The statement speaks of q.index and k.index alone, so the whole grid is one axis, in row-major order.")
@@ -123,7 +122,7 @@ def _axes(s: Subject, p: Part) -> list[str]:
         if form.block is not None:
             at = "" if form.shift == ir.ZERO else f", borders at {n.show(form.shift)}"
             body.append(f"    both ends are constant on blocks of {n.show(form.block)}{at}")
-        every = proof.steps(structure, i, found[i], roles, n, shown)
+        every = proof.steps(structure, i, roles, n, shown)
         if every:
             body.append("    proof")
             body += [line for t in every for line in (f"      {t.conjunct}", f"        -> {t.gives}")]

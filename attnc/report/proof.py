@@ -68,14 +68,15 @@ def axis_names(axes: tuple[str, ...], axis: int, form: AxisForm, *, flat: bool, 
     return Names(name, mapping, tuple(given))
 
 
-def steps(s: Structure, axis: int, conjuncts: tuple[ir.Expr, ...], roles: Roles, names: Names, axes: tuple[str, ...]) -> list[Step]:
+def steps(s: Structure, axis: int, roles: Roles, names: Names, axes: tuple[str, ...]) -> list[Step]:
     """One step per conjunct of an axis, in the order they were written."""
+    conjuncts = s.spoken[axis]
     alone = {c: recognise((c,), axis, roles)[0].split for c in conjuncts}
     splits = tuple(c for c in conjuncts if alone[c] != ir.ONE)
     none = recognise(splits, axis, roles)[0]
     out = []
     for c in conjuncts:
-        text = ir.show(c, axes)
+        text = ir.show(c, axes) + (", which follows from what no axis explains" if c in s.shadows else "")
         if c in s.unknown[axis]:
             out.append(Step(text, "no rule gives an end: stays a predicate"))
         elif c in splits:
@@ -89,20 +90,6 @@ def steps(s: Structure, axis: int, conjuncts: tuple[ir.Expr, ...], roles: Roles,
                 ends.append(f"i <= {names.show(form.hi)}")
             out.append(Step(text, " and ".join(ends) or "always true on this axis"))
     return out
-
-
-def conjuncts_of(s: Structure, relation: ir.Expr, rank: int, same_grid: bool) -> tuple[tuple[ir.Expr, ...], ...]:
-    """The conjuncts that mention one axis alone, per axis: those the recogniser was given."""
-    if s.flat:
-        relation = ir.rewrite(relation, lambda n: ir.coord(n.args[0], 0) if n.op == "index" else None)
-    else:
-        relation = ir.flatten_index(relation, rank, same_grid)
-    found: list[list[ir.Expr]] = [[] for _ in s.axes]
-    for c in ir.conjuncts(relation):
-        mentioned = {n.args[1] for n in ir.walk(c) if n.op == "coord"}
-        if len(mentioned) == 1 and not any(n.op in ("load", "head", "heads", "batch") for n in ir.walk(c)):
-            found[mentioned.pop()].append(c)
-    return tuple(tuple(c) for c in found)
 
 
 def symmetric(form: AxisForm) -> bool:
