@@ -43,16 +43,15 @@ sums = st.builds(
     st.sampled_from(["add", "sub", "min", "max"]),
     st.integers(-4, 30),
 )
-conditions = st.builds(
-    lambda op, a, c, turn, negate: (lambda e: ir.make("not", e) if negate else e)(
-        ir.make(op, *((ir.const(c), a) if turn else (a, ir.const(c))))
-    ),
-    st.sampled_from(["lt", "le", "eq", "ne"]),
-    sums,
-    st.integers(-6, 30),
-    st.booleans(),
-    st.booleans(),
-)
+
+
+def compared(op: str, a: ir.Expr, c: int, turn: bool, negate: bool) -> ir.Expr:
+    e = ir.make(op, ir.const(c), a) if turn else ir.make(op, a, ir.const(c))
+    return ir.make("not", e) if negate else e
+
+
+operators = st.sampled_from(["lt", "le", "eq", "ne"])
+conditions = st.builds(compared, operators, sums, st.integers(-6, 30), st.booleans(), st.booleans())
 
 
 @settings(max_examples=300, deadline=None)
