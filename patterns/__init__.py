@@ -18,6 +18,8 @@ from attnc.patterns.overlapping import overlapping_window
 from attnc.patterns.per_head import per_head
 from attnc.patterns.polyline import polyline
 from attnc.patterns.positional import positional
+from attnc.patterns.reversed import reversed_attention
+from attnc.patterns.sliding import sliding_window, taps
 from attnc.patterns.soft_cap import soft_cap
 from attnc.patterns.strip import cross, strip
 from attnc.patterns.window import blocks, window
@@ -46,7 +48,10 @@ __all__ = [
     "per_head",
     "polyline",
     "positional",
+    "reversed_attention",
+    "sliding_window",
     "soft_cap",
     "strip",
+    "taps",
     "window",
 ]
