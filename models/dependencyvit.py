@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnc
-from attnc.errors import DeclarationError, ShapeError
+from attnc.errors import ShapeError
 from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
@@ -45,7 +45,7 @@ class MessageController(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, C] -> [B, N]``, in float32 at least: twelve of them are multiplied."""
-        logits = self.fc2(F.gelu(self.fc1(x)))[..., 0]
+        logits: Tensor = self.fc2(F.gelu(self.fc1(x)))[..., 0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
@@ -103,7 +103,7 @@ class ReversedAttention(QkvAttention):
         q, k, _ = self.rows(x)
         # what arrives where each token sends a one of its own, WIDEST tokens at a time
         ones = torch.eye(x.shape[1], dtype=q.dtype, device=x.device)[:, None]
-        parts = [self.attend(k, q, gates[..., None].to(q.dtype) * part, scale=self.scale) for part in ones.split(WIDEST, -1)]
+        parts = [self.attend(k, q, gates[..., None].to(q.dtype) * part, scale=self.scale) for part in torch.split(ones, WIDEST, -1)]
         return torch.cat([part.sum(2) for part in parts], -1)
 
 
@@ -232,7 +232,7 @@ class DependencyViT(Classifier):
             all(1 <= i <= depth for i in pruned) and len(set(pruned)) == len(pruned),
             f"{prune_layers=}: different blocks, from 1 to {depth}",
         )
-        self.check(0 <= ratio and len(pruned) * ratio < 1, f"{prune_ratio=} for {len(pruned)} prunings: no token would be left")
+        self.check(ratio >= 0 and len(pruned) * ratio < 1, f"{prune_ratio=} for {len(pruned)} prunings: no token would be left")
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch, norm=False, pad=False)
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.grid[0] * self.grid[1], embed_dim), std=0.02))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -295,7 +295,7 @@ class DependencyViT(Classifier):
             flat = (place[:, :, None] * count + place[:, None]).flatten(1)
             total.scatter_add_(1, flat, block.attn.dependencies(block.norm1(x), m).flatten(1).to(total.dtype))
             x, m, place = block(x, m, place)
-        return total.unflatten(1, (count, count))
+        return total.view(-1, count, count)
 
 
 def dependency_tree(mask: Tensor) -> list[int]:

@@ -69,7 +69,7 @@ def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     total = torch.logsumexp(torch.stack([lse for _, lse in parts]), 0)
     out: Tensor | None = None
     for part, lse in parts:
-        share = (lse - total).exp().unflatten(2, part.shape[1:3]).permute(0, 2, 3, 1)[..., None].to(part.dtype)
+        share = torch.unflatten((lse - total).exp(), 2, part.shape[1:3]).permute(0, 2, 3, 1)[..., None].to(part.dtype)
         out = part * share if out is None else out + part * share
     assert out is not None
     return out
@@ -147,7 +147,7 @@ class WindowScores(nn.Module):
         nothing = v[..., :1].detach()
         _, dots = self.score(q.expand(-1, -1, -1, self.taps, -1), k, nothing, scale=1.0, return_lse=True)
         out = self.attend(q, k, v, scale=1.0)[:, :, :, 0].permute(0, 3, 1, 2)
-        return {"dots": dots.unflatten(2, out.shape[2:]), "out": out}
+        return {"dots": torch.unflatten(dots, 2, out.shape[2:]), "out": out}
 
 
 class WindowAttention(QkvAttention):
@@ -200,7 +200,7 @@ class WindowAttention(QkvAttention):
 def _halved(x: Tensor) -> Tensor:
     """Means of 2 x 2 tokens, ``[B, H, W, h, d] -> [B, ceil(H / 2), ceil(W / 2), h, d]``; at the border, of those that exist."""
     pooled = F.avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), 2, ceil_mode=True)
-    return pooled.permute(0, 2, 3, 1).unflatten(3, x.shape[3:])
+    return torch.unflatten(pooled.permute(0, 2, 3, 1), 3, x.shape[3:])
 
 
 DIRECTIONS: tuple[Pair, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # of the blocks of a stage, in turn

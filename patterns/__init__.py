@@ -12,6 +12,7 @@ from attnc.patterns.decay import alibi, decay
 from attnc.patterns.dilated import dilated, dilated_blocks
 from attnc.patterns.gaussian import gaussian_mixture
 from attnc.patterns.grid import grid
+from attnc.patterns.inward import inward_window
 from attnc.patterns.neighborhood import neighborhood
 from attnc.patterns.outlook import outlook
 from attnc.patterns.overlapping import overlapping_window
@@ -42,6 +43,7 @@ __all__ = [
     "gaussian_mixture",
     "grid",
     "head_scale",
+    "inward_window",
     "neighborhood",
     "outlook",
     "overlapping_window",

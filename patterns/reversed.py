@@ -1,4 +1,4 @@
-"""Reversed attention of DependencyViT (Ding et al. 2023): children choose their parents, and parents add up what is sent to them."""
+"""Reversed attention of DependencyViT (Ding et al. 2023): children choose their parents, who add up what is sent to them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Windows that slide over the border: the taps of a convolution as keys (TiC, Zhang et al. 2023; SASA, Ramachandran et al. 2019)."""
+"""Windows that slide over the border: a convolution's taps as keys (TiC, Zhang et al. 2023; SASA, Ramachandran et al. 2019)."""
 
 from __future__ import annotations
 
 from attnc.errors import DeclarationError
-from attnc.lang.functions import HEAD, SCORE, where
+from attnc.lang.functions import HEAD, SCORE, Statement, where
 from attnc.lang.pattern import Pattern, per_axis
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
@@ -17,7 +17,7 @@ def reach(size: int, dilation: int) -> int:
 
 
 def sliding_window(size: Size, dilation: Size = 1, *, pooled: int = 1, bias: Bias = None) -> Pattern:
-    """Keys q + dilation * (u - size // 2) for u = 0 .. size - 1, size odd: those inside the grid, for nothing keeps the window there.
+    """Keys q + dilation * (u - size // 2) for u = 0 .. size - 1, size odd; those outside the grid are missing, the window stays.
 
     With ``pad=((r, r), ...)``, r = dilation * (size // 2), the keys outside exist as rows of zeros, which take their share of the
     softmax, as a convolution's padding does (TiC). `pooled`: keys lie on a grid that many times coarser (`kv_grid=`, padded alike),
@@ -51,7 +51,7 @@ def taps(size: Size, dilation: Size = 1) -> Pattern:
     Taps outside the grid are keys of zeros where the operator is compiled with ``pad=``, see `sliding_window`.
     """
 
-    def tracer(q: Point, k: Point) -> object:
+    def tracer(q: Point, k: Point) -> Statement:
         sizes, dilations = per_axis(size, q.axes, "size"), per_axis(dilation, q.axes, "dilation")
         terms: list[Sym] = []
         rest: Sym = HEAD
