@@ -43,6 +43,15 @@ def full_operator(backend: str) -> attnc.Operator:
     return attnc.compile(attnc.patterns.full(), grid={"x": None}, kv_grid=(None,), layout="b x h d", backend=backend)
 
 
+class RowNorm(nn.RMSNorm):
+    """RMSNorm, computed in float32 at least."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., C] -> [..., C]``."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
 class WanAttention(nn.Module):
     """The projections of Wan's attentions; q and k are normalised over all heads together.
 
@@ -56,7 +65,7 @@ class WanAttention(nn.Module):
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps) for _ in range(2))
+        self.norm_q, self.norm_k = (RowNorm(dim, eps) for _ in range(2))
 
     def queries(self, x: Tensor) -> Tensor:
         """``[B, N, C] -> [B, N, h, d]``."""
