@@ -22,6 +22,7 @@ from attnc.models.blocks.conv import conv_map
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.relative_window import check_heads
+from attnc.models.blocks.rotary import rotate
 from attnc.models.official import official
 from attnc.models.registry import variants
 
@@ -43,9 +44,7 @@ def rotated(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     rate = 10000.0 ** -torch.linspace(0, 1, d // 2, dtype=dtype, device=x.device)
     angle = torch.arange(height * width, dtype=dtype, device=x.device).view(height, width, 1, 1) * rate
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    return rotate(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
 
 
 class PathCosts(nn.Module):

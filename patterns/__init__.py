@@ -12,12 +12,15 @@ from attnc.patterns.decay import alibi, decay
 from attnc.patterns.dilated import dilated, dilated_blocks
 from attnc.patterns.gaussian import gaussian_mixture
 from attnc.patterns.grid import grid
+from attnc.patterns.inward import inward_window
 from attnc.patterns.neighborhood import neighborhood
 from attnc.patterns.outlook import outlook
 from attnc.patterns.overlapping import overlapping_window
 from attnc.patterns.per_head import per_head
 from attnc.patterns.polyline import polyline
 from attnc.patterns.positional import positional
+from attnc.patterns.reversed import reversed_attention
+from attnc.patterns.sliding import sliding_window, taps
 from attnc.patterns.soft_cap import soft_cap
 from attnc.patterns.strip import cross, strip
 from attnc.patterns.window import blocks, window
@@ -40,13 +43,17 @@ __all__ = [
     "gaussian_mixture",
     "grid",
     "head_scale",
+    "inward_window",
     "neighborhood",
     "outlook",
     "overlapping_window",
     "per_head",
     "polyline",
     "positional",
+    "reversed_attention",
+    "sliding_window",
     "soft_cap",
     "strip",
+    "taps",
     "window",
 ]

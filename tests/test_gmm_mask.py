@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import model_checks as checks
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnc.errors import DeclarationError, ShapeError
@@ -14,6 +16,8 @@ from attnc.models import create_model, load_official
 from attnc.models.gmm_mask import Attention, GaussianMixtureMask, LayerScale, TalkingHeads, base_mask
 from attnc.models.gmm_mask_pit import Pool
 from attnc.models.gmm_mask_swin import MaskedWindows
+from attnc.models.gmm_mask_t2t import Attention as TokenAttention
+from attnc.models.gmm_mask_t2t import TokenTransformer, sinusoids
 
 PARAMETERS = {  # with the frozen base mask, and without
     "gmm_mask_vit": (2_697_218, 2_693_122),
@@ -29,6 +33,9 @@ PARAMETERS = {  # with the frozen base mask, and without
     "gmm_mask_swin": (7_074_344, 7_074_088),
     "gmm_mask_swin_cifar100": (7_108_994, 7_108_738),
     "gmm_mask_swin_tiny_imagenet": (7_150_950, 7_150_694),
+    "gmm_mask_t2t": (6_572_586, 6_486_570),
+    "gmm_mask_t2t_cifar100": (6_595_716, 6_509_700),
+    "gmm_mask_t2t_tiny_imagenet": (7_794_354, 6_659_762),
     "gmm_mask_cait": (9_025_674, 9_021_578),
     "gmm_mask_cait_cifar100": (9_043_044, 9_038_948),
     "gmm_mask_cait_tiny_imagenet": (9_089_992, 9_085_896),
@@ -43,16 +50,21 @@ HOSTS: dict[str, dict[str, Any]] = {
     "gmm_mask_cait": {"mlp_dim": 16, "cls_depth": 1},
     "gmm_mask_pit": {"depth": (1, 1), "heads": (2, 2)},
     "gmm_mask_swin": {"embed_dim": 4, "depths": (2, 1), "num_heads": (2, 2), "window_size": 2, "num_kernals": 2},
+    "gmm_mask_t2t": {"embed_dim": 8, "depth": 1, "num_heads": 2, "token_dim": 4, "backend": "torch"},
 }
-VIT_ONLY = ("dim", "depth", "heads", "dim_head")  # of the arguments in SMALL
+TAKES = {"gmm_mask_swin": ("img_size", "patch_size", "num_kernals"), "gmm_mask_t2t": ("img_size", "num_kernals")}
+UNUSED = ("cls_token", "tokens_to_token.norm")  # of T2T, as officially
 
 
 def small(host: str = "gmm_mask_vit", **overrides: Any) -> nn.Module:
     torch.manual_seed(0)
-    common = {key: value for key, value in SMALL.items() if host != "gmm_mask_swin" or key not in VIT_ONLY}
-    if host == "gmm_mask_swin" and "stochastic_depth" in overrides:
+    common = {key: value for key, value in SMALL.items() if key in TAKES.get(host, SMALL)}
+    if host in TAKES and "stochastic_depth" in overrides:
         overrides["drop_path_rate"] = overrides.pop("stochastic_depth")
-    return create_model(host, **{**common, **HOSTS[host], **overrides})
+    model = create_model(host, **{**common, **HOSTS[host], **overrides})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not (host == "gmm_mask_t2t" and name.startswith(UNUSED)))
+    return model
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -154,7 +166,7 @@ def test_autocast(host: str, backend: str) -> None:
     checks.check_autocast(small(host, backend=backend), checks.image(16, 16))
 
 
-@pytest.mark.parametrize("host", ["gmm_mask_vit", "gmm_mask_cait"])
+@pytest.mark.parametrize("host", ["gmm_mask_vit", "gmm_mask_cait", "gmm_mask_t2t"])
 def test_torch_compile(host: str) -> None:
     checks.check_compiles(small(host), checks.image(16, 16))
 
@@ -174,6 +186,58 @@ def test_masked_windows_are_the_official_ones() -> None:
     torch.testing.assert_close(layer(x), layer.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)))
 
 
+def token_reference(attention: TokenAttention, x: Tensor) -> Tensor:
+    """The official way: the scale by the input's channels, a dense mask, and a skip from v, or from x for several heads."""
+    heads = attention.num_heads
+    q, k, v = attention.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * (x.shape[-1] // heads) ** -0.5
+    if attention.mask is not None:
+        scores = attention.mask.dense(attention.side) * scores
+    mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return attention.proj(mixed) + (v[:, 0] if heads == 1 else x)
+
+
+@pytest.mark.parametrize(
+    ("dim", "in_dim", "heads", "side", "masked"), [(27, 4, 1, 5, True), (6, 6, 3, 4, True), (6, 6, 2, 3, False)]
+)
+def test_attention_of_tokens(dim: int, in_dim: int, heads: int, side: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    attention = TokenAttention(dim, heads, in_dim, num_patches=side**2, is_GMM=masked, num_kernals=2, backend="torch").double()
+    x = torch.randn(2, side**2, dim, dtype=torch.float64)
+    torch.testing.assert_close(attention(x), token_reference(attention, x))
+
+
+def test_tokens_to_token_is_the_official_one() -> None:
+    """Two soft splits and a transformer of tokens, sinusoids, blocks, the mean."""
+    model = small("gmm_mask_t2t", backend="torch").eval()
+    x = checks.image(16, 16)
+    steps = model.tokens_to_token
+    first, block = steps.attention1, model.blocks[0]
+    assert isinstance(first, TokenTransformer)
+    u = F.unfold(x, (3, 3), stride=2, padding=1).transpose(1, 2)
+    u = token_reference(first.attn, first.norm1(u))
+    u = u + first.mlp(first.norm2(u))
+    u = F.unfold(u.transpose(1, 2).reshape(2, 4, 8, 8), (3, 3), stride=2, padding=1).transpose(1, 2)
+    u = steps.project(u) + sinusoids(16, 8)
+    u = u + token_reference(block.attn, block.norm1(u))
+    u = u + block.mlp(block.norm2(u))
+    torch.testing.assert_close(model(x), model.head(model.norm(u).mean(1)), atol=1e-5, rtol=1e-4)
+    assert sinusoids(5, 6)[0, 3, 4:].tolist() == pytest.approx([math.sin(3 / 10000 ** (4 / 6)), math.cos(3 / 10000 ** (4 / 6))])
+
+
+def test_large_images_are_split_once_more() -> None:
+    model = small("gmm_mask_t2t", img_size=64, backend="torch").eval()
+    assert model.forward_features(checks.image(64, 64)).shape == (2, 64, 8)
+    names = {name for name, _ in model.named_parameters()}
+    assert {"tokens_to_token.attention2.attn.mask.sigma", "tokens_to_token.attention2.mask", "blocks.0.attn.mask.alpha"} <= names
+    state = model.state_dict()
+    aliases = {key.replace(".sigma", ".mask"): torch.zeros(1) for key in state if key.endswith("mask.sigma")}
+    config = {"img_size": 64, "num_classes": 10, **HOSTS["gmm_mask_t2t"], "num_kernals": 2, "is_GMM": True, "attn_drop_rate": 0.1}
+    loaded = load_official("gmm-mask", "t2t.T2T_ViT", config, state | aliases, backend="torch")
+    x = checks.image(64, 64)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
 def test_pooling_leaves_the_class_token_out() -> None:
     pool = Pool(4)
     x = torch.randn(2, 1 + 25, 4)
@@ -190,11 +254,16 @@ def test_wrong_arguments() -> None:
         ("gmm_mask_pit", {"heads": (2,)}, "differ in length"),
         ("gmm_mask_swin", {"num_heads": (2,)}, "differ in length"),
         ("gmm_mask_swin", {"window_size": 3}, "2 stages in windows of 3 do not fit"),
+        ("gmm_mask_t2t", {"img_size": 18}, "img_size=18 is no multiple of 4"),
     ):
         with pytest.raises(DeclarationError, match=message):
             small(host, **overrides)
     with pytest.raises(ShapeError, match="learned positions fix it to 16 x 16"):
         small("gmm_mask_swin")(checks.image(16, 20))
+    with pytest.raises(ShapeError, match="masks fix it to 16 x 16"):
+        small("gmm_mask_t2t")(checks.image(16, 20))
+    with pytest.raises(ShapeError, match="2 heads add their input of 6 channels to an output of 4"):
+        TokenAttention(6, 2, 4, num_patches=9)
     with pytest.raises(DeclarationError, match="does not divide img_size = 16"):
         small(patch_size=5)
     with pytest.raises(DeclarationError, match="a mixture needs at least one"):

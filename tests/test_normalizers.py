@@ -17,6 +17,7 @@ import triton_cases
 from hypothesis import given
 from strategies import NORMALIZERS, Problem, hold, weighted
 from test_triton import failures, run_cases
+from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc import patterns
@@ -202,6 +203,30 @@ def test_opcheck_of_softmax_over_queries(backend: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_softmax_over_queries_under_checkpointing(backend: str) -> None:
+    """Its forward runs a backward, under the hooks by which checkpointing keeps no tensors; they are in place again afterwards."""
+    op = attnc.compile(patterns.reversed_attention(), grid=(5,), backend=backend)
+    rows = [torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    kept: list[int] = []
+
+    def packed(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t.numel())
+        return t
+
+    weight = torch.randn(1, 2, 5, 3, dtype=torch.float64)
+    expected = torch.autograd.grad(op(*rows), rows, weight)
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
+        out = op(*rows)
+        mine = len(kept)
+        _ = rows[0] * rows[1]
+    assert len(kept) > mine
+    for found, wanted in zip(torch.autograd.grad(out, rows, weight), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    for found, wanted in zip(torch.autograd.grad(checkpoint(op, *rows, use_reentrant=False), rows, weight), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_no_log_sum_exp_of_a_query() -> None:
     x = torch.randn(1, 1, 4, 8)
     op = attnc.compile(weighted(patterns.full(), "queries"), grid=4)

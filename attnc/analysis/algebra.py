@@ -175,6 +175,18 @@ def nondecreasing(e: sp.Expr, x: sp.Symbol) -> bool:
     return isinstance(e, FloorDiv) and not e.args[1].has(x) and nondecreasing(e.args[0], x)
 
 
+def gathered(e: sp.Expr, x: sp.Symbol) -> sp.Expr:
+    """u + c * max(a, b) as max(u + c * a, u + c * b) where the sum shows no monotony: x - max(x - n, 0) becomes min(n, x)."""
+    if not e.is_Add or nondecreasing(e, x):
+        return e
+    for term in e.args:
+        c, m = term.as_coeff_Mul()
+        if isinstance(m, sp.Min | sp.Max) and m.has(x):
+            made = m.func if c > 0 else sp.Min if isinstance(m, sp.Max) else sp.Max
+            return made(*(gathered(sp.expand(e - term + c * a), x) for a in m.args))
+    return e
+
+
 def solve_at_most(f: sp.Expr, x: sp.Symbol, bound: sp.Expr, never: sp.Expr, always: sp.Expr) -> sp.Expr:
     """The greatest x with f(x) <= bound, for a nondecreasing f: `never` where no x will do, `always` where every one does."""
     return _invert(f, x, bound, never, always, at_most=True)

@@ -18,6 +18,7 @@ from attnc.analysis.algebra import (
     FloorMod,
     NotAlgebraic,
     from_sympy,
+    gathered,
     nondecreasing,
     solve_at_least,
     solve_at_most,
@@ -177,7 +178,7 @@ def recognise(
     lows, highs, unknown = [sp.Integer(0)], [nk - 1], []
     for c in rest:
         try:
-            found = _ends(c, replace, tidy)
+            found = [(side, gathered(e, _J)) for side, e in _ends(c, replace, tidy)]
             if not all(nondecreasing(e, _J) for _, e in found):
                 raise _Unrecognised
         except (NotAlgebraic, _Unrecognised):

@@ -9,7 +9,8 @@ forward and a backward has this; what the forward computes in vain are the gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -82,7 +83,8 @@ class Exchange:
         nothing = empty_like_order(q, v.shape[-1]).zero_()
         out, lse = self.attend(k, q, nothing, tables, *rest)
         lse = self._with_sink(lse)
-        _, _, found, _ = self.attend_backward(k, q, nothing, tables, out, lse, v, None, *rest)
+        with _without_saved_tensor_hooks():
+            _, _, found, _ = self.attend_backward(k, q, nothing, tables, out, lse, v, None, *rest)
         return found, lse
 
     def backward(
@@ -106,6 +108,24 @@ class Exchange:
         dk, dq, _, gradients = self.attend_backward(k, q, grad_out, tables, dv, lse, v, grad_lse, *rest)
         found |= dict(zip(names, gradients, strict=True))
         return dq, _for_key_heads(dk, kv_heads), _for_key_heads(dv, kv_heads), found
+
+
+@contextmanager
+def _without_saved_tensor_hooks() -> Iterator[None]:
+    """A backward inside a forward, which checkpointing watches by hooks under which torch.func does not differentiate.
+
+    They wait outside: nothing in here is saved for autograd.
+    """
+    graph: Any = torch._C._autograd
+    waiting = []
+    while (top := graph._top_saved_tensors_default_hooks(True)) is not None:
+        waiting.append(top)
+        graph._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(waiting):
+            graph._push_saved_tensors_default_hooks(*pair)
 
 
 def _for_each_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
