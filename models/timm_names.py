@@ -6,18 +6,20 @@ A paper whose port renames things calls `timm_names` once, with regular expressi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from attnc.errors import UnsupportedError
 from attnc.models.registry import discover
 
-_rules: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {}
+Replacement = str | Callable[[re.Match[str]], str]
+
+_rules: dict[str, tuple[tuple[re.Pattern[str], Replacement], ...]] = {}
 _flat: dict[str, re.Pattern[str]] = {}
 
 
-def timm_names(family: str, *rules: tuple[str, str], flatten: str = "") -> None:
+def timm_names(family: str, *rules: tuple[str, Replacement], flatten: str = "") -> None:
     """Register (pattern, replacement) pairs for `re.sub` that make a timm key of `family` an official one.
 
     Weights whose official names match `flatten` are linear layers that timm has as 1x1 convolutions.
