@@ -173,7 +173,9 @@ class PatchEmbed(nn.Module):
     def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, dim: int, multi_conv: bool) -> None:
         super().__init__()
         if multi_conv and patch_size not in CONVOLUTIONS:
-            raise DeclarationError(f"CrossViT: multi_conv with patches of {patch_size}: {' and '.join(map(str, CONVOLUTIONS))} exist")
+            raise DeclarationError(
+                f"CrossViT: multi_conv with patches of {patch_size}: {' and '.join(map(str, CONVOLUTIONS))} exist"
+            )
         if min(img_size) < patch_size:
             raise DeclarationError(f"CrossViT: an image of {img_size[0]}x{img_size[1]} is less than a patch of {patch_size}")
         self.img_size = img_size

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self, cast
 
-from torch import Tensor, nn
 import torch
+from torch import Tensor, nn
 
 from attnc.errors import DeclarationError
 from attnc.models.blocks.conv_norm import NormLinear, downsampling, fuse_norms, stem
 from attnc.models.blocks.drop import linear_rates
+from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.staged import Staged
 from attnc.models.timm_names import Replacement
 
@@ -86,7 +87,7 @@ class ConvStages(Staged):
         """Mean over the map ``[B, C, H', W']`` and the classifier; `pre_logits` gives what its linear layer reads."""
         x = x.mean((2, 3))
         if pre_logits:
-            return cast(Tensor, self.head.bn(x))
+            return cast(Tensor, self.head.bn(x)) if isinstance(self.head, NormLinear) else x
         logits: Tensor = self.head(x)
         return logits if self.head_dist is None else (logits + cast(Tensor, self.head_dist(x))) / 2
 
@@ -105,12 +106,16 @@ class ConvStages(Staged):
         """Replace the last linear layers by fresh ones; 0 classes leave the normalised features."""
         super().reset_classifier(num_classes)
         if self.head_dist is not None:
-            self.head_dist = NormLinear(self.num_features, num_classes).to(next(self.parameters()))
+            fresh = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+            place = self.classifier.replace("head", "head_dist")
+            self.set_submodule(place, fresh.apply(init_vit).to(next(self.parameters())))
 
     def fuse(self) -> Self:
         """Make one of each convolution and its norm, in place, for evaluation; the parameters are then those of a fused official
         checkpoint, which can be loaded."""
         fuse_norms(self)
+        if isinstance(self._modules.get("head"), nn.Linear):
+            self.classifier = "head"
         return self
 
 
