@@ -16,29 +16,21 @@ from torch import Tensor, nn
 
 import attnc
 from attnc.errors import DeclarationError, ShapeError
-from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.drop import linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.patches import PatchEmbed, pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Classifier
+from attnc.models.blocks.tokens import TokenAttention, map_operator
 from attnc.models.official import official
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
 
 
 @cache  # layers share operators
-def map_operators(backend: str) -> tuple[attnc.Operator, attnc.Operator]:
-    """Attention by content and by position, on q, k and v ``[B, H, W, heads, d]``."""
-    of = (attnc.patterns.full(), attnc.patterns.positional())
-    content, position = (attnc.compile(pattern, layout="b y x h d", backend=backend) for pattern in of)
-    return content, position
-
-
-@cache
-def token_operator(heads: int, backend: str) -> attnc.Operator:
-    """Attention among all tokens, on packed ``[B, N, 3C]``."""
-    return attnc.compile(attnc.patterns.full(), layout="b x (three h d)", heads=heads, backend=backend)
+def position_operator(backend: str) -> attnc.Operator:
+    """Attention by relative position, on q, k and v ``[B, H, W, heads, d]``."""
+    return attnc.compile(attnc.patterns.positional(), layout="b y x h d", backend=backend)
 
 
 class GPSA(nn.Module):
@@ -83,7 +75,7 @@ class GPSA(nn.Module):
         self.pos_proj = nn.Linear(3, num_heads)
         self.proj_drop = nn.Dropout(proj_drop)
         self.gating_param = nn.Parameter(torch.ones(num_heads))
-        self.content, self.position = map_operators(backend)
+        self.content, self.position = map_operator(backend), position_operator(backend)
         self.apply(init_vit)
         if use_local_init:
             self.local_init(locality_strength)
@@ -112,30 +104,6 @@ class GPSA(nn.Module):
         gate = self.gating_param.sigmoid()[:, None].to(content.dtype)
         out: Tensor = self.proj_drop(self.proj(torch.lerp(content, position, gate).flatten(3)))
         return out
-
-
-class MHSA(QkvAttention):
-    """softmax(q k^T / sqrt(d)) v among all tokens.
-
-    Args: see `QkvAttention`; `backend`: of the operator.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
-        proj_drop: float = 0.0,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, qk_scale=qk_scale, proj_drop=proj_drop)
-        self.attend = token_operator(num_heads, backend)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, N, C] -> [B, N, C]``."""
-        return self.project(self.attend(self.qkv(x), scale=self.scale))
 
 
 @variants(
@@ -209,7 +177,7 @@ class ConViT(Classifier):
             if i < local_up_to_layer:
                 attn = GPSA(embed_dim, num_heads, qkv_bias, qk_scale, drop_rate, locality_strength, backend=backend)
             else:
-                attn = MHSA(embed_dim, num_heads, qkv_bias, qk_scale, drop_rate, backend=backend).apply(init_vit)
+                attn = TokenAttention(embed_dim, num_heads, qkv_bias, qk_scale, drop_rate, backend=backend).apply(init_vit)
             made = PreNormBlock(embed_dim, attn, mlp_ratio=mlp_ratio, drop=drop_rate, drop_path=rate, eps=ln_eps)
             made.mlp.apply(init_vit)
             return made
@@ -275,5 +243,5 @@ class _OnTokens(GPSA):
         return super().forward(torch.unflatten(x, 1, tuple(grid))).flatten(1, 2)
 
 
-official("convit", "MHSA", ignores=IGNORED)(MHSA)
+official("convit", "MHSA", ignores=IGNORED)(TokenAttention)
 official("convit", "VisionTransformer", ignores=(*IGNORED, "global_pool"))(ConViT)

@@ -21,6 +21,7 @@ from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.drop import DropPath
 from attnc.models.blocks.patches import pair
 from attnc.models.blocks.prenorm import PreNormBlock
+from attnc.models.blocks.squeeze import SqueezeExcite
 from attnc.models.blocks.staged import Staged
 from attnc.models.official import official
 from attnc.models.registry import variants
@@ -113,20 +114,6 @@ def same(x: Tensor, conv: nn.Conv2d) -> Tensor:
         margins += [total // 2, total - total // 2]
     out: Tensor = conv(F.pad(x, margins) if any(margins) else x)
     return out
-
-
-class SqueezeExcite(nn.Module):
-    """Channels scaled by sigmoid(fc2(SiLU(fc1(mean over the map)))) (Hu et al. 2018)."""
-
-    def __init__(self, dim: int, squeezed: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W] -> [B, C, H, W]``."""
-        out: Tensor = x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
-        return out
 
 
 class Shortcut(nn.Module):

@@ -24,6 +24,7 @@ from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.patches import pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Staged
+from attnc.models.blocks.tokens import cross_operator
 from attnc.models.official import official
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
@@ -46,12 +47,6 @@ def outlook_operator(size: int, stride: int, padding: int, backend: str) -> attn
 def full_operator(heads: int, backend: str) -> attnc.Operator:
     """Attention among all tokens of a map, on packed ``[B, H, W, 3C]``."""
     return attnc.compile(attnc.patterns.full(), layout="b y x (three h d)", heads=heads, backend=backend)
-
-
-@cache
-def class_operator(backend: str) -> attnc.Operator:
-    """Attention of some tokens to others, on q ``[B, N, heads, d]`` and k, v ``[B, M, heads, d]``."""
-    return attnc.compile(attnc.patterns.full(), grid={"x": None}, kv_grid=(None,), layout="b x h d", backend=backend)
 
 
 class OutlookAttention(nn.Module):
@@ -177,7 +172,7 @@ class ClassAttention(nn.Module):
         self.q = nn.Linear(dim, head_dim * num_heads, bias=qkv_bias)
         self.proj = nn.Linear(head_dim * num_heads, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.attend = class_operator(backend)
+        self.attend = cross_operator(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, 1 + N, C] -> [B, 1, C]``."""

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from attnc.models import create_model
 
 Build = Callable[..., nn.Module]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def image(height: int, width: int, batch: int = 2) -> Tensor:
     """Random pixels, the same at each call."""
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def randomized(module: Module) -> Module:
+    """`module` in evaluation mode with random parameters and statistics, so that nothing is zero, or one, by chance."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+            nn.init.normal_(norm.running_mean, std=0.2)
+            nn.init.normal_(norm.weight, 1.0, 0.2)
+    return module.eval()
 
 
 def parameters(name: str, **overrides: Any) -> int:
@@ -39,6 +54,8 @@ def trains(model: nn.Module, size: tuple[int, int], steps: int = 12, rate: float
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], losses
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         assert p.grad is not None and bool(p.grad.isfinite().all()), name
 
 
@@ -87,10 +104,38 @@ def features(build: Build, size: tuple[int, int], shapes: list[tuple[int, int, i
     backbone = build(features_only=True).eval()
     maps = backbone(image(*size))
     assert [tuple(m.shape[1:]) for m in maps] == shapes
-    assert [info["num_chs"] for info in backbone.feature_info] == [c for c, _, _ in shapes]
+    info = [(i["num_chs"], *(-(-n // i["reduction"]) for n in size)) for i in backbone.feature_info]
+    assert info == shapes
     model = build().eval()
     left = model.load_state_dict(backbone.state_dict(), strict=False)
     assert not left.unexpected_keys
     torch.testing.assert_close(model.forward_features(image(*size)), maps[-1])
     last = build(features_only=True, out_indices=(-1,)).eval()
     assert [tuple(m.shape[1:]) for m in last(image(*size))] == shapes[-1:]
+
+
+def block_features(build: Build, size: tuple[int, int], shape: tuple[int, int, int], reduction: int) -> None:
+    """Maps of a model without stages: those of its last three blocks by default, from which the classifier is computed."""
+    backbone = build(features_only=True).eval()
+    depth = len(backbone.blocks)
+    maps = backbone(image(*size))
+    assert [tuple(m.shape[1:]) for m in maps] == [shape] * min(depth, 3)
+    assert {(info["num_chs"], info["reduction"]) for info in backbone.feature_info} == {(shape[0], reduction)}
+    model = build().eval()
+    left = model.load_state_dict(backbone.state_dict(), strict=False)
+    assert not left.unexpected_keys
+    every = model.forward_stages(image(*size))
+    assert len(every) == depth
+    for found, expected in zip(maps, every[-3:], strict=True):
+        torch.testing.assert_close(found, expected)
+    tokens = model.forward_features(image(*size))[:, -shape[1] * shape[2] :]
+    torch.testing.assert_close(model.norm(maps[-1].flatten(2).transpose(1, 2)), tokens)
+    last = build(features_only=True, out_indices=(-1,)).eval()
+    assert [tuple(m.shape[1:]) for m in last(image(*size))] == [shape]
+
+
+def saves(build: Build, size: tuple[int, int]) -> None:
+    """A state dict survives safetensors, which takes no shared memory, and is all that there is to a model."""
+    model, other = randomized(build()), build().eval()
+    other.load_state_dict(load(save(model.state_dict())))
+    torch.testing.assert_close(other(image(*size)), model(image(*size)), atol=0, rtol=0)

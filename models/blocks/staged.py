@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attnc.errors import DeclarationError
 from attnc.models.blocks.init import init_vit
+
+T = TypeVar("T")
 
 
 class Classifier(nn.Module):
@@ -62,11 +64,11 @@ class Classifier(nn.Module):
         """Trade the blocks' activations for computing them again in the backward."""
         self.grad_checkpointing = enable
 
-    def run(self, block: nn.Module, x: Tensor, **more: Any) -> Tensor:
-        """``block(x, **more)``, checkpointed where that is wanted."""
+    def run(self, block: Callable[..., T], *inputs: Any, **more: Any) -> T:
+        """``block(*inputs, **more)``, checkpointed where that is wanted."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x, use_reentrant=False, **more))
-        return cast(Tensor, block(x, **more))
+            return cast(T, checkpoint(block, *inputs, use_reentrant=False, **more))
+        return block(*inputs, **more)
 
 
 class Staged(Classifier):
