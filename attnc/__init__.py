@@ -47,12 +47,14 @@ if TYPE_CHECKING:
     from attnc.report.emit import emit
     from attnc.report.explain import explain
     from attnc.report.inspect import inspect
+    from attnc.models.accelerate import accelerate
     from attnc.tuning import Shape, Tuning, tune
 
 __version__ = "0.1.0"
 _LAZY = {
     **dict.fromkeys(("compile", "reference", "mask", "Operator"), "attnc.compiler"),
     **dict.fromkeys(("Shape", "Tuning", "tune"), "attnc.tuning"),
+    "accelerate": "attnc.models.accelerate",
     **{name: f"attnc.report.{name}" for name in ("explain", "draw", "emit", "inspect")},
 }
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "Table",
     "Tuning",
     "UnsupportedError",
+    "accelerate",
     "channel_attend",
     "clamp",
     "compat",
@@ -108,3 +111,6 @@ def __getattr__(name: str) -> Any:
     if name == "compat":
         return importlib.import_module("attnc.compat")
     raise AttributeError(f"module 'attnc' has no attribute {name!r}")
+
+
+models.timm_bridge.install()  # at the end: where timm is loaded already, it imports the papers, which read this module
