@@ -43,11 +43,11 @@ from attnc.lang.symbols import Table
 if TYPE_CHECKING:
     from attnc import compat
     from attnc.compiler import Operator, compile, mask, reference
+    from attnc.models.accelerate import accelerate
     from attnc.report.draw import draw
     from attnc.report.emit import emit
     from attnc.report.explain import explain
     from attnc.report.inspect import inspect
-    from attnc.models.accelerate import accelerate
     from attnc.tuning import Shape, Tuning, tune
 
 __version__ = "0.1.0"

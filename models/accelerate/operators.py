@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from torch import Tensor
 
@@ -64,9 +65,15 @@ def divides(size: Pair, x: Tensor) -> bool:
     return x.shape[1] % size[0] == 0 and x.shape[2] % size[1] == 0
 
 
-def padded_rows(bias: Tensor | None, qkv: Tensor, heads: int) -> dict[str, Tensor]:
+def padded_rows(bias: Tensor | None, qkv: Tensor, heads: int) -> dict[str, Any]:
     """k and v of a token that is zero before ``qkv``, as `pad_k` and `pad_v` ``[heads, d]``: its bias."""
     if bias is None:
         return {}
     _, k, v = bias.to(qkv.dtype).view(3, heads, -1).unbind(0)
     return {"pad_k": k, "pad_v": v}
+
+
+def project(attention: Any, mixed: Tensor) -> Tensor:
+    """What ends an attention: its ``proj`` and the dropout after it."""
+    out: Tensor = attention.proj_drop(attention.proj(mixed))
+    return out

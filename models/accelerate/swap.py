@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import nn
 
@@ -101,44 +100,40 @@ def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     report = Report(type(model).__name__)
     covered: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
-        if module in covered or type(module).__module__.startswith("attnc.") and not isinstance(module, Accelerated):
+        cls = type(module)
+        if module in covered or (cls.__module__.startswith("attnc.") and not issubclass(cls, Accelerated)):
             continue
-        kind = _name(type(module))
-        try:
-            replacement = _replacement(type(module))
-            if replacement is not None:
+        kind = _name(cls)
+        known = next((b for b in cls.__mro__ if _replacement(b) is not None), None)
+        replacement = None if known is None else _replacement(known)
+        if replacement is not None:
+            if known is cls:
                 report.rows.append(_swap(path, kind, module, replacement, backend))
-                covered.update(s for name in replacement.covers for s in module.get_submodule(name).modules())
-        except AttncError as error:
-            report.rows.append(Row(path, kind, reason=str(error)))
-            replacement = None
-        else:
-            if replacement is None and ATTENTION.search(type(module).__name__) and not any(map(_known, _inner(module))):
-                report.rows.append(Row(path, kind, reason=_unknown(type(module))))
+            else:
+                report.rows.append(Row(path, kind, reason=f"it is a subclass of {_name(replacement)}, whose code may differ"))
+            covered.update(s for name in replacement.covers for s in module.get_submodule(name).modules())
+        elif ATTENTION.search(cls.__name__) and _leaf(module):
+            report.rows.append(Row(path, kind, reason="no replacement is known for this class"))
     return model, report
 
 
 def _swap(path: str, kind: str, module: nn.Module, replacement: type[Accelerated], backend: str) -> Row:
     """Turn the module into its replacement; the row says how, or why not."""
-    original = type(module)
-    asked: Any = module
-    reason = replacement.refuse(asked)
+    original, changed = type(module), cast(Any, module)
+    reason = replacement.refuse(changed)
     for name in replacement.covers:
-        hooked = [s for s in module.get_submodule(name).modules() if any(getattr(s, h) for h in HOOKS)]
+        hooked = any(getattr(m, hooks) for m in module.get_submodule(name).modules() for hooks in HOOKS)
         if hooked and not reason:
             reason = f"{name} has hooks, which would not be called any more: remove them first"
     if reason:
         return Row(path, kind, reason=reason)
-    module.__class__ = replacement
-    swapped: Any = module
-    swapped.attnc_backend = backend
+    changed.__class__, changed.attnc_backend = replacement, backend
     try:
-        operators = swapped.build()
+        operators = changed.build()
     except AttncError as error:
-        module.__class__ = original
+        changed.__class__ = original
         return Row(path, kind, reason=str(error))
-    names = dict.fromkeys(o.source.name for o in operators)
-    return Row(path, kind, tuple(names), swapped.remark())
+    return Row(path, kind, tuple(dict.fromkeys(o.source.name for o in operators)), changed.remark())
 
 
 def _replacement(cls: type) -> type[Accelerated] | None:
@@ -151,21 +146,10 @@ def _replacement(cls: type) -> type[Accelerated] | None:
     return _replacements.get(cls)
 
 
-def _inner(module: nn.Module) -> Iterator[nn.Module]:
-    return (m for m in module.modules() if m is not module)
-
-
-def _known(module: nn.Module) -> bool:
-    """Whether a module gets a row of its own."""
-    return _replacement(type(module)) is not None or bool(ATTENTION.search(type(module).__name__))
-
-
-def _unknown(cls: type) -> str:
-    """Why instances of this class are left alone."""
-    base = next((b for b in cls.__mro__[1:] if _replacement(b) is not None), None)
-    if base is not None:
-        return f"it is a subclass of {_name(base)}, whose code may differ"
-    return "no replacement is known for this class"
+def _leaf(module: nn.Module) -> bool:
+    """Whether no attention is inside of this module."""
+    inner = (type(m) for m in module.modules() if m is not module)
+    return not any(ATTENTION.search(cls.__name__) or _replacement(cls) for cls in inner)
 
 
 def _name(cls: type) -> str:

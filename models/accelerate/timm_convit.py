@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from math import isqrt
 
+import torch
 from timm.models import convit
 from torch import Tensor
 
 import attnc
-from attnc.models.accelerate.operators import packed_tokens
+from attnc.models.accelerate.operators import packed_tokens, project
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 from attnc.models.convit import GPSA, map_operators
 
@@ -19,6 +20,7 @@ class AcceleratedGPSA(Accelerated, convit.GPSA):
 
     content: attnc.Operator
     position: attnc.Operator
+    rel_indices: Tensor
 
     def build(self) -> tuple[attnc.Operator, ...]:
         self.content, self.position = map_operators(self.attnc_backend)
@@ -33,7 +35,7 @@ class AcceleratedGPSA(Accelerated, convit.GPSA):
         if side * side != x.shape[1] or drops(self.attn_drop):
             out: Tensor = super().forward(x)
             return out
-        return GPSA.forward(self, x.unflatten(1, (side, side))).flatten(1, 2)
+        return GPSA.forward(self, torch.unflatten(x, 1, (side, side))).flatten(1, 2)
 
     def get_attention(self, x: Tensor) -> Tensor:
         """The weights themselves, ``[B, heads, N, N]``, for who asks for them."""
@@ -61,5 +63,4 @@ class AcceleratedMHSA(Accelerated, convit.MHSA):
         if drops(self.attn_drop):
             out: Tensor = super().forward(x)
             return out
-        out = self.proj_drop(self.proj(self.attend(self.qkv(x), scale=self.scale)))
-        return out
+        return project(self, self.attend(self.qkv(x), scale=self.scale))

@@ -6,6 +6,7 @@ from timm.models import crossvit
 from torch import Tensor
 
 import attnc
+from attnc.models.accelerate.operators import project
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 from attnc.models.volo import class_operator
 
@@ -29,5 +30,4 @@ class AcceleratedCrossAttention(Accelerated, crossvit.CrossAttention):
             out: Tensor = super().forward(x)
             return out
         q, k, v = (rows.unflatten(-1, (self.num_heads, -1)) for rows in (self.wq(x[:, :1]), self.wk(x), self.wv(x)))
-        out = self.proj_drop(self.proj(self.attend(q, k, v, scale=self.scale).flatten(2)))
-        return out
+        return project(self, self.attend(q, k, v, scale=self.scale).flatten(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.models import davit
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class AcceleratedSpatialBlock(Accelerated, davit.SpatialBlock):
         """``[B, C, H, W] -> [B, C, H, W]``, in channels-last memory."""
         x = self.cpe1(x).permute(0, 2, 3, 1)
         qkv = self.attn.qkv(self.norm1(x))
-        padding = {} if divides(self.window_size, qkv) else padded_rows(self.attn.qkv.bias, qkv, self.num_heads)
+        padding: dict[str, Any] = {} if divides(self.window_size, qkv) else padded_rows(self.attn.qkv.bias, qkv, self.num_heads)
         x = x + self.drop_path1(self.attn.proj(self.attend(qkv, **padding)))
         x = self.cpe2(x.permute(0, 3, 1, 2))
         if self.mlp is not None:
@@ -50,8 +51,7 @@ class Channels(Accelerated):
 
     def split(self, x: Tensor, groups: int) -> tuple[Tensor, ...]:
         """q, k and v ``[B, N, groups, d]``."""
-        rows: Tensor = self.qkv(x)
-        return rows.unflatten(-1, (3, groups, -1)).unbind(2)
+        return torch.unflatten(self.qkv(x), -1, (3, groups, -1)).unbind(2)
 
 
 @replaces(davit.ChannelAttention)

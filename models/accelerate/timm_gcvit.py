@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+from timm.models import gcvit
+from torch import Tensor
+
 import attnc
-from attnc.models.accelerate.operators import divides, partition
+from attnc.models.accelerate.operators import divides, partition, project
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 from attnc.models.blocks.relative_window import relative_table
 from attnc.models.gcvit import global_operator
-from timm.models import gcvit
-from torch import Tensor
 
 
 @replaces(gcvit.GlobalContextVitBlock)
@@ -48,9 +50,8 @@ class AcceleratedGlobalContextVitBlock(Accelerated, gcvit.GlobalContextVitBlock)
         table = relative_table(attn.rel_pos.relative_position_bias_table, 2 * rows - 1, 2 * columns - 1)
         if attn.use_global and q_global is not None:
             k, v = qkv.unflatten(3, (2, attn.num_heads, -1)).unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).unbind(5)
-            q = q_global.unflatten(3, (attn.num_heads, -1))[:, None, :, None].expand(k.shape)
+            q = torch.unflatten(q_global, 3, (attn.num_heads, -1))[:, None, :, None].expand(k.shape)
             mixed = self.attend(q, k, v, scale=attn.scale, bias=table).reshape(x.shape)
         else:
             mixed = self.attend(qkv, scale=attn.scale, bias=table)
-        out = attn.proj_drop(attn.proj(mixed))
-        return out
+        return project(attn, mixed)

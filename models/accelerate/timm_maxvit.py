@@ -10,7 +10,7 @@ from timm.models import maxxvit
 from torch import Tensor
 
 import attnc
-from attnc.models.accelerate.operators import divides, partition
+from attnc.models.accelerate.operators import divides, partition, project
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 from attnc.models.blocks.relative_window import relative_table
 from attnc.patterns.relation import Bias
@@ -23,7 +23,7 @@ def bias_kind(positions: Any) -> Bias:
     return "relative" if type(positions) in (RelPosBias, RelPosBiasTf) else "absolute"
 
 
-def bias_table(positions: Any) -> dict[str, Tensor]:
+def bias_table(positions: Any) -> dict[str, Any]:
     """The operator's table, by query minus key, or by query and key where a network makes it."""
     if positions is None:
         return {}
@@ -50,9 +50,7 @@ class Partition(Accelerated):
         self.operators = {}
         for name, kind in self.kinds().items():
             a: Any = getattr(self, name)
-            made = partition(
-                kind, tuple(self.partition_size), bias_kind(a.rel_pos), a.head_first, a.num_heads, self.attnc_backend
-            )
+            made = partition(kind, tuple(self.partition_size), bias_kind(a.rel_pos), a.head_first, a.num_heads, self.attnc_backend)
             self.operators[name] = made
         return tuple(self.operators.values())
 
@@ -85,9 +83,7 @@ class AcceleratedPartitionAttentionCl(Partition, maxxvit.PartitionAttentionCl):
         if not self.takes(x):
             out: Tensor = super()._partition_attn(x)
             return out
-        a = self.attn
-        out = a.proj_drop(a.proj(self.mix("attn", a.qkv(x))))
-        return out
+        return project(self.attn, self.mix("attn", self.attn.qkv(x)))
 
 
 @replaces(maxxvit.PartitionAttention2d)
@@ -100,9 +96,8 @@ class AcceleratedPartitionAttention2d(Partition, maxxvit.PartitionAttention2d):
         if not self.takes(x.permute(0, 2, 3, 1)):
             out: Tensor = super()._partition_attn(x)
             return out
-        a = self.attn
-        out = a.proj_drop(a.proj(self.mix("attn", a.qkv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
-        return out
+        mixed = self.mix("attn", self.attn.qkv(x).permute(0, 2, 3, 1))
+        return project(self.attn, mixed.permute(0, 3, 1, 2))
 
 
 @replaces(maxxvit.ParallelPartitionAttention)
@@ -119,4 +114,4 @@ class AcceleratedParallelPartitionAttention(Partition, maxxvit.ParallelPartition
             out: Tensor = super()._partition_attn(x)
             return out
         both = ((name, getattr(self, name)) for name in self.kinds())
-        return torch.cat([a.proj_drop(a.proj(self.mix(name, a.qkv(x)))) for name, a in both], -1)
+        return torch.cat([project(a, self.mix(name, a.qkv(x))) for name, a in both], -1)

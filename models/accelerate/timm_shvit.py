@@ -23,7 +23,7 @@ class AcceleratedSHSA(Accelerated, shvit.SHSA):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H, W]``."""
-        first, rest = x.split([self.pdim, self.dim - self.pdim], 1)
+        first, rest = torch.split(x, [self.pdim, self.dim - self.pdim], 1)
         rows = self.qkv(self.pre_norm(first))
         q, k, v = (t.flatten(2)[:, None] for t in rows.split([self.qk_dim, self.qk_dim, self.pdim], 1))
         mixed = self.attend(q, k, v, scale=self.scale)

@@ -14,7 +14,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 import attnc
-from attnc.models.accelerate.operators import divides, padded_rows, padded_window, rolled_window
+from attnc.models.accelerate.operators import divides, padded_rows, padded_window, project, rolled_window
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 from attnc.models.blocks.relative_window import relative_table
 
@@ -56,7 +56,7 @@ class Block(Accelerated):
         masked = self.dynamic_mask or tuple(x.shape[1:3]) == tuple(self.input_resolution)
         return masked and divides(self.window_size, x)
 
-    def padding(self, qkv: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    def padding(self, qkv: Tensor, bias: Tensor | None) -> dict[str, Any]:
         """The virtual keys where windows reach over the border."""
         return {} if divides(self.window_size, qkv) else padded_rows(bias, qkv, self.attn.num_heads)
 
@@ -73,8 +73,7 @@ class AcceleratedSwinBlock(Block, swin_transformer.SwinTransformerBlock):
         rows, columns = (2 * n - 1 for n in self.window_size)
         table = relative_table(attn.relative_position_bias_table, rows, columns)
         qkv = attn.qkv(x)
-        out = attn.proj_drop(attn.proj(self.attend(qkv, scale=attn.scale, bias=table, **self.padding(qkv, attn.qkv.bias))))
-        return out
+        return project(attn, self.attend(qkv, scale=attn.scale, bias=table, **self.padding(qkv, attn.qkv.bias)))
 
 
 @replaces(swin_transformer_v2.SwinTransformerV2Block)
@@ -96,5 +95,4 @@ class AcceleratedSwinV2Block(Block, swin_transformer_v2.SwinTransformerV2Block):
             qkv = qkv if bias is None else qkv + bias
         table = 16 * attn.cpb_mlp(attn.relative_coords_table)[0].sigmoid().permute(2, 0, 1)
         tables = {"bias": table, "logit_scale": attn.logit_scale.flatten(), **self.padding(qkv, bias)}
-        out = attn.proj_drop(attn.proj(self.attend(qkv, scale=1.0, **tables)))
-        return out
+        return project(attn, self.attend(qkv, scale=1.0, **tables))

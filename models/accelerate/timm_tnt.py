@@ -6,7 +6,7 @@ from timm.models import tnt
 from torch import Tensor
 
 import attnc
-from attnc.models.accelerate.operators import tokens
+from attnc.models.accelerate.operators import project, tokens
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 
 
@@ -30,5 +30,4 @@ class AcceleratedAttention(Accelerated, tnt.Attention):
             return out
         q, k = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         v = self.v(x).unflatten(-1, (self.num_heads, -1))
-        out = self.proj_drop(self.proj(self.attend(q, k, v, scale=self.scale).flatten(2)))
-        return out
+        return project(self, self.attend(q, k, v, scale=self.scale).flatten(2))

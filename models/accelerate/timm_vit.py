@@ -6,7 +6,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 import attnc
-from attnc.models.accelerate.operators import packed_tokens, tokens
+from attnc.models.accelerate.operators import packed_tokens, project, tokens
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 
 
@@ -39,5 +39,4 @@ class AcceleratedAttention(Accelerated, vision_transformer.Attention):
             mixed = self.attend(qkv, scale=self.scale)
         mixed = self.norm(mixed) if hasattr(self, "norm") else mixed
         gate = getattr(self, "gate", None)
-        out = self.proj_drop(self.proj(mixed if gate is None else mixed * gate(x).sigmoid()))
-        return out
+        return project(self, mixed if gate is None else mixed * gate(x).sigmoid())

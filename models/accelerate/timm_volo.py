@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import attnc
-from attnc.models import volo as ours
-from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 from timm.models import volo
 from torch import Tensor
+
+import attnc
+from attnc.models import volo as ours
+from attnc.models.accelerate.operators import project
+from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
 
 
 @replaces(volo.OutlookAttention)
@@ -48,8 +50,7 @@ class AcceleratedAttention(Accelerated, volo.Attention):
         if drops(self.attn_drop):
             out: Tensor = super().forward(x)
             return out
-        out = self.proj_drop(self.proj(self.attend(self.qkv(x), scale=self.scale)))
-        return out
+        return project(self, self.attend(self.qkv(x), scale=self.scale))
 
 
 @replaces(volo.ClassAttention)

@@ -37,10 +37,10 @@ class Windows(Accelerated):
     def remark(self) -> str:
         return dropout_remark(self.attention_dropout)
 
-    def mix(self, qkv: Tensor, bias: Tensor | None, scale: float | None, **tables: Tensor) -> Tensor:
-        """From ``qkv`` and its bias to the output."""
+    def mix(self, qkv: Tensor, row: Tensor | None, scale: float | None, **tables: Any) -> Tensor:
+        """From ``qkv`` to the output; row: what ``qkv`` is for a token of zeros."""
         rows, columns = self.window_size
-        padding = {} if divides((rows, columns), qkv) else padded_rows(bias, qkv, self.num_heads)
+        padding: dict[str, Any] = {} if divides((rows, columns), qkv) else padded_rows(row, qkv, self.num_heads)
         out: Tensor = self.proj(self.attend(qkv, scale=scale, **tables, **padding))
         return F.dropout(out, self.dropout, self.training)
 
