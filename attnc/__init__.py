@@ -43,6 +43,7 @@ from attnc.lang.symbols import Table
 if TYPE_CHECKING:
     from attnc import compat
     from attnc.compiler import Operator, compile, mask, reference
+    from attnc.models.accelerate import accelerate
     from attnc.report.draw import draw
     from attnc.report.emit import emit
     from attnc.report.explain import explain
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 _LAZY = {
     **dict.fromkeys(("compile", "reference", "mask", "Operator"), "attnc.compiler"),
     **dict.fromkeys(("Shape", "Tuning", "tune"), "attnc.tuning"),
+    "accelerate": "attnc.models.accelerate",
     **{name: f"attnc.report.{name}" for name in ("explain", "draw", "emit", "inspect")},
 }
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "Table",
     "Tuning",
     "UnsupportedError",
+    "accelerate",
     "channel_attend",
     "clamp",
     "compat",
@@ -108,3 +111,6 @@ def __getattr__(name: str) -> Any:
     if name == "compat":
         return importlib.import_module("attnc.compat")
     raise AttributeError(f"module 'attnc' has no attribute {name!r}")
+
+
+models.timm_bridge.install()  # at the end: where timm is loaded already, it imports the papers, which read this module

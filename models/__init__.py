@@ -15,6 +15,4 @@ from attnc.models.official import load_official
 from attnc.models.registry import create_model, list_models
 from attnc.models.timm_names import from_timm
 
-__all__ = ["create_model", "from_timm", "list_models", "load_official"]
-
-timm_bridge.install()
+__all__ = ["create_model", "from_timm", "list_models", "load_official", "timm_bridge"]
