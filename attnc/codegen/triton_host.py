@@ -94,6 +94,9 @@ class Host:
             if what == "class":
                 out.append(f"min({split}, {length})")
                 continue
+            if p.wrap:
+                out.append(f"{length} // {p.rows}")
+                continue
             per = length if split == "1" else f"triton.cdiv({length}, {split})"
             start = triton_expr.text(p.start, sizes, host=True)
             if start != "0":

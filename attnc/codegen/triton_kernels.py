@@ -68,6 +68,7 @@ class Kernel(Steps):
         small = len(spec.learned) == 1 and self.bm * self.bn <= 64 * 64 and side == "q" and not spec.uses("batch")
         self.registers = small and whole and all(p.group for p in plans) and tile_invariant(spec, plans)
         self.reach = self.ok = self.how = ""
+        self.seen = False
         # every query of a group sees itself, and its score is finite
         self.certain = whole and spec.program.same_grid and all(p.group for p in plans) and self.raw and spec.residual == ir.TRUE
         self.tensors = {
@@ -112,7 +113,7 @@ class Kernel(Steps):
 
     def keeps_from(self, p: AxisPlan) -> bool:
         """The first column of the box is needed by name."""
-        return not p.single or self.from_tile(p)
+        return not p.single or (self.from_tile(p) and not p.wrap)
 
     def keeps_to(self, p: AxisPlan) -> bool:
         """The end of the box is needed by name: by a loop, or by the mask."""
@@ -315,7 +316,7 @@ class Kernel(Steps):
         """Rows and columns are one group: every gradient in one pass."""
         if self.spec.learned:
             self.put(f"grad = tl.zeros([{self.bm}, {self.bn}], tl.float32)")
-        tests = ["seen[:, None]"] if self.geometric else []
+        tests = ["seen[:, None]"] if self.seen else []
         if any(p.split != ir.ONE for p in self.plans):  # tiles are counted for the longest class
             self.put(f"count = tl.sum(live.to(tl.int32), 0) + tl.zeros([{self.bn}], tl.int32)")
             self.put("some = count > 0  # a tile past the end of its class has no keys of its own")

@@ -185,6 +185,7 @@ class AxisPlan:
     partial: bool  # chunks with one exist
     start: ir.Expr  # first row of the first tile
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
+    wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
 
 
 def widest(form: AxisForm, rows: int) -> int | None:
@@ -236,6 +237,11 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
         begin = ir.make("neg", begin.args[1]) if begin.op == "sub" else begin
     kind = form.kind.split(" of ")[-1]
     group = rows == chunk and kind in (*CONSTANT_KINDS, "point", "block", "shifted block") and not columns
+    if tile.wrapped(axis):
+        return AxisPlan(
+            axis, name, rows, chunk, form.split, lo, hi, columns=False, one_box=True, exact=True, single=True, overruns=False,
+            full=False, partial=False, start=begin, group=group, wrap=True,
+        )  # fmt: skip
     if spec.geometry is not None:
         g = spec.geometry.axes[axis]
         begin = ir.const(int(evaluate(begin, _sizes(spec.geometry, axis), None)))

@@ -38,6 +38,7 @@ class Scores(Shapes):
     outer: list[AxisPlan]
     inner: AxisPlan
     reach: str  # which columns of the chunk exist
+    seen: bool  # the program says which of its columns exist, as `seen`
     ok: str  # which pairs are allowed
     how: str  # what the product starts from
 
@@ -91,7 +92,7 @@ class Scores(Shapes):
 
     def from_tile(self, p: AxisPlan) -> bool:
         """A first group cut by the axis: columns are counted from the tile's origin, as the rows are."""
-        return (self.registers or self.fused) and p.start != ir.ZERO
+        return (self.registers or self.fused or p.wrap) and p.start != ir.ZERO
 
     # ------------------------------------------------------------------------------------------------------- masks and scores
     def mask(self, full: bool) -> str:
@@ -104,17 +105,21 @@ class Scores(Shapes):
             return ""
         if self.vector:
             open_ended = [p for p in self.plans if not p.exact]
-            self.columns(self.plans if pairs else open_ended)
-            tests = [f"({self.other}{p.name} >= {p.name}_from)" for p in self.plans if self.from_tile(p)]
+            self.columns(self.plans if pairs else [p for p in self.plans if p.wrap or not p.exact])
+            tests = [f"({self.other}{p.name} >= {p.name}_from)" for p in self.plans if self.from_tile(p) and not p.wrap]
             tests += [f"({self.other}{p.name} < {p.name}_to)" for p in open_ended]
             if self.chunk_count() != self.bn:
                 index = f"tl.arange(0, {self.bn})" if self.repeats else "n"
                 tests.append(f"({index} < {self.chunk_count()})" if tests else f"{index} < {self.chunk_count()}")
-            if not tests:
-                return ""
-            self.put(f"seen = {' & '.join(tests)}")
-            self.reach = "" if self.repeats else "seen[:, None]"
-            return "seen[None, :]"
+            beside = self.beside()
+            self.seen = bool(tests)
+            if tests:
+                self.put(f"seen = {' & '.join(tests)}")
+                self.reach = "" if self.repeats else "seen[:, None]"
+            if beside:
+                self.put(f"ok = ({beside}) & seen[None, :]" if tests else f"ok = {beside}")
+                return "ok"
+            return "seen[None, :]" if tests else ""
         over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact)]
         self.columns(self.plans if pairs else over)
         if over:
@@ -144,7 +149,9 @@ class Scores(Shapes):
         if spec.bias != ir.ZERO:
             self.tables_at(spec.bias)
             value = f"({self.pair(spec.bias, ok)}) * (1.0 / scale)"
-            if self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
+            if self.repeats and spec.residual == ir.TRUE and any(p.wrap for p in self.plans):
+                value += f" + tl.where({ok}, 0.0, {INF})"
+            elif self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
                 value += f" + tl.where(seen, 0.0, {INF})[None, :]"
                 value += f" + tl.where(live, 0.0, {INF})[:, None]" if self.fused else ""
             elif ok:

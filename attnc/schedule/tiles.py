@@ -33,6 +33,11 @@ class Tile:
     warps: int = 4
     stages: int = 2
     batch: int = 1  # batch items one program walks (geometry, mask and bias stay in registers)
+    wraps: tuple[bool, ...] = ()  # axes on which the tile before the first row takes the last rows as well (see `joins`)
+
+    def wrapped(self, axis: int) -> bool:
+        """Whether tiles wrap around the end of an axis."""
+        return bool(self.wraps) and self.wraps[axis]
 
     @property
     def bm(self) -> int:
@@ -92,9 +97,22 @@ def ends(axis: Axis, side: Side) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(axis.inverse_lo, first), np.minimum(axis.inverse_hi, last)
 
 
+def joins(axis: Axis) -> bool:
+    """Whether the two blocks that an axis cuts, its first and its last, are one block together, and so share a tile.
+
+    That is the layout of a cyclic shift, without the shift: the tile that begins before the first row goes on at the end.
+    """
+    n = axis.real_queries
+    alone = axis.split == 1 and axis.queries == axis.keys == axis.real_keys == n
+    return alone and bool(axis.block and axis.shift) and n % axis.block == 0
+
+
 @lru_cache(maxsize=65536)
-def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False) -> Walk:
+def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False, wrap: bool = False) -> Walk:
     """Count one axis. `columns`: there is no inverse in closed form, so dk and dv programs visit the whole axis."""
+    if wrap:
+        n = axis.queries // rows
+        return Walk(n, n, most=1, full=0, partial=n, left=0, overruns=False, exact=True, one_box=True)
     lo, hi = ends(axis, side)
     size = axis.before_queries + axis.real_queries if side == "q" else axis.keys
     other = axis.keys if side == "q" else axis.before_queries + axis.real_queries
@@ -137,8 +155,8 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
 def walks(g: Geometry, side: Side, tile: Tile) -> tuple[Walk, ...]:
     """Every axis of a geometry."""
     out = []
-    for axis, form, rows, chunk in zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True):
-        out.append(walk(axis, side, rows, chunk, columns=side == "k" and form.inverse_lo is None))
+    for i, (axis, form, rows, chunk) in enumerate(zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True)):
+        out.append(walk(axis, side, rows, chunk, columns=side == "k" and form.inverse_lo is None, wrap=tile.wrapped(i)))
     return tuple(out)
 
 
@@ -233,14 +251,15 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
     tile = _grouped(g)
     if tile is None or (tile.bm > 64 and width > 64) or (kind == "dkv" and width > 128):
         return None
-    cut = any(a.shift for a in g.axes)
+    wraps = tuple(joins(a) for a in g.axes)
+    cut = any(a.shift and not w for a, w in zip(g.axes, wraps, strict=True))
     if kind == "forward":
         warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
     else:
         warps = 8 if width > 64 else 4
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
-    tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1)
+    tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
     if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
         return None
     return tile if shared_bytes(kind, tile, width, itemsize, target) <= shared_limit(target) else None
