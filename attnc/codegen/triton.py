@@ -84,7 +84,8 @@ def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str
     module = Module()
     kernels, flat = kernels_of(spec, module)
     extra = [table_kernel(spec, k, module) for k in kernels if spec.learned and k.kind != "forward" and k.registers][:1]
-    host = Host(spec, kernels, flat, whole)
+    host = Host(spec, kernels, flat, module, whole)
+    host_text = host.text()  # adds to the module the kernels that it launches besides
     grids = ""
     if spec.geometry is not None:
         grids = f"GRID = {spec.geometry.q_grid!r}\n"
@@ -97,7 +98,7 @@ def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str
     parts += [k.text(static=spec.geometry is not None) for k in kernels]
     parts += extra
     parts += [k.text(static=False) for k in flat]
-    parts.append(host.text())
+    parts.append(host_text)
     return "\n\n".join(p.strip("\n") + "\n" for p in parts)
 
 

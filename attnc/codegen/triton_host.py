@@ -11,7 +11,8 @@ from attnc.analysis.evaluate import evaluate
 from attnc.codegen import around, triton_expr
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
-from attnc.codegen.triton_tables import table_sizes
+from attnc.codegen.triton_shapes import Module
+from attnc.codegen.triton_tables import bias_kernel, table_names, table_sizes
 from attnc.schedule.geometry import Geometry
 
 STRIDES = '''\
@@ -38,12 +39,20 @@ def table_strides(t):
     """Element strides; a dimension of length 1 serves every index."""
     return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride()))
 '''
+TABLE_LENGTHS = '''\
+def table_lengths(t):
+    """Lengths that an index stays below; no bound where one element serves every index."""
+    return tuple(2**31 - 1 if n == 1 else n for n in t.shape)
+'''
 
 
 class Host:
     """Text of the functions that launch a module's kernels."""
 
-    def __init__(self, spec: Spec, kernels: list[Kernel], flat: list[Kernel], whole: ir.Attend | None = None) -> None:
+    def __init__(
+        self, spec: Spec, kernels: list[Kernel], flat: list[Kernel], module: Module, whole: ir.Attend | None = None
+    ) -> None:
+        self.module = module
         self.whole = whole or spec.attend  # with the row maps and the sink that surround the kernels
         self.sink = self.whole.normalizer.sink
         self.spec, self.kernels, self.flat = spec, {k.kind: k for k in kernels}, {k.kind: k for k in flat}
@@ -147,7 +156,7 @@ class Host:
             return str(self.spec.program.queries.prefix) if k.side == "q" else "q.shape[2]"
         if prefix and name == "MX":
             return "k.shape[2]" if k.side == "q" else str(self.spec.program.keys.prefix)
-        known = {"GLse": "grad_lse", "c": "scale * math.log2(math.e)", "GROUP": "H // HK", "PRECISION": "precision()"}
+        known = {"Bias": "bias_tiles", "GLse": "grad_lse", "c": "scale * math.log2(math.e)", "GROUP": "H // HK", "PRECISION": "precision()"}
         lower = ("Lse", "Lse2", "Delta", "Size", "Unit", "Partial", "DPad_k", "DPad_v")
         return known.get(name, "per" if name == "PER" else name.lower() if name in lower else name)
 
@@ -189,6 +198,8 @@ class Host:
         parts.append(PRECISION)
         if self.tables or self.pads:
             parts.append(TABLE_STRIDES)
+        if any(k.tiled for k in self.kernels.values()):
+            parts.append(TABLE_LENGTHS)
         parts += [self.forward(), self.backward(), *around.texts(self.whole), self.function(), self.attention()]
         return "\n\n".join(p.strip("\n") + "\n" for p in parts)
 
@@ -223,6 +234,7 @@ class Host:
             if self.spec.softmax
             else 'lse = torch.full((B, H, N), float("-inf"), device=q.device)'
         )
+        body += self.bias_tiles(self.kernels["forward"])
         body += self.launch(self.kernels["forward"])
         if "forward" in self.flat:
             body += self.launch(self.flat["forward"])
@@ -250,6 +262,7 @@ class Host:
                 body += self.per(dq)
             name, last = ("partial", f", {dq.bm * dq.bn}") if dq.registers else ("size", "")
             body.append(f"{name} = torch.empty({batch}, H, math.prod({self.parts(dq)}){last}, {device})")
+        body += self.bias_tiles(dq)
         if fused:
             body.append("# where query heads share a key head, each writes its own share first")
             body.append("dk_heads, dv_heads = dk, dv")
@@ -286,10 +299,23 @@ class Host:
         body.append(f"return dq, dk, dv, {found}")
         return "\n".join(out + [f"    {line}" for line in without_repeats(body, "parts = ")])
 
+    def bias_tiles(self, k: Kernel) -> list[str]:
+        """Lines that make the tiles a kernel reads its bias from."""
+        if not k.tiled:
+            return []
+        name, sizes = bias_kernel(self.spec, k, self.module)
+        tables = table_names(self.spec)
+        given = [f'tables["{t}"]' for t in tables]
+        values = [*given, "bias_tiles", *[f"{f}({t})" for t in given for f in ("table_strides", "table_lengths")], "scale", *sizes]
+        return [
+            f"bias_tiles = torch.empty(H, {k.bm}, {k.bn}, device=q.device)",
+            f"{name}[({k.bm // 16}, H)]({', '.join(values)})",
+        ]
+
     def per(self, k: Kernel) -> list[str]:
         """How many batch items one program walks: several where that leaves programs enough."""
         return [
-            f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // {1024 // k.tile_choice.warps}))"
+            f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // {768 // k.tile_choice.warps}))"
             "  # batch items of one program"
         ]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from attnc import ir
-from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, order, plan_axis, symmetric, tile_invariant
+from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, order, plan_axis, symmetric, tile_invariant, tiled_bias
 from attnc.codegen.triton_scores import Kind
 from attnc.codegen.triton_shapes import INF, Module, mentions
 from attnc.codegen.triton_steps import Steps
@@ -45,6 +45,7 @@ POINTERS = [
     "Unit",
     "DPad_k",
     "DPad_v",
+    "Bias",
 ]
 SCALARS = ["scale", "c", "B", "H", "N", "P", "parts", "GROUP", "PER", "PRECISION"]
 CONSTANT = ("GROUP", "PRECISION")
@@ -67,6 +68,8 @@ class Kernel(Steps):
         # table gradients stay in registers where a tile is a group and entries depend on places inside the group alone
         small = len(spec.learned) == 1 and self.bm * self.bn <= 64 * 64 and side == "q" and not spec.uses("batch")
         self.registers = small and whole and all(p.group for p in plans) and tile_invariant(spec, plans)
+        makes = kind in ("forward", "backward_dq") or fused
+        self.tiled = makes and whole and side == "q" and self.bm * self.bn <= 64 * 64 and tiled_bias(spec, plans)
         self.reach = self.ok = self.how = ""
         self.seen = False
         # every query of a group sees itself, and its score is finite
@@ -327,6 +330,8 @@ class Kernel(Steps):
             if self.spec.softmax:
                 self.put(f"token = (b * H + h) * N + {self.row_token()}")
                 self.put("lse = tl.load(Lse + token)[:, None]", f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)")
+                if self.tiled:  # whose rows beyond the group hold finite scores
+                    self.put('lse = tl.where(live[:, None], lse, float("inf"))')
             self.chunk(full=False)
             self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
             for t, value in (("dk", "dk * scale"), ("dv", "dv")):

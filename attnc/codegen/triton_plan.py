@@ -357,9 +357,21 @@ def _in_class(e: ir.Expr, plans: tuple[AxisPlan, ...]) -> sp.Expr:
     return out
 
 
-def tile_invariant(spec: Spec, plans: tuple[AxisPlan, ...]) -> bool:
+def tiled_bias(spec: Spec, plans: tuple[AxisPlan, ...]) -> bool:
+    """The bias of a group depends on places inside the group and on the head alone, so that one tile per head serves them all."""
+    if spec.bias in (None, ir.ZERO) or spec.residual != ir.TRUE or spec.uses("batch"):
+        return False
+    kinds = [spec.structure.axes[p.axis].kind.split(" of ")[-1] for p in plans]
+    if not all(p.group and k in ("block", "shifted block", "point") for p, k in zip(plans, kinds, strict=True)):
+        return False
+    assert spec.bias is not None
+    outside = ir.rewrite(spec.bias, lambda n: ir.ZERO if n.op == "load" else None)
+    return not any(n.op == "coord" for n in ir.walk(outside)) and tile_invariant(spec, plans, loads(spec.bias))
+
+
+def tile_invariant(spec: Spec, plans: tuple[AxisPlan, ...], nodes: tuple[ir.Expr, ...] | None = None) -> bool:
     """Every learned table is read at indices that depend on places inside the tile alone, and on the head by itself."""
-    for n in spec.learned:
+    for n in spec.learned if nodes is None else nodes:
         for e in n.children:
             if e == ir.HEAD:
                 continue

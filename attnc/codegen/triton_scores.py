@@ -34,6 +34,7 @@ class Scores(Shapes):
     fused: bool  # all gradients of a group in one program
     hoist: bool  # geometry, mask and bias once, before rows are loaded
     registers: bool  # table gradients stay in registers
+    tiled: bool  # the bias is one tile per head, made beforehand
     repeats: bool  # surplus columns repeat the last one
     outer: list[AxisPlan]
     inner: AxisPlan
@@ -92,13 +93,13 @@ class Scores(Shapes):
 
     def from_tile(self, p: AxisPlan) -> bool:
         """A first group cut by the axis: columns are counted from the tile's origin, as the rows are."""
-        return (self.registers or self.fused or p.wrap) and p.start != ir.ZERO
+        return (self.registers or self.fused or self.tiled or p.wrap) and p.start != ir.ZERO
 
     # ------------------------------------------------------------------------------------------------------- masks and scores
     def mask(self, full: bool) -> str:
         """Print what the chunk's mask needs. "" where all pairs are allowed, "bias" for an additive tile, else a condition."""
         spec, self.reach = self.spec, ""
-        pairs = spec.per_pair or (spec.padded and self.side == "q")
+        pairs = (spec.per_pair and not self.tiled) or (spec.padded and self.side == "q")
         if full:
             if pairs:
                 self.columns(self.plans)
@@ -135,6 +136,11 @@ class Scores(Shapes):
         spec = self.spec
         # a mask and terms of the chunk's columns alone have one row, and a product starts from all of them
         flat = ok == "seen[None, :]" and not self.fused and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
+        if self.tiled:
+            self.ok = ok
+            if not self.fused:
+                self.bias_tile(ok)
+            return "bias"
         if self.fused and ok:  # rows beyond the group must not reach dk and dv
             self.put(f"ok = live[:, None] & {ok}")
             ok = "ok"
@@ -166,6 +172,14 @@ class Scores(Shapes):
             self.put(f"bias = tl.where({ok}, {zero}, {INF})")
             return "bias"
         return "seen"
+
+    def bias_tile(self, ok: str) -> None:
+        """Print the load of the head's bias, with what masks this very group. All gradients of a group leave no registers to keep it
+        in from one batch item to the next."""
+        place = f"tl.arange(0, {self.bm})[:, None] * {self.bn} + tl.arange(0, {self.bn})[None, :]"
+        self.put(f"bias = tl.load(Bias + h * {self.bm * self.bn} + {place})")
+        if ok and not (ok == "seen[None, :]" and all(p.exact for p in self.plans)):  # else the tile has these columns at -inf
+            self.put(f"bias += tl.where({ok}, 0.0, {INF})")
 
     def by_row(self, e: ir.Expr) -> bool:
         """The rows of a tile differ in it."""
