@@ -56,6 +56,7 @@ class Host:
         self.whole = whole or spec.attend  # with the row maps and the sink that surround the kernels
         self.sink = self.whole.normalizer.sink
         self.spec, self.kernels, self.flat = spec, {k.kind: k for k in kernels}, {k.kind: k for k in flat}
+        self.hosts: tuple[Host, ...] = (self,)  # of all parts of a union, which run one after the other; this is the first
         self.rank_one = spec.rank == 1
         self.pads = ("pad_k", "pad_v") if spec.padded else ()
         self.tables = spec.attend.tables
@@ -156,7 +157,13 @@ class Host:
             return str(self.spec.program.queries.prefix) if k.side == "q" else "q.shape[2]"
         if prefix and name == "MX":
             return "k.shape[2]" if k.side == "q" else str(self.spec.program.keys.prefix)
-        known = {"Bias": "bias_tiles", "GLse": "grad_lse", "c": "scale * math.log2(math.e)", "GROUP": "H // HK", "PRECISION": "precision()"}
+        known = {
+            "Bias": "bias_tiles",
+            "GLse": "grad_lse",
+            "c": "scale * math.log2(math.e)",
+            "GROUP": "H // HK",
+            "PRECISION": "precision()",
+        }
         lower = ("Lse", "Lse2", "Delta", "Size", "Unit", "Partial", "DPad_k", "DPad_v")
         return known.get(name, "per" if name == "PER" else name.lower() if name in lower else name)
 
@@ -198,7 +205,7 @@ class Host:
         parts.append(PRECISION)
         if self.tables or self.pads:
             parts.append(TABLE_STRIDES)
-        if any(k.tiled for k in self.kernels.values()):
+        if any(k.tiled for h in self.hosts for k in h.kernels.values()):
             parts.append(TABLE_LENGTHS)
         parts += [self.forward(), self.backward(), *around.texts(self.whole), self.function(), self.attention()]
         return "\n\n".join(p.strip("\n") + "\n" for p in parts)
@@ -234,8 +241,9 @@ class Host:
             if self.spec.softmax
             else 'lse = torch.full((B, H, N), float("-inf"), device=q.device)'
         )
-        body += self.bias_tiles(self.kernels["forward"])
-        body += self.launch(self.kernels["forward"])
+        for each in self.hosts:
+            body += each.bias_tiles(each.kernels["forward"])
+            body += each.launch(each.kernels["forward"])
         if "forward" in self.flat:
             body += self.launch(self.flat["forward"])
         body.append("return out.unflatten(2, shape), lse" if shape else "return out, lse")
@@ -268,20 +276,25 @@ class Host:
             body.append("dk_heads, dv_heads = dk, dv")
             with_heads = "torch.empty(B, H, *t.shape[2:], dtype=torch.float32, device=q.device)"
             body += ["if H != HK:", f"    dk_heads, dv_heads = ({with_heads} for t in (dk, dv))"]
-            body += self.launch(dq)
+            for each in self.hosts:
+                body += each.bias_tiles(each.kernels["backward_dkv"]) if each is not self else []
+                body += each.launch(each.kernels["backward_dkv"])
             body += ["if H != HK:", "    for t, heads in ((dk, dk_heads), (dv, dv_heads)):"]
             body.append("        t.copy_(heads.unflatten(1, (HK, H // HK)).sum(2))")
         else:
             if spec.softmax:
                 body.append("delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
-            body += self.launch(dq)
+            for each in self.hosts:
+                body += each.bias_tiles(each.kernels["backward_dq"]) if each is not self else []
+                body += each.launch(each.kernels["backward_dq"])
             if "backward_dq" in self.flat:
                 body += self.launch(self.flat["backward_dq"])
             dkv = self.kernels["backward_dkv"]
             if spec.padded:
                 body.append(f"programs = (B, HK, math.prod({self.parts(dkv)}))")
                 body.append(f"dpad_k, dpad_v = (torch.empty(*programs, n, {device}) for n in ({spec.head_dim}, {spec.value_dim}))")
-            body += self.launch(dkv)
+            for each in self.hosts:
+                body += each.launch(each.kernels["backward_dkv"])
             if "backward_dkv" in self.flat:
                 body += self.launch(self.flat["backward_dkv"])
         found = "found"

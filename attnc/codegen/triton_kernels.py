@@ -56,7 +56,7 @@ class Kernel(Steps):
 
     def __init__(self, spec: Spec, kind: Kind, tile: Tile, module: Module, prefix: str = "", fused: bool = False) -> None:
         self.kind, self.tile_choice, self.prefix, self.fused = kind, tile, prefix, fused
-        self.name = prefix + kind
+        self.name = prefix + kind + spec.suffix
         side: Side = "k" if kind == "backward_dkv" and not fused else "q"
         plans = tuple(plan_axis(spec, a, side, tile) for a in range(spec.rank))
         super().__init__(spec, side, plans, tile.bm, tile.bn, module)
@@ -74,11 +74,13 @@ class Kernel(Steps):
         self.seen = False
         # every query of a group sees itself, and its score is finite
         self.certain = whole and spec.program.same_grid and all(p.group for p in plans) and self.raw and spec.residual == ir.TRUE
+        # where a group does not hold all keys of its rows, its weights do not say what delta is
+        self.given = fused and spec.part and spec.softmax
         self.tensors = {
             "forward": ("q", "k", "v", "o"),
             "backward_dq": ("q", "k", "v", *(("o",) if spec.softmax else ()), "g", "dq"),
             "backward_table": ("q", "k", "v", "g"),
-            "backward_dkv": ("q", "k", "v", "g", *(("dq",) if fused else ()), "dk", "dv"),
+            "backward_dkv": ("q", "k", "v", *(("o",) if self.given else ()), "g", *(("dq",) if fused else ()), "dk", "dv"),
         }[kind]
         self.body()
 
@@ -254,17 +256,33 @@ class Kernel(Steps):
             if self.kind == "forward" and not self.spec.softmax:
                 self.store(self.own("o"), "acc", "o", "live[:, None]")
             elif self.kind == "forward":
-                total = "l_i" if self.certain else "total"
-                if not self.certain:
-                    self.put("total = tl.where(l_i > 0, l_i, 1.0)  # rows without keys: 0, and lse -inf")
-                self.store(self.own("o"), f"acc * (1.0 / {total})[:, None]", "o", "live[:, None]")
-                lse = f"m_i * scale + tl.log({total})" if self.raw else f"(m_i + tl.log2({total})) / LOG2E"
-                self.put(f"lse = {lse}" if self.certain else f"lse = tl.where(l_i > 0, {lse}, {INF})")
-                self.put(f"tl.store(Lse + (b * H + h) * N + {self.row_token()}, lse, mask=live)")
+                self.output()
             elif self.kind == "backward_dq":
                 self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
         if tables:
             self.store_partial()
+
+    def output(self) -> None:
+        """The rows' output and LSE; merged with those of earlier parts where the statement is a later part of a union."""
+        total = "l_i" if self.certain else "total"
+        if not self.certain:
+            self.put("total = tl.where(l_i > 0, l_i, 1.0)  # rows without keys: 0, and lse -inf")
+        lse = f"m_i * scale + tl.log({total})" if self.raw else f"(m_i + tl.log2({total})) / LOG2E"
+        lse = lse if self.certain else f"tl.where(l_i > 0, {lse}, {INF})"
+        place = f"Lse + (b * H + h) * N + {self.row_token()}"
+        if not self.spec.adds:
+            self.store(self.own("o"), f"acc * (1.0 / {total})[:, None]", "o", "live[:, None]")
+            self.put(f"lse = {lse}", f"tl.store({place}, lse, mask=live)")
+            return
+        self.put(f"lse = {lse}", f"before = tl.load({place}, mask=live, other=0.0)")
+        self.put("top = tl.maximum(tl.maximum(lse, before), -1e30)")
+        self.put("mine, theirs = tl.exp(lse - top), tl.exp(before - top)", "both = mine + theirs")
+        self.put("share = 1.0 / tl.where(both > 0, both, 1.0)")
+        self.put(f"o = {self.load(self.own('o'), 'live[:, None]', self.channels('o'))}.to(tl.float32)")
+        value = f"acc * (mine * share / {total})[:, None] + o * (theirs * share)[:, None]"
+        masks = " & ".join(m for m in ("live[:, None]", self.channels("o")) if m)
+        self.put(f"tl.store({self.own('o')}, ({value}).to(O.dtype.element_ty), mask={masks})")
+        self.put(f"tl.store({place}, tl.where(both > 0, top + tl.log(both), {INF}), mask=live)")
 
     def delta(self) -> None:
         """rowsum(out * grad_out) - grad_lse of each row, and its LSE in base 2, for this kernel and the next ones."""
@@ -330,6 +348,11 @@ class Kernel(Steps):
             if self.spec.softmax:
                 self.put(f"token = (b * H + h) * N + {self.row_token()}")
                 self.put("lse = tl.load(Lse + token)[:, None]", f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)")
+                if self.given:
+                    self.put(f"o = {self.load(self.own('o'), self.channels('o'))}")
+                    self.put("delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)[:, None]")
+                    with self.block("if GLse is not None:"):
+                        self.put("delta -= tl.load(GLse + token)[:, None]")
                 if self.tiled:  # whose rows beyond the group hold finite scores
                     self.put('lse = tl.where(live[:, None], lse, float("inf"))')
             self.chunk(full=False)

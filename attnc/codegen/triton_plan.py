@@ -43,6 +43,8 @@ class Spec:
     geometry: Geometry | None  # concrete sizes, or None: sizes are arguments
     plain: bool = True  # scale > 0, so that the maximum may be taken before it multiplies
     part: bool = False  # one of several statements that share their queries: a group does not hold all keys of a row
+    suffix: str = ""  # of the names of its kernels, where one module holds several statements
+    adds: bool = False  # its kernels go on from the output, LSE and gradients of an earlier part
 
     @property
     def attend(self) -> ir.Attend:

@@ -77,6 +77,8 @@ class Scores(Shapes):
     def store(self, pointers: str, value: str, tensor: str, mask: str) -> None:
         """Print a store of rows."""
         masks = " & ".join(m for m in (mask, self.channels(tensor)) if m)
+        if self.spec.adds:
+            value = f"{value} + {self.load(pointers, masks)}.to(tl.float32)"
         value = value if value.isidentifier() else f"({value})"
         masks = f", mask={masks}" if masks else ""
         self.put(f"tl.store({pointers}, {value}.to({tensor.upper()}.dtype.element_ty){masks})")

@@ -14,6 +14,7 @@ class Steps(Scores):
 
     certain: bool  # every row has a key, and the maximum needs no floor
     with_prefix: bool  # the prefix tokens' keys follow the grid's
+    given: bool  # delta comes from the whole output, of all parts of a union
 
     # ------------------------------------------------------------------------------------------------------------------ one chunk
     def chunk(self, *, full: bool) -> None:
@@ -126,7 +127,7 @@ class Steps(Scores):
         less = self.kind == "backward_dq" and spec.softmax and weight == "p"  # the product starts from -delta
         start = f"tl.broadcast_to(-delta[:, None], [{self.bm}, {self.bn}])" if less else ""
         self.put(f"dp = {dot(row2, f'{column2}.T', start)}")
-        if self.fused and spec.softmax:
+        if self.fused and spec.softmax and not self.given:
             self.put(f"delta = tl.sum({weight} * dp, 1)[:, None]")
             with self.block("if GLse is not None:"):
                 self.put("delta -= tl.load(GLse + token)[:, None]")

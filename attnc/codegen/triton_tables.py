@@ -79,7 +79,9 @@ def bias_kernel(spec: Spec, k: Kernel, module: Module) -> tuple[str, list[str]]:
     body.append(f"tl.store(Bias + (h * {k.bm} + row)[:, None] * {k.bn} + column[None, :], bias)")
     tables = table_names(spec)
     sizes = [s for s in dict.fromkeys(spec.size_names.values()) if mentions(s, " ".join(body))]
-    params = ", ".join([*(f"{t}_table" for t in tables), "Bias", *(f"{t}{x}" for t in tables for x in ("_st", "_n")), "scale", *sizes])
+    params = ", ".join(
+        [*(f"{t}_table" for t in tables), "Bias", *(f"{t}{x}" for t in tables for x in ("_st", "_n")), "scale", *sizes]
+    )
     text = (
         f"@triton.jit\ndef @@({params}):\n"
         f'    """The bias of a group as one tile per head, divided by the scale; -inf in columns without a key."""\n'
