@@ -111,6 +111,13 @@ CASES: dict[str, dict[str, Case]] = {
         "window-shift": Case(window(3, shift=1), (7, 8)),
         "window-bias": Case(window(3, bias="relative"), (7, 6), batch=3, **BIAS),
         "window-shift-bias": Case(window(3, shift=1, bias="relative"), (7, 6), tables={"bias": (1, 5, 5)}),
+        # the first and the last group of an axis share a tile: on both axes, on one, with and without lanes to spare
+        "window-joined": Case(window(3, shift=1), (6, 9), batch=3),
+        "window-joined-once": Case(window(3, shift=2), (7, 6)),
+        "window-joined-full": Case(window(4, shift=1), (8, 8), heads=4),
+        "window-joined-bias": Case(window(3, shift=1, bias="relative"), (6, 6), batch=3, **BIAS),
+        "window-joined-once-bias": Case(window(3, shift=2, bias="relative"), (6, 7), **BIAS),
+        "window-joined-alone": Case(window(4, shift=2), (4, 8), cropped=True),
         "window-absolute": Case(window(3, bias="absolute"), (6, 6), tables={"bias": (2, 9, 9)}),
         "window-bias-shared-keys": Case(window(3, bias="relative"), (6, 6), heads=4, key_heads=2, tables={"bias": (4, 5, 5)}),
         "window-large": Case(window(9), (9, 18), heads=1, key_heads=1, batch=1),
@@ -160,6 +167,7 @@ CASES: dict[str, dict[str, Case]] = {
     "tokens": {
         "prefix": Case(neighborhood(3), (5, 6), prefix=(2, 2)),
         "prefix-window-bias": Case(window(3, bias="relative"), (6, 6), prefix=(1, 1), **BIAS),
+        "prefix-window-joined": Case(window(3, shift=1, bias="relative"), (6, 6), prefix=(1, 1), **BIAS),
         "prefix-softcap": Case(softcap, (4, 6), prefix=(3, 3), tables={"slope": (2,)}),
         "prefix-keys": Case(window(3), (4, 6), prefix=(0, 2)),
         "pad": Case(window(3), (7, 8), pad={"pad_multiple": (3, 3)}),

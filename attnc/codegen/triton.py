@@ -7,6 +7,7 @@ backend loads the same text with sizes as arguments.
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 
 from attnc import ir
 from attnc.analysis.structure import analyse
@@ -17,6 +18,7 @@ from attnc.codegen.triton_plan import Spec, check, dense_spec, tile_text
 from attnc.codegen.triton_shapes import Module
 from attnc.codegen.triton_tables import table_kernel
 from attnc.schedule.geometry import geometry
+from attnc.schedule.split import split
 from attnc.schedule.tiles import Tiles, issued, tiles
 
 HEAD = """\
@@ -59,11 +61,11 @@ def make_spec(
     return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part)
 
 
-def kernels_of(spec: Spec, module: Module) -> tuple[list[Kernel], list[Kernel]]:
-    """The kernels of a statement, and the plain ones that prefix tokens need."""
+def kernels_of(spec: Spec, module: Module, fuse: bool | None = None) -> tuple[list[Kernel], list[Kernel]]:
+    """The kernels of a statement, and the plain ones that prefix tokens need. fuse: all gradients in one; None: where that can be."""
     t = spec.tiles
     kernels = [Kernel(spec, "forward", t.forward, module)]
-    fused = not spec.part and can_fuse(spec, t.dq, module)
+    fused = can_fuse(spec, t.dq, module) if fuse is None else fuse
     if not fused:
         kernels.append(Kernel(spec, "backward_dq", t.dq, module))
     kernels.append(Kernel(spec, "backward_dkv", t.dq if fused else t.dkv, module, fused=fused))
@@ -79,12 +81,36 @@ def kernels_of(spec: Spec, module: Module) -> tuple[list[Kernel], list[Kernel]]:
     return kernels, flat
 
 
-def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str = "", whole: ir.Attend | None = None) -> str:
-    """The module's text. whole: the statement with the row maps and the sink that its `attention` puts around the kernels."""
+def printed(spec: Spec, parts: tuple[Spec, ...] = ()) -> tuple[Module, list[tuple[Spec, list[Kernel], list[Kernel]]]]:
+    """What a module prints: device functions, and the kernels of its statement, or of the parts of a union in their order."""
     module = Module()
-    kernels, flat = kernels_of(spec, module)
-    extra = [table_kernel(spec, k, module) for k in kernels if spec.learned and k.kind != "forward" and k.registers][:1]
-    host = Host(spec, kernels, flat, whole)
+    every = parts or (spec,)
+    fuse = all(can_fuse(s, s.tiles.dq, Module()) for s in every) if parts else None
+    return module, [(s, *kernels_of(s, module, fuse)) for s in every]
+
+
+def source(
+    spec: Spec,
+    *,
+    parts: tuple[Spec, ...] = (),
+    heads: int | None = None,
+    dtype: str = "",
+    target: str = "",
+    whole: ir.Attend | None = None,
+) -> str:
+    """The module's text. parts: those of a union, which run one after the other (see `part_specs`). whole: the statement with the
+    row maps and the sink that its `attention` puts around the kernels."""
+    module, every = printed(spec, parts)
+    hosts = [Host(s, kernels, flat, module, whole) for s, kernels, flat in every]
+    kernels, flat = ([k for each in every for k in each[i]] for i in (1, 2))
+    extra = [
+        table_kernel(s, k, module)
+        for s, mine, _ in every
+        for k in [k for k in mine if s.learned and k.kind != "forward" and k.registers][:1]
+    ]
+    host = hosts[0]
+    host.hosts = tuple(hosts)
+    host_text = host.text()  # adds to the module the kernels that it launches besides
     grids = ""
     if spec.geometry is not None:
         grids = f"GRID = {spec.geometry.q_grid!r}\n"
@@ -92,16 +118,18 @@ def source(spec: Spec, *, heads: int | None = None, dtype: str = "", target: str
             grids += f"KV_GRID = {spec.geometry.k_grid!r}\n"
     last = "import triton.language as tl\n"
     head = HEAD.replace(last, last + host.imports)
-    parts = [docstring(spec, heads, dtype, target, whole) + "\n\n" + head + grids]
-    parts += module.functions.values()
-    parts += [k.text(static=spec.geometry is not None) for k in kernels]
-    parts += extra
-    parts += [k.text(static=False) for k in flat]
-    parts.append(host.text())
-    return "\n\n".join(p.strip("\n") + "\n" for p in parts)
+    texts = [docstring(spec, parts, heads, dtype, target, whole) + "\n\n" + head + grids]
+    texts += module.functions.values()
+    texts += [k.text(static=spec.geometry is not None) for k in kernels]
+    texts += extra
+    texts += [k.text(static=False) for k in flat]
+    texts.append(host_text)
+    return "\n\n".join(p.strip("\n") + "\n" for p in texts)
 
 
-def docstring(spec: Spec, heads: int | None, dtype: str, target: str, whole: ir.Attend | None = None) -> str:
+def docstring(
+    spec: Spec, parts: tuple[Spec, ...], heads: int | None, dtype: str, target: str, whole: ir.Attend | None = None
+) -> str:
     """What the module computes, for which shapes, how it is tiled and what that wastes."""
     a, g = spec.attend, spec.geometry
     axes = ir.AXES.get(a.rank)
@@ -117,18 +145,23 @@ def docstring(spec: Spec, heads: int | None, dtype: str, target: str, whole: ir.
         )
     else:
         lines.append(f"grid:     any; head dimension {spec.head_dim}, values {spec.value_dim}")
-    forms = ", ".join(f"{n}: {f.kind}" for n, f in zip(spec.axes, spec.structure.axes, strict=True))
-    lines.append(f"strategy: {spec.structure.strategy} ({forms})")
-    t = spec.tiles
-    shown: dict[str, list[str]] = {}
-    for name, tile in (("forward", t.forward), ("dq", t.dq), ("dk, dv", t.dkv)):
-        shown.setdefault(f"{tile_text(tile)}, {tile.warps} warp{'s' if tile.warps > 1 else ''}", []).append(name)
-    lines += [f"tile:     {', '.join(names)}: {text}" for text, names in shown.items()]
-    if g is not None and not any(n.op in ("load", "batch") for n in ir.walk(spec.structure.residual)):
+    if parts:
+        lines.append(f"parts:    {len(parts)}, each key in one of them; each goes on from the output and LSE of those before it")
+    for part in parts or (spec,):
+        forms = ", ".join(f"{n}: {f.kind}" for n, f in zip(part.axes, part.structure.axes, strict=True))
+        lines.append(f"strategy: {part.structure.strategy} ({forms})")
+        t = part.tiles
+        shown: dict[str, list[str]] = {}
+        for name, tile in (("forward", t.forward), ("dq", t.dq), ("dk, dv", t.dkv)):
+            shown.setdefault(f"{tile_text(tile)}, {tile.warps} warp{'s' if tile.warps > 1 else ''}", []).append(name)
+        lines += [f"tile:     {', '.join(names)}: {text}" for text, names in shown.items()]
+    every = [p for p in parts or (spec,) if p.geometry is not None]
+    if every and not any(n.op in ("load", "batch") for p in every for n in ir.walk(p.structure.residual)):
         most = heads or 1
-        allowed = g.allowed(most)
+        allowed = sum(p.geometry.allowed(most) for p in every if p.geometry is not None)
+        sent = sum(issued(p.geometry, "q", p.tiles.forward) for p in every if p.geometry is not None)
         if allowed:
-            lines.append(f"waste:    {issued(g, 'q', t.forward) * most / allowed:.2f} score elements issued for each one allowed")
+            lines.append(f"waste:    {sent * most / allowed:.2f} score elements issued for each one allowed")
     wrapped: list[str] = []
     for line in lines:
         wrapped += textwrap.wrap(line, 124, subsequent_indent=" " * 10) or [""]
@@ -153,5 +186,32 @@ def emit_triton(
         return emit_channel()
     itemsize = 4 if dtype == "float32" else 2
     core = around.core_program(program)
-    spec = make_spec(core, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize, target=target)
-    return source(spec, heads=heads, dtype=dtype, target=target, whole=program.attend)
+    sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    spec = make_spec(core, q_grid, k_grid, **sizes, target=target)
+    parts = part_specs(core, q_grid, k_grid, heads, **sizes, target=target)
+    return source(spec, parts=parts, heads=heads, dtype=dtype, target=target, whole=program.attend)
+
+
+def part_specs(
+    core: ir.Program,
+    q_grid: tuple[int, ...],
+    k_grid: tuple[int, ...],
+    heads: int,
+    *,
+    head_dim: int,
+    value_dim: int,
+    itemsize: int,
+    target: str,
+) -> tuple[Spec, ...]:
+    """The parts of a union as one module runs them, one after the other; () where the statement runs whole.
+
+    It does where its parts gain nothing, where heads differ, and where tables learn or keys are virtual.
+    """
+    runs = split(core, q_grid, k_grid, heads, heads)
+    if len(runs) > 1 or len(runs[0].parts) < 2:
+        return ()
+    sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    parts = [make_spec(p, q_grid, k_grid, **sizes, part=True, target=target) for p in runs[0].parts]
+    if any(s.learned or s.padded for s in parts):
+        return ()
+    return tuple(replace(s, suffix=f"_{i + 1}" if i else "", adds=bool(i)) for i, s in enumerate(parts))

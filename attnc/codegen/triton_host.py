@@ -11,7 +11,8 @@ from attnc.analysis.evaluate import evaluate
 from attnc.codegen import around, triton_expr
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
-from attnc.codegen.triton_tables import table_sizes
+from attnc.codegen.triton_shapes import Module
+from attnc.codegen.triton_tables import bias_kernel, table_names, table_sizes
 from attnc.schedule.geometry import Geometry
 
 STRIDES = '''\
@@ -38,15 +39,24 @@ def table_strides(t):
     """Element strides; a dimension of length 1 serves every index."""
     return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride()))
 '''
+TABLE_LENGTHS = '''\
+def table_lengths(t):
+    """Lengths that an index stays below; no bound where one element serves every index."""
+    return tuple(2**31 - 1 if n == 1 else n for n in t.shape)
+'''
 
 
 class Host:
     """Text of the functions that launch a module's kernels."""
 
-    def __init__(self, spec: Spec, kernels: list[Kernel], flat: list[Kernel], whole: ir.Attend | None = None) -> None:
+    def __init__(
+        self, spec: Spec, kernels: list[Kernel], flat: list[Kernel], module: Module, whole: ir.Attend | None = None
+    ) -> None:
+        self.module = module
         self.whole = whole or spec.attend  # with the row maps and the sink that surround the kernels
         self.sink = self.whole.normalizer.sink
         self.spec, self.kernels, self.flat = spec, {k.kind: k for k in kernels}, {k.kind: k for k in flat}
+        self.hosts: tuple[Host, ...] = (self,)  # of all parts of a union, which run one after the other; this is the first
         self.rank_one = spec.rank == 1
         self.pads = ("pad_k", "pad_v") if spec.padded else ()
         self.tables = spec.attend.tables
@@ -93,6 +103,9 @@ class Host:
             split = triton_expr.text(p.split, sizes, host=True)
             if what == "class":
                 out.append(f"min({split}, {length})")
+                continue
+            if p.wrap:
+                out.append(f"{length} // {p.rows}")
                 continue
             per = length if split == "1" else f"triton.cdiv({length}, {split})"
             start = triton_expr.text(p.start, sizes, host=True)
@@ -144,7 +157,13 @@ class Host:
             return str(self.spec.program.queries.prefix) if k.side == "q" else "q.shape[2]"
         if prefix and name == "MX":
             return "k.shape[2]" if k.side == "q" else str(self.spec.program.keys.prefix)
-        known = {"GLse": "grad_lse", "c": "scale * math.log2(math.e)", "GROUP": "H // HK", "PRECISION": "precision()"}
+        known = {
+            "Bias": "bias_tiles",
+            "GLse": "grad_lse",
+            "c": "scale * math.log2(math.e)",
+            "GROUP": "H // HK",
+            "PRECISION": "precision()",
+        }
         lower = ("Lse", "Lse2", "Delta", "Size", "Unit", "Partial", "DPad_k", "DPad_v")
         return known.get(name, "per" if name == "PER" else name.lower() if name in lower else name)
 
@@ -186,6 +205,8 @@ class Host:
         parts.append(PRECISION)
         if self.tables or self.pads:
             parts.append(TABLE_STRIDES)
+        if any(k.tiled for h in self.hosts for k in h.kernels.values()):
+            parts.append(TABLE_LENGTHS)
         parts += [self.forward(), self.backward(), *around.texts(self.whole), self.function(), self.attention()]
         return "\n\n".join(p.strip("\n") + "\n" for p in parts)
 
@@ -220,7 +241,9 @@ class Host:
             if self.spec.softmax
             else 'lse = torch.full((B, H, N), float("-inf"), device=q.device)'
         )
-        body += self.launch(self.kernels["forward"])
+        for each in self.hosts:
+            body += each.bias_tiles(each.kernels["forward"])
+            body += each.launch(each.kernels["forward"])
         if "forward" in self.flat:
             body += self.launch(self.flat["forward"])
         body.append("return out.unflatten(2, shape), lse" if shape else "return out, lse")
@@ -247,25 +270,31 @@ class Host:
                 body += self.per(dq)
             name, last = ("partial", f", {dq.bm * dq.bn}") if dq.registers else ("size", "")
             body.append(f"{name} = torch.empty({batch}, H, math.prod({self.parts(dq)}){last}, {device})")
+        body += self.bias_tiles(dq)
         if fused:
             body.append("# where query heads share a key head, each writes its own share first")
             body.append("dk_heads, dv_heads = dk, dv")
             with_heads = "torch.empty(B, H, *t.shape[2:], dtype=torch.float32, device=q.device)"
             body += ["if H != HK:", f"    dk_heads, dv_heads = ({with_heads} for t in (dk, dv))"]
-            body += self.launch(dq)
+            for each in self.hosts:
+                body += each.bias_tiles(each.kernels["backward_dkv"]) if each is not self else []
+                body += each.launch(each.kernels["backward_dkv"])
             body += ["if H != HK:", "    for t, heads in ((dk, dk_heads), (dv, dv_heads)):"]
             body.append("        t.copy_(heads.unflatten(1, (HK, H // HK)).sum(2))")
         else:
             if spec.softmax:
                 body.append("delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
-            body += self.launch(dq)
+            for each in self.hosts:
+                body += each.bias_tiles(each.kernels["backward_dq"]) if each is not self else []
+                body += each.launch(each.kernels["backward_dq"])
             if "backward_dq" in self.flat:
                 body += self.launch(self.flat["backward_dq"])
             dkv = self.kernels["backward_dkv"]
             if spec.padded:
                 body.append(f"programs = (B, HK, math.prod({self.parts(dkv)}))")
                 body.append(f"dpad_k, dpad_v = (torch.empty(*programs, n, {device}) for n in ({spec.head_dim}, {spec.value_dim}))")
-            body += self.launch(dkv)
+            for each in self.hosts:
+                body += each.launch(each.kernels["backward_dkv"])
             if "backward_dkv" in self.flat:
                 body += self.launch(self.flat["backward_dkv"])
         found = "found"
@@ -283,10 +312,23 @@ class Host:
         body.append(f"return dq, dk, dv, {found}")
         return "\n".join(out + [f"    {line}" for line in without_repeats(body, "parts = ")])
 
+    def bias_tiles(self, k: Kernel) -> list[str]:
+        """Lines that make the tiles a kernel reads its bias from."""
+        if not k.tiled:
+            return []
+        name, sizes = bias_kernel(self.spec, k, self.module)
+        tables = table_names(self.spec)
+        given = [f'tables["{t}"]' for t in tables]
+        values = [*given, "bias_tiles", *[f"{f}({t})" for t in given for f in ("table_strides", "table_lengths")], "scale", *sizes]
+        return [
+            f"bias_tiles = torch.empty(H, {k.bm}, {k.bn}, device=q.device)",
+            f"{name}[({k.bm // 16}, H)]({', '.join(values)})",
+        ]
+
     def per(self, k: Kernel) -> list[str]:
         """How many batch items one program walks: several where that leaves programs enough."""
         return [
-            f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // {1024 // k.tile_choice.warps}))"
+            f"per = max(1, min({k.tile_choice.batch}, B * H * math.prod({self.parts(k)}) // {768 // k.tile_choice.warps}))"
             "  # batch items of one program"
         ]
 

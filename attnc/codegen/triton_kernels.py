@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from attnc import ir
-from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, order, plan_axis, symmetric, tile_invariant
+from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, order, plan_axis, symmetric, tile_invariant, tiled_bias
 from attnc.codegen.triton_scores import Kind
 from attnc.codegen.triton_shapes import INF, Module, mentions
 from attnc.codegen.triton_steps import Steps
@@ -45,6 +45,7 @@ POINTERS = [
     "Unit",
     "DPad_k",
     "DPad_v",
+    "Bias",
 ]
 SCALARS = ["scale", "c", "B", "H", "N", "P", "parts", "GROUP", "PER", "PRECISION"]
 CONSTANT = ("GROUP", "PRECISION")
@@ -55,7 +56,7 @@ class Kernel(Steps):
 
     def __init__(self, spec: Spec, kind: Kind, tile: Tile, module: Module, prefix: str = "", fused: bool = False) -> None:
         self.kind, self.tile_choice, self.prefix, self.fused = kind, tile, prefix, fused
-        self.name = prefix + kind
+        self.name = prefix + kind + spec.suffix
         side: Side = "k" if kind == "backward_dkv" and not fused else "q"
         plans = tuple(plan_axis(spec, a, side, tile) for a in range(spec.rank))
         super().__init__(spec, side, plans, tile.bm, tile.bn, module)
@@ -67,14 +68,19 @@ class Kernel(Steps):
         # table gradients stay in registers where a tile is a group and entries depend on places inside the group alone
         small = len(spec.learned) == 1 and self.bm * self.bn <= 64 * 64 and side == "q" and not spec.uses("batch")
         self.registers = small and whole and all(p.group for p in plans) and tile_invariant(spec, plans)
+        makes = kind in ("forward", "backward_dq") or fused
+        self.tiled = makes and whole and side == "q" and self.bm * self.bn <= 64 * 64 and tiled_bias(spec, plans)
         self.reach = self.ok = self.how = ""
+        self.seen = False
         # every query of a group sees itself, and its score is finite
         self.certain = whole and spec.program.same_grid and all(p.group for p in plans) and self.raw and spec.residual == ir.TRUE
+        # where a group does not hold all keys of its rows, its weights do not say what delta is
+        self.given = fused and spec.part and spec.softmax
         self.tensors = {
             "forward": ("q", "k", "v", "o"),
             "backward_dq": ("q", "k", "v", *(("o",) if spec.softmax else ()), "g", "dq"),
             "backward_table": ("q", "k", "v", "g"),
-            "backward_dkv": ("q", "k", "v", "g", *(("dq",) if fused else ()), "dk", "dv"),
+            "backward_dkv": ("q", "k", "v", *(("o",) if self.given else ()), "g", *(("dq",) if fused else ()), "dk", "dv"),
         }[kind]
         self.body()
 
@@ -112,7 +118,7 @@ class Kernel(Steps):
 
     def keeps_from(self, p: AxisPlan) -> bool:
         """The first column of the box is needed by name."""
-        return not p.single or self.from_tile(p)
+        return not p.single or (self.from_tile(p) and not p.wrap)
 
     def keeps_to(self, p: AxisPlan) -> bool:
         """The end of the box is needed by name: by a loop, or by the mask."""
@@ -250,17 +256,33 @@ class Kernel(Steps):
             if self.kind == "forward" and not self.spec.softmax:
                 self.store(self.own("o"), "acc", "o", "live[:, None]")
             elif self.kind == "forward":
-                total = "l_i" if self.certain else "total"
-                if not self.certain:
-                    self.put("total = tl.where(l_i > 0, l_i, 1.0)  # rows without keys: 0, and lse -inf")
-                self.store(self.own("o"), f"acc * (1.0 / {total})[:, None]", "o", "live[:, None]")
-                lse = f"m_i * scale + tl.log({total})" if self.raw else f"(m_i + tl.log2({total})) / LOG2E"
-                self.put(f"lse = {lse}" if self.certain else f"lse = tl.where(l_i > 0, {lse}, {INF})")
-                self.put(f"tl.store(Lse + (b * H + h) * N + {self.row_token()}, lse, mask=live)")
+                self.output()
             elif self.kind == "backward_dq":
                 self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
         if tables:
             self.store_partial()
+
+    def output(self) -> None:
+        """The rows' output and LSE; merged with those of earlier parts where the statement is a later part of a union."""
+        total = "l_i" if self.certain else "total"
+        if not self.certain:
+            self.put("total = tl.where(l_i > 0, l_i, 1.0)  # rows without keys: 0, and lse -inf")
+        lse = f"m_i * scale + tl.log({total})" if self.raw else f"(m_i + tl.log2({total})) / LOG2E"
+        lse = lse if self.certain else f"tl.where(l_i > 0, {lse}, {INF})"
+        place = f"Lse + (b * H + h) * N + {self.row_token()}"
+        if not self.spec.adds:
+            self.store(self.own("o"), f"acc * (1.0 / {total})[:, None]", "o", "live[:, None]")
+            self.put(f"lse = {lse}", f"tl.store({place}, lse, mask=live)")
+            return
+        self.put(f"lse = {lse}", f"before = tl.load({place}, mask=live, other=0.0)")
+        self.put("top = tl.maximum(tl.maximum(lse, before), -1e30)")
+        self.put("mine, theirs = tl.exp(lse - top), tl.exp(before - top)", "both = mine + theirs")
+        self.put("share = 1.0 / tl.where(both > 0, both, 1.0)")
+        self.put(f"o = {self.load(self.own('o'), 'live[:, None]', self.channels('o'))}.to(tl.float32)")
+        value = f"acc * (mine * share / {total})[:, None] + o * (theirs * share)[:, None]"
+        masks = " & ".join(m for m in ("live[:, None]", self.channels("o")) if m)
+        self.put(f"tl.store({self.own('o')}, ({value}).to(O.dtype.element_ty), mask={masks})")
+        self.put(f"tl.store({place}, tl.where(both > 0, top + tl.log(both), {INF}), mask=live)")
 
     def delta(self) -> None:
         """rowsum(out * grad_out) - grad_lse of each row, and its LSE in base 2, for this kernel and the next ones."""
@@ -315,7 +337,7 @@ class Kernel(Steps):
         """Rows and columns are one group: every gradient in one pass."""
         if self.spec.learned:
             self.put(f"grad = tl.zeros([{self.bm}, {self.bn}], tl.float32)")
-        tests = ["seen[:, None]"] if self.geometric else []
+        tests = ["seen[:, None]"] if self.seen else []
         if any(p.split != ir.ONE for p in self.plans):  # tiles are counted for the longest class
             self.put(f"count = tl.sum(live.to(tl.int32), 0) + tl.zeros([{self.bn}], tl.int32)")
             self.put("some = count > 0  # a tile past the end of its class has no keys of its own")
@@ -326,6 +348,13 @@ class Kernel(Steps):
             if self.spec.softmax:
                 self.put(f"token = (b * H + h) * N + {self.row_token()}")
                 self.put("lse = tl.load(Lse + token)[:, None]", f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)")
+                if self.given:
+                    self.put(f"o = {self.load(self.own('o'), self.channels('o'))}")
+                    self.put("delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)[:, None]")
+                    with self.block("if GLse is not None:"):
+                        self.put("delta -= tl.load(GLse + token)[:, None]")
+                if self.tiled:  # whose rows beyond the group hold finite scores
+                    self.put('lse = tl.where(live[:, None], lse, float("inf"))')
             self.chunk(full=False)
             self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
             for t, value in (("dk", "dk * scale"), ("dv", "dv")):

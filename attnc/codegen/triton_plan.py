@@ -43,6 +43,8 @@ class Spec:
     geometry: Geometry | None  # concrete sizes, or None: sizes are arguments
     plain: bool = True  # scale > 0, so that the maximum may be taken before it multiplies
     part: bool = False  # one of several statements that share their queries: a group does not hold all keys of a row
+    suffix: str = ""  # of the names of its kernels, where one module holds several statements
+    adds: bool = False  # its kernels go on from the output, LSE and gradients of an earlier part
 
     @property
     def attend(self) -> ir.Attend:
@@ -185,6 +187,7 @@ class AxisPlan:
     partial: bool  # chunks with one exist
     start: ir.Expr  # first row of the first tile
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
+    wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
 
 
 def widest(form: AxisForm, rows: int) -> int | None:
@@ -236,6 +239,11 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
         begin = ir.make("neg", begin.args[1]) if begin.op == "sub" else begin
     kind = form.kind.split(" of ")[-1]
     group = rows == chunk and kind in (*CONSTANT_KINDS, "point", "block", "shifted block") and not columns
+    if tile.wrapped(axis):
+        return AxisPlan(
+            axis, name, rows, chunk, form.split, lo, hi, columns=False, one_box=True, exact=True, single=True, overruns=False,
+            full=False, partial=False, start=begin, group=group, wrap=True,
+        )  # fmt: skip
     if spec.geometry is not None:
         g = spec.geometry.axes[axis]
         begin = ir.const(int(evaluate(begin, _sizes(spec.geometry, axis), None)))
@@ -351,9 +359,21 @@ def _in_class(e: ir.Expr, plans: tuple[AxisPlan, ...]) -> sp.Expr:
     return out
 
 
-def tile_invariant(spec: Spec, plans: tuple[AxisPlan, ...]) -> bool:
+def tiled_bias(spec: Spec, plans: tuple[AxisPlan, ...]) -> bool:
+    """The bias of a group depends on places inside the group and on the head alone, so that one tile per head serves them all."""
+    if spec.bias in (None, ir.ZERO) or spec.residual != ir.TRUE or spec.uses("batch"):
+        return False
+    kinds = [spec.structure.axes[p.axis].kind.split(" of ")[-1] for p in plans]
+    if not all(p.group and k in ("block", "shifted block", "point") for p, k in zip(plans, kinds, strict=True)):
+        return False
+    assert spec.bias is not None
+    outside = ir.rewrite(spec.bias, lambda n: ir.ZERO if n.op == "load" else None)
+    return not any(n.op == "coord" for n in ir.walk(outside)) and tile_invariant(spec, plans, loads(spec.bias))
+
+
+def tile_invariant(spec: Spec, plans: tuple[AxisPlan, ...], nodes: tuple[ir.Expr, ...] | None = None) -> bool:
     """Every learned table is read at indices that depend on places inside the tile alone, and on the head by itself."""
-    for n in spec.learned:
+    for n in spec.learned if nodes is None else nodes:
         for e in n.children:
             if e == ir.HEAD:
                 continue

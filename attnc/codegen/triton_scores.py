@@ -34,10 +34,12 @@ class Scores(Shapes):
     fused: bool  # all gradients of a group in one program
     hoist: bool  # geometry, mask and bias once, before rows are loaded
     registers: bool  # table gradients stay in registers
+    tiled: bool  # the bias is one tile per head, made beforehand
     repeats: bool  # surplus columns repeat the last one
     outer: list[AxisPlan]
     inner: AxisPlan
     reach: str  # which columns of the chunk exist
+    seen: bool  # the program says which of its columns exist, as `seen`
     ok: str  # which pairs are allowed
     how: str  # what the product starts from
 
@@ -75,6 +77,8 @@ class Scores(Shapes):
     def store(self, pointers: str, value: str, tensor: str, mask: str) -> None:
         """Print a store of rows."""
         masks = " & ".join(m for m in (mask, self.channels(tensor)) if m)
+        if self.spec.adds:
+            value = f"{value} + {self.load(pointers, masks)}.to(tl.float32)"
         value = value if value.isidentifier() else f"({value})"
         masks = f", mask={masks}" if masks else ""
         self.put(f"tl.store({pointers}, {value}.to({tensor.upper()}.dtype.element_ty){masks})")
@@ -91,30 +95,34 @@ class Scores(Shapes):
 
     def from_tile(self, p: AxisPlan) -> bool:
         """A first group cut by the axis: columns are counted from the tile's origin, as the rows are."""
-        return (self.registers or self.fused) and p.start != ir.ZERO
+        return (self.registers or self.fused or self.tiled or p.wrap) and p.start != ir.ZERO
 
     # ------------------------------------------------------------------------------------------------------- masks and scores
     def mask(self, full: bool) -> str:
         """Print what the chunk's mask needs. "" where all pairs are allowed, "bias" for an additive tile, else a condition."""
         spec, self.reach = self.spec, ""
-        pairs = spec.per_pair or (spec.padded and self.side == "q")
+        pairs = (spec.per_pair and not self.tiled) or (spec.padded and self.side == "q")
         if full:
             if pairs:
                 self.columns(self.plans)
             return ""
         if self.vector:
             open_ended = [p for p in self.plans if not p.exact]
-            self.columns(self.plans if pairs else open_ended)
-            tests = [f"({self.other}{p.name} >= {p.name}_from)" for p in self.plans if self.from_tile(p)]
+            self.columns(self.plans if pairs else [p for p in self.plans if p.wrap or not p.exact])
+            tests = [f"({self.other}{p.name} >= {p.name}_from)" for p in self.plans if self.from_tile(p) and not p.wrap]
             tests += [f"({self.other}{p.name} < {p.name}_to)" for p in open_ended]
             if self.chunk_count() != self.bn:
                 index = f"tl.arange(0, {self.bn})" if self.repeats else "n"
                 tests.append(f"({index} < {self.chunk_count()})" if tests else f"{index} < {self.chunk_count()}")
-            if not tests:
-                return ""
-            self.put(f"seen = {' & '.join(tests)}")
-            self.reach = "" if self.repeats else "seen[:, None]"
-            return "seen[None, :]"
+            beside = self.beside()
+            self.seen = bool(tests)
+            if tests:
+                self.put(f"seen = {' & '.join(tests)}")
+                self.reach = "" if self.repeats else "seen[:, None]"
+            if beside:
+                self.put(f"ok = ({beside}) & seen[None, :]" if tests else f"ok = {beside}")
+                return "ok"
+            return "seen[None, :]" if tests else ""
         over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact)]
         self.columns(self.plans if pairs else over)
         if over:
@@ -130,6 +138,11 @@ class Scores(Shapes):
         spec = self.spec
         # a mask and terms of the chunk's columns alone have one row, and a product starts from all of them
         flat = ok == "seen[None, :]" and not self.fused and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
+        if self.tiled:
+            self.ok = ok
+            if not self.fused:
+                self.bias_tile(ok)
+            return "bias"
         if self.fused and ok:  # rows beyond the group must not reach dk and dv
             self.put(f"ok = live[:, None] & {ok}")
             ok = "ok"
@@ -144,7 +157,9 @@ class Scores(Shapes):
         if spec.bias != ir.ZERO:
             self.tables_at(spec.bias)
             value = f"({self.pair(spec.bias, ok)}) * (1.0 / scale)"
-            if self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
+            if self.repeats and spec.residual == ir.TRUE and any(p.wrap for p in self.plans):
+                value += f" + tl.where({ok}, 0.0, {INF})"
+            elif self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
                 value += f" + tl.where(seen, 0.0, {INF})[None, :]"
                 value += f" + tl.where(live, 0.0, {INF})[:, None]" if self.fused else ""
             elif ok:
@@ -159,6 +174,14 @@ class Scores(Shapes):
             self.put(f"bias = tl.where({ok}, {zero}, {INF})")
             return "bias"
         return "seen"
+
+    def bias_tile(self, ok: str) -> None:
+        """Print the load of the head's bias, with what masks this very group. All gradients of a group leave no registers to keep it
+        in from one batch item to the next."""
+        place = f"tl.arange(0, {self.bm})[:, None] * {self.bn} + tl.arange(0, {self.bn})[None, :]"
+        self.put(f"bias = tl.load(Bias + h * {self.bm * self.bn} + {place})")
+        if ok and not (ok == "seen[None, :]" and all(p.exact for p in self.plans)):  # else the tile has these columns at -inf
+            self.put(f"bias += tl.where({ok}, 0.0, {INF})")
 
     def by_row(self, e: ir.Expr) -> bool:
         """The rows of a tile differ in it."""

@@ -155,6 +155,7 @@ class Shapes:
             put.append(f"{', '.join(f'{p.name}0' for _, p in digits)} = {', '.join(origins)}")
         live: list[str] = []
         ends, leads, inner = [], [], []
+        wrapped: dict[str, str] = {}
         for i, p in enumerate(self.plans):
             n, t, (first, beyond) = p.name, f"T{p.name.upper()}", self.bound(p, self.side)
             ends.append((f"{n}b", f"tl.minimum({n}0 + {t}, {beyond}) - 1"))
@@ -162,7 +163,10 @@ class Shapes:
             part = "m" if not after else f"m // {after}" if " " not in after else f"m // ({after})"
             raw = f"{n}0 + {part}" + (f" % {t}" if i else "")
             inside = f"tl.minimum({raw}, {n}b)"
-            if self.moves:
+            if p.wrap:
+                leads.append((f"{n}a", f"{n}0"))
+                wrapped[n] = self.around(n, p)
+            elif self.moves:
                 leads.append((f"{n}a", f"tl.minimum(tl.maximum({n}0, {first}), {n}b)"))
                 inside = f"tl.maximum({inside}, {n}a)"
             inner.append((n, inside))
@@ -174,7 +178,7 @@ class Shapes:
         back = [f"r{p.name}" for p in self.plans if p.split != ir.ONE] + [f"{n}0" for n in names]
         back += [f"{n}a" for n in names] if self.moves else []
         back += [f"{n}b" for n in names]
-        put.append(f"return {', '.join([*back, *names, ' & '.join(live)])}")
+        put.append(f"return {', '.join([*back, *[wrapped.get(n, n) for n in names], ' & '.join(live)])}")
         body = "\n".join(f"    {line}" for line in put)
         sizes = [s for s in self.size_arguments() if mentions(s, body)]
         lengths = [f"T{n.upper()}" for n in names]
@@ -324,9 +328,27 @@ class Shapes:
     def columns(self, plans: tuple[AxisPlan, ...] | list[AxisPlan]) -> None:
         """Print indices of all columns of the chunk along some axes."""
         parts = self.column_parts()
-        self.together(
-            [(f"{self.other}{p.name}", f"c{p.name} + {parts[p.axis] if parts[p.axis] != '0' else 'n * 0'}") for p in plans]
+        where = [(p, f"c{p.name} + {parts[p.axis] if parts[p.axis] != '0' else 'n * 0'}") for p in plans]
+        self.together([(f"{self.other}{p.name}", self.around(at, p) if p.wrap else at) for p, at in where])
+
+    def around(self, at: str, p: AxisPlan) -> str:
+        """An index that lies before the axis, as the one as far before its end."""
+        text = (
+            "@triton.jit\ndef @@(j, n):\n"
+            '    """Rows before an axis of n are its last ones: its two cut groups share a tile."""\n'
+            "    return tl.where(j < 0, j + n, j)\n"
         )
+        return f"{self.module.use('around', text)}({at}, {self.spec.names[p.axis].real_queries})"
+
+    def beside(self) -> str:
+        """Condition that a row and a column of a tile that wraps belong to one group; "" where no axis wraps."""
+        wrapped = [p for p in self.plans if p.wrap]
+        if not wrapped:
+            return ""
+        for name, side in (("row_group", self.side), ("column_group", self.other)):
+            parts = [f"({side}{p.name} > {p.name}b).to(tl.int32)" for p in wrapped]
+            self.put(f"{name} = {' * 2 + '.join(parts)}")
+        return "row_group[:, None] == column_group[None, :]"
 
     def mask_call(self, additive: bool) -> str:
         """Call of a function that compares a chunk's columns with the rows' intervals, axis by axis; None of them exact."""
@@ -397,7 +419,8 @@ class Shapes:
         """Pointers to rows of channels of one tensor."""
         axes = list(self.spec.axes)
         far = " + ".join(f"tl.cast({a}, tl.int64) * st[{i + 2}]" for i, a in enumerate(axes))
-        near = " + ".join(f"d{a} * st[{i + 2}]" for i, a in enumerate(axes))
+        far_rows = any(p.wrap for p in self.plans)  # as far from the tile's origin as the axis is long
+        near = " + ".join(f"{f'tl.cast(d{a}, tl.int64)' if far_rows else f'd{a}'} * st[{i + 2}]" for i, a in enumerate(axes))
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
             f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
@@ -420,7 +443,10 @@ class Shapes:
     def chunk_rows(self, pointer: str, strides: str, head: str, lanes: int) -> str:
         """Pointers to the chunk's rows."""
         origin = [self.coordinate(f"c{p.name}", p, self.other, real=True) for p in self.plans]
-        inside = [self.times_split(part, p) for part, p in zip(self.column_parts(), self.plans, strict=True)]
+        inside = [
+            f"{self.other}{p.name} - c{p.name}" if p.wrap else self.times_split(part, p)
+            for part, p in zip(self.column_parts(), self.plans, strict=True)
+        ]
         return self.rows(pointer, strides, head, origin, inside, lanes)
 
     def token(self, parts: list[str], side: Side) -> str:

@@ -14,6 +14,7 @@ class Steps(Scores):
 
     certain: bool  # every row has a key, and the maximum needs no floor
     with_prefix: bool  # the prefix tokens' keys follow the grid's
+    given: bool  # delta comes from the whole output, of all parts of a union
 
     # ------------------------------------------------------------------------------------------------------------------ one chunk
     def chunk(self, *, full: bool) -> None:
@@ -27,6 +28,8 @@ class Steps(Scores):
             real = "real[:, None]"
             count = f" & (n < {self.chunk_count()})" if self.chunk_count() != self.bn else ""
             self.put(f"real = {self.real_keys([f'k{p.name}' for p in self.plans])}{count}")
+        if self.tiled and self.fused:
+            self.bias_tile(self.ok)
         for t in columns:
             value = self.load(self.chunk_of(t), real or reach, self.channels(t))
             self.put(f"{t} = tl.where({real}, {value}, pad_{t})" if real else f"{t} = {value}")
@@ -35,7 +38,9 @@ class Steps(Scores):
             inside = []
             for part, p in zip(self.column_parts(), self.plans, strict=True):
                 later = [self.spec.names[x.axis].real_queries for x in self.plans if x.axis > p.axis]
-                if part != "0":
+                if p.wrap:
+                    inside.append(" * ".join([f"(q{p.name} - c{p.name})", *later]))
+                elif part != "0":
                     part = self.times_split(part, p)
                     inside.append(" * ".join([f"({part})" if later and " " in part and not part.startswith("(") else part, *later]))
             self.put(f"token = (b * H + h) * N + ({origin}) + {' + '.join(inside)}")
@@ -114,18 +119,22 @@ class Steps(Scores):
             self.put(f"p = tl.exp2({'s * c' if self.raw else 't'} - lse{at})")
         else:
             self.weights()
-        self.put(f"dp = {dot(row2, f'{column2}.T')}")
         weight = "p" if plain else self.weight()
-        if keys:
+        if keys:  # before dp, which need not live beside the weights in half precision
             self.put(f"dv = {dot(f'{weight}.to(g.dtype)', 'g', 'dv')}")
         if self.fused:
             self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
-        if self.fused and spec.softmax:
+        less = self.kind == "backward_dq" and spec.softmax and weight == "p"  # the product starts from -delta
+        start = f"tl.broadcast_to(-delta[:, None], [{self.bm}, {self.bn}])" if less else ""
+        self.put(f"dp = {dot(row2, f'{column2}.T', start)}")
+        if self.fused and spec.softmax and not self.given:
             self.put(f"delta = tl.sum({weight} * dp, 1)[:, None]")
             with self.block("if GLse is not None:"):
                 self.put("delta -= tl.load(GLse + token)[:, None]")
         if not spec.softmax:
             self.put(f"ds = {'f * ' if weight == 'w' else ''}dp * ({self.weights_slope()})")
+        elif less:
+            self.put("ds = p * dp")
         else:
             self.put(f"ds = w * dp - p * delta{at}" if weight == "w" else f"ds = p * (dp - delta{at})")
         if not plain:

@@ -17,54 +17,20 @@ import torch
 
 from attnc import ir
 from attnc.codegen.around import core_program
-from attnc.codegen.triton import kernels_of, make_spec, source
+from attnc.codegen.triton import make_spec, part_specs, printed, source
 from attnc.codegen.triton_host import longest_index
-from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
-from attnc.codegen.triton_shapes import Module
 from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
-from attnc.report import sass
+from attnc.report.weigh import WARP, KernelReport, Launch, code_of, kernel_report, together
 from attnc.schedule import tiles as schedule
+from attnc.schedule.geometry import Geometry
 
 if TYPE_CHECKING:
     from attnc.arguments import GridLike, PadLike
 
 TARGETS = ("cuda:75", "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
-WARP = {"gfx942": 64}
-# threads, registers, shared bytes, blocks an SM (or CU) holds; NVIDIA CUDA programming guide, AMD CDNA3 and RDNA3 ISA guides
-LIMITS = {
-    "cuda:75": (1024, 65536, 65536, 16), "cuda:80": (2048, 65536, 167936, 32), "cuda:86": (1536, 65536, 102400, 16),
-    "cuda:89": (1536, 65536, 102400, 24), "cuda:90": (2048, 65536, 233472, 32), "cuda:100": (2048, 65536, 233472, 32),
-    "cuda:120": (1536, 65536, 102400, 32), "hip:gfx942": (2048, 131072, 65536, 32), "hip:gfx1100": (2048, 98304, 65536, 32),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LoopReport:
-    """A loop over chunks: instructions of its body, and how often it runs in all programs together."""
-
-    kind: str
-    instructions: int
-    iterations: int
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """One compiled kernel. `ti`: thread-instructions executed per allowed score element."""
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    mma_instructions: int
-    instructions: int
-    loops: list[LoopReport]
-    ti: float
-    occupancy: float
-    tile: str
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +48,7 @@ class Report:
     moved_bytes: int
     compile_seconds: float
     kernels: dict[str, KernelReport] = field(default_factory=dict)
+    key_rows_per_query: float = 0.0  # rows of K (and of V) that the forward loads for each query
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in API.md."""
@@ -95,24 +62,31 @@ class Report:
 
         head = (
             f"{self.name} for {self.target}: {self.strategy}, {self.issued_elements:,} scores issued for {self.allowed_elements:,} "
-            f"allowed (waste {self.waste:.2f}), {self.moved_bytes / 2**20:.1f} MiB moved (least {self.min_bytes / 2**20:.1f})"
+            f"allowed (waste {self.waste:.2f}), {self.moved_bytes / 2**20:.1f} MiB moved (least {self.min_bytes / 2**20:.1f}), "
+            f"{self.key_rows_per_query:.2f} rows of K and V loaded for each query"
         )
-        table = Table("kernel", "tile", "warps", "regs", "spill", "shared", "MMA", "instr.", "loops", "TI", "occupancy", box=None)
+        columns = (
+            "kernel",
+            "tile",
+            "warps",
+            "regs",
+            "spill",
+            "local",
+            "shared",
+            "MMA",
+            "instr.",
+            "loops",
+            "loads",
+            "TI",
+            "occupancy",
+        )
+        table = Table(*columns, box=None)
         for name, k in self.kernels.items():
             loops = ", ".join(f"{x.kind} {x.instructions} x {x.iterations}" for x in k.loops) or "-"
-            cells = [
-                name,
-                k.tile,
-                k.num_warps,
-                k.registers,
-                k.spill_bytes,
-                k.shared_bytes,
-                k.mma_instructions,
-                k.instructions,
-                loops,
-            ]
-            table.add_row(*map(str, cells), f"{k.ti:.1f}", f"{k.occupancy:.0%}")
-        console = Console(width=150, no_color=True)
+            loads = ", ".join(f"{n} x {bits} bit" for bits, n in k.global_loads.items()) or "-"
+            held = (k.num_warps, k.registers, k.spill_bytes, k.local_accesses, k.shared_bytes, k.mma_instructions, k.instructions)
+            table.add_row(name, k.tile, *map(str, held), loops, loads, f"{k.ti:.1f}", f"{k.occupancy:.0%}")
+        console = Console(width=190, no_color=True)
         with console.capture() as capture:
             console.print(head)
             console.print(table)
@@ -153,16 +127,6 @@ def _pretending(target: str) -> Iterator[None]:
         driver._active = before
 
 
-@dataclass
-class Launch:
-    """A kernel as the module launched it."""
-
-    name: str
-    compiled: Any
-    grid: tuple[int, ...]
-    warps: int
-
-
 def compile_module(module: Any, target: str, call: Any) -> list[Launch]:
     """Run `call()`, which launches kernels of `module` on meta tensors; each is compiled for the target and none is run."""
     import triton
@@ -187,25 +151,6 @@ def compile_module(module: Any, target: str, call: Any) -> list[Launch]:
     with _pretending(target):
         call()
     return launches
-
-
-def code_of(launch: Launch, target: str) -> sass.Code:
-    """The machine code of a compiled kernel."""
-    shared = int(launch.compiled.metadata.shared)
-    if target.startswith("cuda"):
-        return sass.nvidia(launch.compiled.asm["cubin"], shared)
-    return sass.amd(launch.compiled.asm["amdgcn"], shared)
-
-
-def occupancy(code: sass.Code, warps: int, target: str) -> float:
-    """Share of an SM's threads that its registers, shared memory and block slots let live at once."""
-    threads, registers, shared, most = LIMITS.get(target, LIMITS["cuda:90"])
-    size = warps * WARP.get(target.partition(":")[2], 32)
-    per_thread = max(8, -(-code.registers // 8) * 8)
-    blocks = min(threads // size, registers // (per_thread * size), most)
-    if code.shared_bytes:
-        blocks = min(blocks, shared // (code.shared_bytes + 1024))
-    return min(1.0, blocks * size / threads)
 
 
 def inspect(
@@ -279,37 +224,38 @@ def inspect_triton(
         raise UnsupportedError(f"target {target!r}: one of {', '.join(TARGETS)}")
     kind = getattr(torch, dtype)
     itemsize = torch.empty(0, dtype=kind).element_size()
-    spec = make_spec(
-        program, q_grid, k_grid, head_dim=head_dim, value_dim=value_dim, itemsize=itemsize, chosen=chosen, target=target
-    )
-    g = spec.geometry
-    assert g is not None
-    module = load_fresh(source(spec, heads=heads, dtype=dtype, target=target), load)
+    sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    spec = make_spec(program, q_grid, k_grid, **sizes, chosen=chosen, target=target)
+    parts = () if chosen else part_specs(program, q_grid, k_grid, heads, **sizes, target=target)
+    module = load_fresh(source(spec, parts=parts, heads=heads, dtype=dtype, target=target), load)
     began = time.perf_counter()
     launches = compile_module(module, target, lambda: _call(module, spec, heads, head_dim, value_dim, kind, batch))
     seconds = time.perf_counter() - began
-    most = _allowed(spec, heads)
-    kernels: dict[str, KernelReport] = {}
-    printed = {k.name: k for k in kernels_of(spec, Module())[0]}
+    every = parts or (spec,)
+    most = sum(_allowed(s, heads) for s in every)
+    found: dict[str, list[KernelReport]] = {}
+    kernels = {k.name: (s, k) for s, mine, _ in printed(spec, parts)[1] for k in mine}
     for launch in launches:
-        code = code_of(launch, target)
-        kernels[launch.name] = _kernel_report(spec, launch, code, printed.get(launch.name), most * batch, heads, batch, target)
-    tile = spec.tiles.forward
-    sent = schedule.issued(g, "q", tile) * heads + _prefix_elements(spec, heads)
-    rows = (g.n_queries, g.n_keys)
-    least = (
-        batch * heads * itemsize * (rows[0] * (head_dim + value_dim) + rows[1] * (head_dim + value_dim))
-        + batch * heads * rows[0] * 4
-    )
-    chunks = sent // tile.bm if tile.bm else 0
-    moved = (
-        batch * itemsize * (heads * rows[0] * (head_dim + value_dim) + chunks * (head_dim + value_dim))
-        + batch * heads * rows[0] * 4
-    )
+        owner, kernel = kernels.get(launch.name, (spec, None))
+        report = kernel_report(owner, launch, code_of(launch, target), kernel, most * batch, heads, batch, target)
+        found.setdefault(launch.name.removesuffix(owner.suffix), []).append(report)
+    sent = sum(schedule.issued(_geometry(s), "q", s.tiles.forward) * heads + _prefix_elements(s, heads) for s in every)
+    chunks = sum(schedule.issued(_geometry(s), "q", s.tiles.forward) * heads // s.tiles.forward.bm for s in every)
+    g, width = _geometry(spec), head_dim + value_dim
+    statistics = batch * heads * g.n_queries * 4
+    least = batch * heads * itemsize * (g.n_queries + g.n_keys) * width + statistics
+    again = 2 * len(every) - 1  # a later part reads its queries anew, and the output that it goes on from
+    moved = batch * itemsize * (heads * g.n_queries * (len(every) * head_dim + again * value_dim) + chunks * width)
     return Report(
-        spec.attend.name, target, spec.structure.strategy, most * batch, sent * batch, sent / max(most, 1),
-        2 * (head_dim + value_dim) * most * batch, least, moved, round(seconds, 3), kernels,
+        spec.attend.name, target, " + ".join(s.structure.strategy for s in every), most * batch, sent * batch, sent / max(most, 1),
+        2 * width * most * batch, least, moved + again * statistics, round(seconds, 3),
+        {name: together(each) for name, each in found.items()}, round(chunks / heads / max(g.n_queries, 1), 3),
     )  # fmt: skip
+
+
+def _geometry(spec: Spec) -> Geometry:
+    assert spec.geometry is not None
+    return spec.geometry
 
 
 def load_fresh(text: str, load: Any) -> Any:
@@ -318,8 +264,7 @@ def load_fresh(text: str, load: Any) -> Any:
 
 
 def _allowed(spec: Spec, heads: int) -> int:
-    assert spec.geometry is not None
-    return spec.geometry.allowed(heads)
+    return _geometry(spec).allowed(heads)
 
 
 def _prefix_elements(spec: Spec, heads: int) -> int:
@@ -365,83 +310,3 @@ def _call(module: Any, spec: Spec, heads: int, head_dim: int, value_dim: int, dt
     scale = head_dim**-0.5
     out, lse = module.run_forward(q, k, v, tables, scale)
     module.run_backward(q, k, v, out, lse, rows(g.n_queries, value_dim), None, tables, scale)
-
-
-def _kernel_report(
-    spec: Spec, launch: Launch, code: sass.Code, printed: Kernel | None, allowed: int, heads: int, batch: int, target: str
-) -> KernelReport:
-    lanes = launch.warps * WARP.get(target.partition(":")[2], 32)
-    programs = math.prod(launch.grid)
-    executed = float(code.straight * programs)
-    loops: list[LoopReport] = []
-    tile, stages = "-", 1
-    if printed is not None and launch.name == printed.name:
-        t = printed.tile_choice
-        tile, stages = f"{'x'.join(map(str, t.rows))}/{'x'.join(map(str, t.chunk))}", t.stages
-        executed, loops = _weigh(spec, printed, code, programs, heads, batch)
-    else:
-        for loop in code.loops:
-            executed += programs * loop.instructions
-            loops.append(LoopReport("full", loop.instructions, programs))
-    return KernelReport(
-        code.registers, code.spill_bytes, code.shared_bytes, code.mma, code.instructions, loops, executed * lanes / max(allowed, 1),
-        occupancy(code, launch.warps, target), tile, launch.warps, stages,
-    )  # fmt: skip
-
-
-def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, batch: int) -> tuple[float, list[LoopReport]]:
-    """Instructions executed by one lane of every program together, from the loop tree and the tile counts."""
-    g = spec.geometry
-    assert g is not None
-    ws = schedule.walks(g, k.side, k.tile_choice)
-    each = heads * batch
-    chunks = each * math.prod(w.steps for w in ws)
-    inner = ws[k.inner.axis]
-    full = chunks * inner.full // max(inner.steps, 1) if k.has_full() else 0
-    left = chunks * inner.left // max(inner.steps, 1) if k.has_full() else 0
-    right = chunks - full - left
-    outer_loops = [p for p in k.outer if not p.single and not k.hoist]
-    expected = (
-        []
-        if k.hoist
-        else ([("partial", left)] if left else []) + ([("full", full)] if full else []) + ([("partial", right)] if right else [])
-    )
-    loops: list[LoopReport] = []
-    executed = float(code.straight * programs)
-
-    def visit(found: tuple[sass.Loop, ...], depth: int, times: int) -> None:
-        nonlocal executed
-        leaves = [x for x in found if not x.inner]
-        with_mma = [x for x in leaves if x.mma]
-        for loop in found:
-            if loop.inner:
-                here = times
-                if k.batched:
-                    here = each // heads * programs // (-(-batch // k.tile_choice.batch))
-                elif depth < len(outer_loops):
-                    here = programs // ws[k.inner.axis].programs * inner.programs
-                    here = each * math.prod(w.steps for w in ws if w is not inner) * inner.programs
-                executed += loop.instructions * here
-                visit(loop.inner, depth + 1, here)
-            elif k.hoist:
-                n = heads * batch * math.prod(w.programs for w in ws) if k.batched else times
-                unroll = max(1, round(loop.mma / per_chunk)) if per_chunk else 1
-                executed += loop.instructions * n / unroll
-                loops.append(LoopReport("partial" if not all(p.exact for p in k.plans) else "full", loop.instructions, n))
-            elif loop.mma:
-                i = with_mma.index(loop)
-                kind, n = expected[i] if i < len(expected) else ("partial", 0)
-                unroll = max(1, round(loop.mma / per_chunk)) if per_chunk else 1
-                executed += loop.instructions * n / unroll
-                loops.append(LoopReport(kind, loop.instructions, n))
-            else:
-                executed += loop.instructions * times
-
-    masses = sorted(x.mma for x in _leaves(code.loops) if x.mma)
-    per_chunk = masses[0] if masses else 0
-    visit(code.loops, 0, programs)
-    return executed, loops
-
-
-def _leaves(loops: tuple[sass.Loop, ...]) -> list[sass.Loop]:
-    return [y for x in loops for y in (_leaves(x.inner) if x.inner else [x])]

@@ -12,16 +12,19 @@ from attnc.errors import BuildError
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*?);?\s*(?:/\*.*)?$")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
+MASKS = ("ISETP", "FSETP", "SEL", "FSEL", "PLOP3", "UISETP", "USEL", "UPLOP3")
 MMA = ("HMMA", "HGMMA", "QGMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "OMMA")
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A backward branch: instructions of its body without inner loops, tensor-core ones among them, and the inner loops."""
+    """A backward branch: instructions of its body without inner loops, tensor-core ones and compares and selects among them, and the
+    inner loops."""
 
     instructions: int
     mma: int
     inner: tuple[Loop, ...] = ()
+    masks: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Code:
     spill_bytes: int
     shared_bytes: int
     histogram: dict[str, int] = field(default_factory=dict)
+    global_loads: dict[int, int] = field(default_factory=dict)  # by bits that one lane loads at once
+    local: int = 0  # loads and stores of local memory (spills, arrays that are no registers)
 
 
 def _tool(name: str) -> str:
@@ -125,23 +130,45 @@ def _code(
         spans[begin] = max(end, spans.get(begin, 0))
     ordered = sorted(spans.items(), key=lambda s: (s[0], -s[1]))
 
-    def build(low: int, high: int, candidates: list[tuple[int, int]]) -> tuple[int, int, tuple[Loop, ...]]:
+    def build(low: int, high: int, candidates: list[tuple[int, int]]) -> tuple[int, int, tuple[Loop, ...], int]:
         loops, rest = [], list(candidates)
         taken: list[tuple[int, int]] = []
         while rest:
             span = rest.pop(0)
             inside = [s for s in rest if s[0] >= span[0] and s[1] <= span[1]]
             rest = [s for s in rest if s not in inside and s[0] > span[1]]
-            own, own_mma, inner = build(span[0], span[1], inside)
-            loops.append(Loop(own, own_mma, inner))
+            own, own_mma, inner, masks = build(span[0], span[1], inside)
+            loops.append(Loop(own, own_mma, inner, masks))
             taken.append(span)
         mine = [op for at, op in body if low <= at <= high and not any(b <= at <= e for b, e in taken)]
-        return len(mine), sum(op.startswith(mma) for op in mine), tuple(loops)
+        masks = sum(op.split(".")[0] in MASKS or op.startswith(("v_cmp", "v_cndmask")) for op in mine)
+        return len(mine), sum(op.startswith(mma) for op in mine), tuple(loops), masks
 
     last = body[-1][0] if body else 0
-    straight, _, loops = build(0, last, ordered)
+    straight, _, loops, _ = build(0, last, ordered)
     histogram: dict[str, int] = {}
     for _, op in body:
         histogram[op.split(".")[0]] = histogram.get(op.split(".")[0], 0) + 1
     total_mma = sum(op.startswith(mma) for _, op in body)
-    return Code(len(body), straight, total_mma, loops, registers, spills, shared, histogram)
+    loads: dict[int, int] = {}
+    for _, op in body:
+        bits = load_bits(op)
+        if bits:
+            loads[bits] = loads.get(bits, 0) + 1
+    local = sum(op.split(".")[0] in ("LDL", "STL") or op.startswith(("scratch_load", "scratch_store")) for _, op in body)
+    widths = dict(sorted(loads.items(), reverse=True))
+    return Code(len(body), straight, total_mma, loops, registers, spills, shared, histogram, widths, local)
+
+
+def load_bits(op: str) -> int:
+    """Bits that one lane loads from global memory by this instruction, 0 where it is no such load."""
+    name, *suffixes = op.split(".")
+    if name in ("LDG", "LDGSTS"):
+        known = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+        return next((known[x] for x in suffixes if x in known), 32)
+    m = re.fullmatch(r"(?:global|buffer|flat)_load_(?:lds_)?(dword|b|short|ushort|ubyte|u|d)(x)?(\d*)\w*", name)
+    if not m:
+        return 0
+    if m[1] == "dword":
+        return 32 * int(m[3] or 1)
+    return int(m[3]) if m[1] in ("b", "u", "d") and m[3] else 8 if m[1] == "ubyte" else 16

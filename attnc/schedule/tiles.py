@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -33,6 +33,11 @@ class Tile:
     warps: int = 4
     stages: int = 2
     batch: int = 1  # batch items one program walks (geometry, mask and bias stay in registers)
+    wraps: tuple[bool, ...] = ()  # axes on which the tile before the first row takes the last rows as well (see `joins`)
+
+    def wrapped(self, axis: int) -> bool:
+        """Whether tiles wrap around the end of an axis."""
+        return bool(self.wraps) and self.wraps[axis]
 
     @property
     def bm(self) -> int:
@@ -92,9 +97,22 @@ def ends(axis: Axis, side: Side) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(axis.inverse_lo, first), np.minimum(axis.inverse_hi, last)
 
 
+def joins(axis: Axis) -> bool:
+    """Whether the two blocks that an axis cuts, its first and its last, are one block together, and so share a tile.
+
+    That is the layout of a cyclic shift, without the shift: the tile that begins before the first row goes on at the end.
+    """
+    n = axis.real_queries
+    alone = axis.split == 1 and axis.queries == axis.keys == axis.real_keys == n
+    return alone and bool(axis.block and axis.shift) and n % axis.block == 0
+
+
 @lru_cache(maxsize=65536)
-def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False) -> Walk:
+def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False, wrap: bool = False) -> Walk:
     """Count one axis. `columns`: there is no inverse in closed form, so dk and dv programs visit the whole axis."""
+    if wrap:
+        n = axis.queries // rows
+        return Walk(n, n, most=1, full=0, partial=n, left=0, overruns=False, exact=True, one_box=True)
     lo, hi = ends(axis, side)
     size = axis.before_queries + axis.real_queries if side == "q" else axis.keys
     other = axis.keys if side == "q" else axis.before_queries + axis.real_queries
@@ -137,8 +155,8 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
 def walks(g: Geometry, side: Side, tile: Tile) -> tuple[Walk, ...]:
     """Every axis of a geometry."""
     out = []
-    for axis, form, rows, chunk in zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True):
-        out.append(walk(axis, side, rows, chunk, columns=side == "k" and form.inverse_lo is None))
+    for i, (axis, form, rows, chunk) in enumerate(zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True)):
+        out.append(walk(axis, side, rows, chunk, columns=side == "k" and form.inverse_lo is None, wrap=tile.wrapped(i)))
     return tuple(out)
 
 
@@ -233,17 +251,42 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
     tile = _grouped(g)
     if tile is None or (tile.bm > 64 and width > 64) or (kind == "dkv" and width > 128):
         return None
-    cut = any(a.shift for a in g.axes)
+    wraps = tuple(joins(a) for a in g.axes)
+    cut = any(a.shift and not w for a, w in zip(g.axes, wraps, strict=True))
     if kind == "forward":
         warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
     else:
         warps = 8 if width > 64 else 4
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
-    tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1)
+    tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
     if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
         return None
     return tile if shared_bytes(kind, tile, width, itemsize, target) <= shared_limit(target) else None
+
+
+def _settled(g: Geometry, side: Side, tile: Tile, kind: Kind, width: int, itemsize: int, target: str) -> Tile:
+    """The largest tiles of 64 channels, as their registers turned out when compiled: what the cost does not know.
+
+    Before sm_90, dq holds 128 x 64 scores without spills. From sm_90 on, dk and dv of tiles without masks take fewer instructions
+    by 64 x 128 in one warpgroup that does not pipeline (two of them share a multiprocessor); with masks they hold 64 x 64.
+    """
+    if width != 64 or itemsize > 2 or tile.warps != 8 or not target.startswith("cuda"):
+        return tile
+
+    def scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:
+        most = max(sides)
+        at = sides.index(most)
+        return (*sides[:at], most * 2 if up else most // 2, *sides[at + 1 :])
+
+    hopper = int(target.removeprefix("cuda:")) >= 90
+    if kind == "dq" and not hopper and (tile.bm, tile.bn) == (128, 128):
+        return replace(tile, chunk=scaled(tile.chunk, up=False))
+    if kind == "dkv" and hopper and (tile.bm, tile.bn) == (128, 64):
+        half = replace(tile, rows=scaled(tile.rows, up=False), warps=4)
+        wide = replace(half, chunk=scaled(tile.chunk, up=True), stages=1)
+        return wide if all(w.exact for w in walks(g, side, wide)) else half
+    return tile
 
 
 @lru_cache(maxsize=1024)
@@ -292,10 +335,10 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, t
             if best is None or cost < best[0]:
                 best = cost, tile
     assert least is not None  # 16 columns fit every axis
-    tile = least if best is None else best[1]
+    tile = least if best is None else _settled(g, side, best[1], kind, width, itemsize, target)
     ws = walks(g, side, tile)
     inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
-    return Tile(tile.rows, tile.chunk, inner, tile.warps, 1 if tile.warps == 1 else 2)
+    return Tile(tile.rows, tile.chunk, inner, tile.warps, min(tile.stages, 1 if tile.warps == 1 else 2))
 
 
 def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target: str = "cuda:80") -> Tiles:
