@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from attnc import ir
-from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, pad_of
+from attnc.analysis.dropout import TABLE
+from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, check_dropout, pad_of, seed_table
 from attnc.codegen import around
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
@@ -174,14 +175,19 @@ class Operator:
         seed: int | None = None,
         **tables: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """out, in q's dtype and layout; with return_lse also lse float32 [B, Hq, Nq] (natural log, -inf for a row without keys)."""
+        """out, in q's dtype and layout; with return_lse also lse float32 [B, Hq, Nq] (natural log, -inf for a row without keys).
+
+        dropout_p: each weight is kept with probability 1 - p and then divided by it, lse and sums being those of all weights; which
+        ones is decided by `seed` (any 64-bit integer) and logical indices alone, see `attnc.analysis.dropout`. Without a seed one is
+        drawn from torch's default generator.
+        """
         name = self.source.name
         if sizes is not None:
             raise UnsupportedError(
                 f"{name}: sizes= (a valid region per batch item) is not lowered by any backend yet; mask in the pattern"
             )
         if dropout_p or seed is not None:
-            raise UnsupportedError(f"{name}: dropout_p= is not lowered by any backend yet; apply dropout to the output instead")
+            check_dropout(name, dropout_p, seed)
         for what, t in (("q", q), ("k", k), ("v", v)):
             if t is not None and not isinstance(t, Tensor):
                 raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
@@ -195,8 +201,8 @@ class Operator:
         accepted = self._accepted(rows, grid, tables, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):
-            if return_lse:
-                raise ShapeError(f"mechanism {name}: unexpected argument return_lse")
+            if return_lse or dropout_p:
+                raise ShapeError(f"mechanism {name}: unexpected argument {'return_lse' if return_lse else 'dropout_p'}")
             values = list(_three(rows))
             for _, (a, b, c) in self._graph.steps:
                 values.append(direct.channel(past, values[a], values[b], values[c], scale, accepted.backend))
@@ -207,6 +213,10 @@ class Operator:
         if return_lse and (weights.kind != "softmax" or weights.over == "queries"):
             what = "softmax over queries" if weights.kind == "softmax" else weights.kind
             raise ShapeError(f"{name}: return_lse=True, but weights by {what} have no log-sum-exp of a query")
+        if dropout_p:
+            traced = traced.dropped
+            accepted = replace(accepted, traced=traced)
+            tables = {**tables, TABLE: seed_table(dropout_p, seed, rows[0].device)}
         ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
         run = self._run if traced.core is None or accepted.backend == "eager" else self._surrounded
         out, lse = run(past, rows, ordered, scale, accepted)

@@ -106,7 +106,20 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         factor = value(a.post).to(raw.dtype)
         if g.q_prefix or g.k_prefix:
             factor = torch.where(beside, 1.0, factor)
+    if a.dropout is not None:
+        leaves |= {ir.index("q"): _numbers(call, tile, "q")[:, :, None], ir.index("k"): _numbers(call, tile, "k")[:, None, :]}
+        kept: Tensor = evaluate(a.dropout, leaves, torch, lambda name, at: tables[name][at], lambda x: x.to(raw.dtype))
+        factor = kept if factor is None else factor * kept
     return Pairs(score, allowed, factor, v)
+
+
+def _numbers(call: Call, tile: Tile, role: ir.Role) -> Tensor:
+    """[T, n] or [T, m]: `index` of each token, of virtual ones on the extended grid; of prefix tokens negative."""
+    g, queries = call.geometry, role == "q"
+    coords, tokens, prefix = (tile.q_coords, tile.queries, g.q_prefix) if queries else (tile.k_coords, tile.keys, g.k_prefix)
+    leaves: dict[ir.Expr, object] = {**g.sizes, **{ir.coord(role, i): c for i, c in enumerate(coords)}}
+    on_grid = evaluate(ir.flatten_index(ir.index(role), call.attend.rank, call.program.same_grid), leaves, torch)
+    return torch.where(coords[0] < 0, tokens - prefix, on_grid)
 
 
 def attend_block(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from attnc import ir
+from attnc.analysis.dropout import with_dropout
 from attnc.codegen.around import core_program
 from attnc.runtime import operator
 
@@ -26,6 +28,11 @@ class Traced:
         """The statement."""
         assert isinstance(self.program.attend, ir.Attend)
         return self.program.attend
+
+    @cached_property
+    def dropped(self) -> Traced:
+        """The same statement with its weights dropped out, which reads one more table."""
+        return Traced.of(ir.to_json(with_dropout(self.program)))
 
     @classmethod
     def of(cls, text: str) -> Traced:
