@@ -225,12 +225,12 @@ class Scores(Shapes):
         dropout = self.spec.attend.dropout
         if dropout is None:
             return
-        _, low, high, *_, token = next(n for n in ir.walk(dropout) if n.op == "philox").children
-        role = next(n.args[0] for n in ir.walk(token) if n.op == "index")
+        _, *counter = next(n for n in ir.walk(dropout) if n.op == "philox").children
+        role = next(n.args[0] for n in ir.walk(counter[-1]) if n.op == "index")
         if of_rows == (role == self.side):
-            args = ", ".join(triton_expr.text(e, self.dropout_names(), lambda n, _: self.table(n, "")) for e in (low, high))
-            number = triton_expr.text(token, self.dropout_names())
-            self.put(f"word0, word1 = {self.module.use('random_words', WORDS)}({args}, b, h, {number})")
+            names = self.dropout_names()
+            args = ", ".join(triton_expr.text(e, names, lambda n, _: self.table(n, "")) for e in counter)
+            self.put(f"word0, word1 = {self.module.use('random_words', WORDS)}({args})")
 
     def dropped(self) -> str:
         """What dropout multiplies the weights of a chunk by."""
