@@ -260,6 +260,14 @@ class Operator:
         sink = traced.attend.normalizer.sink
         if sink is not None:
             bounds.check_sink(traced.attend, tables[sink].shape, q.shape[1])
+        maps = [m for m in (traced.attend.q_map, traced.attend.k_map) if m is not None and m.kind == "rotary"]
+        if maps and q.shape[-1] < 2 * len(q_grid):
+            raise ShapeError(f"{name}: rotary over {len(q_grid)} axes turns {2 * len(q_grid)} channels or more, and D is {q.shape[-1]}")
+        if traced.attend.k_map in maps and "pad_k" in tables and backend != "eager":
+            raise UnsupportedError(
+                f"{name}: pad_k= together with rotary keys: one row for all virtual keys cannot turn by their places; leave it out "
+                "(zeros stay zeros), or give backend='eager'"
+            )
         return Accepted(scale, backend, self._layouts[len(q_grid)], q_grid, k_grid, traced)
 
     def _run(
@@ -285,7 +293,7 @@ class Operator:
         core, inner = call.traced.core, replace(call, traced=call.traced.core)
         named = {s.name: t for s, t in zip(call.traced.tables, tables, strict=True)}
         return around.surround(
-            call.traced.attend, _three(rows), named, lambda r, t: self._run(past, r, [t[s.name] for s in core.tables], scale, inner)
+            call.traced.program, (call.q_grid, call.k_grid), _three(rows), named, lambda r, t: self._run(past, r, [t[s.name] for s in core.tables], scale, inner)
         )
 
     def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
+from attnc.codegen.around import turned_channels
 from attnc.runtime.call import Call, empty_like_order, lse_like
 
 
@@ -58,11 +59,9 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         pick = virtual[..., None]
         k = torch.where(pick, tables["pad_k"][:, None, None, :], k)
         v = torch.where(pick, tables["pad_v"][:, None, None, :], v)
-    for name, m in (("q", a.q_map), ("k", a.k_map)):
-        if m is not None:
-            row = q if name == "q" else k
-            row = row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(m.eps)
-            q, k = (row, k) if name == "q" else (q, row)
+    q, k = (
+        _mapped(rows, m, coords) for rows, m, coords in ((q, a.q_map, tile.q_coords), (k, a.k_map, tile.k_coords))
+    )
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     raw = (q @ k.transpose(-1, -2)) * call.scale  # [B, H, T, n, m]
@@ -111,6 +110,15 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         kept: Tensor = evaluate(a.dropout, leaves, torch, lambda name, at: tables[name][at], lambda x: x.to(raw.dtype))
         factor = kept if factor is None else factor * kept
     return Pairs(score, allowed, factor, v)
+
+
+def _mapped(rows: Tensor, m: ir.RowMap | None, coords: tuple[Tensor, ...]) -> Tensor:
+    """Rows [B, H, T, n, D] through a row map. A prefix token lies at 0, where nothing turns."""
+    if m is None:
+        return rows
+    if m.kind == "l2norm":
+        return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(m.eps)
+    return turned_channels(rows, [c.clamp_min(0) for c in coords], m.base, m.interleaved)
 
 
 def _numbers(call: Call, tile: Tile, role: ir.Role) -> Tensor:
