@@ -215,6 +215,7 @@ class Operator:
             raise ShapeError(f"{name}: return_lse=True, but weights by {what} have no log-sum-exp of a query")
         if dropout_p:
             traced = traced.dropped
+            assert traced is not None
             accepted = replace(accepted, traced=traced)
             tables = {**tables, TABLE: seed_table(dropout_p, seed, rows[0].device)}
         ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
