@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from attnc import ir
+from attnc.analysis.dropout import kept_words
 from attnc.errors import DeclarationError, ShapeError, UnsupportedError
 from attnc.runtime.layout import Layout
 
@@ -81,3 +83,20 @@ def pad_of(pad: PadLike, attend: ir.Attend, same_grid: bool) -> dict[str, Any]:
             n *= int(p.args[0])
         multiples.append(n)
     return {"pad_multiple": tuple(multiples)}
+
+
+def check_dropout(name: str, p: float, seed: int | None) -> None:
+    """Refuse a probability outside [0, 1) and a seed that is no 64-bit integer."""
+    if isinstance(p, bool | Tensor) or not isinstance(p, float | int | torch.SymFloat) or not 0 <= p < 1:
+        raise ShapeError(f"{name}: dropout_p={p!r}: the probability of dropping a weight, a number from 0 to less than 1")
+    if seed is not None and (not isinstance(seed, int | torch.SymInt) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64):
+        raise ShapeError(f"{name}: seed={seed!r}: a 64-bit integer, or None to draw one from torch's default generator")
+
+
+def seed_table(p: float, seed: int | None, device: torch.device) -> Tensor:
+    """What dropout reads at run time (see analysis.dropout): int64 [3], each a signed 32-bit number. Nothing waits for the device."""
+    kept = torch.tensor([kept_words(p)], device=device)
+    if seed is None:
+        return torch.cat((torch.randint(-(2**31), 2**31, (2,), device=device), kept))
+    halves = [(seed // 2 ** (32 * i) + 2**31) % 2**32 - 2**31 for i in range(2)]
+    return torch.cat((torch.tensor(halves, device=device), kept))

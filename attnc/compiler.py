@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from attnc import ir
-from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, pad_of
+from attnc.analysis.dropout import TABLE
+from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, check_dropout, pad_of, seed_table
 from attnc.codegen import around
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
@@ -174,14 +175,19 @@ class Operator:
         seed: int | None = None,
         **tables: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """out, in q's dtype and layout; with return_lse also lse float32 [B, Hq, Nq] (natural log, -inf for a row without keys)."""
+        """out, in q's dtype and layout; with return_lse also lse float32 [B, Hq, Nq] (natural log, -inf for a row without keys).
+
+        dropout_p: each weight is kept with probability 1 - p and then divided by it, lse and sums being those of all weights; which
+        ones is decided by `seed` (any 64-bit integer) and logical indices alone, see `attnc.analysis.dropout`. Without a seed one is
+        drawn from torch's default generator.
+        """
         name = self.source.name
         if sizes is not None:
             raise UnsupportedError(
                 f"{name}: sizes= (a valid region per batch item) is not lowered by any backend yet; mask in the pattern"
             )
         if dropout_p or seed is not None:
-            raise UnsupportedError(f"{name}: dropout_p= is not lowered by any backend yet; apply dropout to the output instead")
+            check_dropout(name, dropout_p, seed)
         for what, t in (("q", q), ("k", k), ("v", v)):
             if t is not None and not isinstance(t, Tensor):
                 raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
@@ -195,8 +201,8 @@ class Operator:
         accepted = self._accepted(rows, grid, tables, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):
-            if return_lse:
-                raise ShapeError(f"mechanism {name}: unexpected argument return_lse")
+            if return_lse or dropout_p:
+                raise ShapeError(f"mechanism {name}: unexpected argument {'return_lse' if return_lse else 'dropout_p'}")
             values = list(_three(rows))
             for _, (a, b, c) in self._graph.steps:
                 values.append(direct.channel(past, values[a], values[b], values[c], scale, accepted.backend))
@@ -207,6 +213,11 @@ class Operator:
         if return_lse and (weights.kind != "softmax" or weights.over == "queries"):
             what = "softmax over queries" if weights.kind == "softmax" else weights.kind
             raise ShapeError(f"{name}: return_lse=True, but weights by {what} have no log-sum-exp of a query")
+        if dropout_p:
+            traced = traced.dropped
+            assert traced is not None
+            accepted = replace(accepted, traced=traced)
+            tables = {**tables, TABLE: seed_table(dropout_p, seed, rows[0].device)}
         ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
         run = self._run if traced.core is None or accepted.backend == "eager" else self._surrounded
         out, lse = run(past, rows, ordered, scale, accepted)
@@ -250,6 +261,14 @@ class Operator:
         sink = traced.attend.normalizer.sink
         if sink is not None:
             bounds.check_sink(traced.attend, tables[sink].shape, q.shape[1])
+        maps = [m for m in (traced.attend.q_map, traced.attend.k_map) if m is not None and m.kind == "rotary"]
+        if maps and q.shape[-1] < 2 * len(q_grid):
+            raise ShapeError(f"{name}: rotary over {len(q_grid)} axes turns {2 * len(q_grid)} channels or more, and D is {q.shape[-1]}")
+        if traced.attend.k_map in maps and "pad_k" in tables and backend != "eager":
+            raise UnsupportedError(
+                f"{name}: pad_k= together with rotary keys: one row for all virtual keys cannot turn by their places; leave it out "
+                "(zeros stay zeros), or give backend='eager'"
+            )
         return Accepted(scale, backend, self._layouts[len(q_grid)], q_grid, k_grid, traced)
 
     def _run(
@@ -275,7 +294,7 @@ class Operator:
         core, inner = call.traced.core, replace(call, traced=call.traced.core)
         named = {s.name: t for s, t in zip(call.traced.tables, tables, strict=True)}
         return around.surround(
-            call.traced.attend, _three(rows), named, lambda r, t: self._run(past, r, [t[s.name] for s in core.tables], scale, inner)
+            call.traced.program, (call.q_grid, call.k_grid), _three(rows), named, lambda r, t: self._run(past, r, [t[s.name] for s in core.tables], scale, inner)
         )
 
     def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from attnc.errors import CacheError
 
 Kind = Literal["int", "bool", "real"]
 Role = Literal["q", "k"]
+ROLES: tuple[Role, Role] = ("q", "k")
 
 # op -> (number of expression arguments, how it prints). Leaves have none; "load" takes a table name and any number of indices.
 LEAVES = ("const", "coord", "index", "size", "head", "heads", "batch", "score", "var")
@@ -29,6 +30,9 @@ ARITY: dict[str, int] = {
     **dict.fromkeys(("eq", "ne", "lt", "le", "and", "or"), 2),
     **dict.fromkeys(("neg", "abs", "not", "exp", "log", "tanh", "sqrt", "sigmoid"), 1),
     "where": 3,
+    # random integers, see analysis.dropout: philox(word, key low, key high, batch, head, token), mix(word, word, token)
+    "philox": 6,
+    "mix": 3,
 }
 INFIX = {
     "add": "+",
@@ -293,15 +297,21 @@ SOFTMAX = Normalizer()
 
 @dataclass(frozen=True, slots=True)
 class RowMap:
-    """A map applied to each row of q or k before the product: "l2norm" (y = x / max(|x|, eps))."""
+    """A map applied to each row of q or k before the product: "l2norm" (y = x / max(|x|, eps)), or "rotary" (see
+    codegen.around.rotated_rows), by powers of `base`, of neighbouring channels where they are interleaved."""
 
-    kind: Literal["l2norm"] = "l2norm"
+    kind: Literal["l2norm", "rotary"] = "l2norm"
     eps: float = 1e-12
+    base: float = 10000.0
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
 class Attend:
-    """out[i] = sum over keys j with relation(i, j) of normalizer(score(i, j)) * post(i, j) * v[j]."""
+    """out[i] = sum over keys j with relation(i, j) of normalizer(score(i, j)) * post(i, j) * v[j].
+
+    dropout is one more factor, which prefix tokens have, too (see analysis.dropout).
+    """
 
     name: str
     rank: int
@@ -311,12 +321,13 @@ class Attend:
     post: Expr | None = None
     q_map: RowMap | None = None
     k_map: RowMap | None = None
+    dropout: Expr | None = None
 
     @cached_property
     def loads(self) -> dict[str, Expr]:
         """The runtime tables in order of first use, each with one of its elements as the statement reads it."""
         found: dict[str, Expr] = {}
-        for e in (self.relation, self.score, self.post):
+        for e in (self.relation, self.score, self.post, self.dropout):
             for n in walk(e) if e is not None else ():
                 if n.op == "load":
                     found.setdefault(n.args[0], n)
@@ -331,7 +342,7 @@ class Attend:
 
     @cached_property
     def int_tables(self) -> tuple[str, ...]:
-        """Tables the relation reads: integers, without a gradient."""
+        """Tables that the relation or dropout reads: integers, without a gradient."""
         return tuple(name for name, e in self.loads.items() if e.kind == "int")
 
     def table_rank(self, name: str) -> int:
@@ -425,6 +436,18 @@ def _tokens_in(d: dict[str, Any]) -> Tokens:
     return Tokens(tuple(None if n is None else int(n) for n in d["grid"]), int(d["prefix"]), pad, multiple)
 
 
+def _map_out(m: RowMap) -> list[Any]:
+    return [m.kind, m.eps] if m.kind == "l2norm" else [m.kind, m.base, m.interleaved]
+
+
+def _map_in(d: list[Any]) -> RowMap:
+    if d[0] == "rotary" and type(d[2]) is bool:
+        return RowMap("rotary", base=float(d[1]), interleaved=d[2])
+    if d[0] != "l2norm":
+        raise CacheError(f"unknown row map {d!r}")
+    return RowMap("l2norm", float(d[1]))
+
+
 def to_json(p: Program) -> str:
     """The program as one line of JSON; `from_json` reads it back equal."""
     a = p.attend
@@ -440,14 +463,16 @@ def to_json(p: Program) -> str:
         n = a.normalizer
         body["normalizer"] = [n.kind, n.over, n.sink, n.power]
         body["post"] = None if a.post is None else expr_to_data(a.post)
-        body["maps"] = [None if m is None else [m.kind, m.eps] for m in (a.q_map, a.k_map)]
+        body["maps"] = [None if m is None else _map_out(m) for m in (a.q_map, a.k_map)]
+        if a.dropout is not None:
+            body["dropout"] = expr_to_data(a.dropout)
     tokens = [{"grid": t.grid, "prefix": t.prefix, "pad": t.pad, "pad_multiple": t.pad_multiple} for t in (p.queries, p.keys)]
     return json.dumps({"attend": body, "tokens": tokens, "same_grid": p.same_grid}, separators=(",", ":"))
 
 
 def _check_statement(a: Attend) -> None:
     """Refuse a statement that no declaration makes."""
-    spoken = [e for e in (a.relation, a.score, a.post) if e is not None]
+    spoken = [e for e in (a.relation, a.score, a.post, a.dropout) if e is not None]
     axes = [n.args[1] for e in spoken for n in walk(e) if n.op in ("coord", "size")]
     ranks = {(n.args[0], len(n.args)) for e in spoken for n in walk(e) if n.op == "load"}
     kinds_fit = a.relation.kind == "bool" and "bool" not in (a.score.kind, a.post.kind if a.post else "real")
@@ -471,13 +496,11 @@ def from_json(text: str) -> Program:
                 raise CacheError(f"unknown normalizer {kind!r} over {over!r}")
             if not (sink is None or (isinstance(sink, str) and sink.isidentifier())) or type(power) is not int or power < 1:
                 raise CacheError(f"not a normalizer: sink {sink!r}, power {power!r}")
-            if any(m is not None and m[0] != "l2norm" for m in b["maps"]):
-                raise CacheError(f"unknown row map in {b['maps']!r}")
-            maps = [None if m is None else RowMap(m[0], float(m[1])) for m in b["maps"]]
-            post = None if b["post"] is None else expr_from_data(b["post"])
+            maps = [None if m is None else _map_in(m) for m in b["maps"]]
+            post, dropout = (None if b.get(n) is None else expr_from_data(b[n]) for n in ("post", "dropout"))
             norm = Normalizer(kind, over, sink, int(power))
             statement = (expr_from_data(b["relation"]), expr_from_data(b["score"]), norm, post)
-            node = Attend(str(b["name"]), int(b["rank"]), *statement, maps[0], maps[1])
+            node = Attend(str(b["name"]), int(b["rank"]), *statement, maps[0], maps[1], dropout)
             _check_statement(node)
         return Program(node, _tokens_in(tq), _tokens_in(tk), bool(d["same_grid"]))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import by_the_book
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -204,26 +205,34 @@ NORMALIZERS: dict[str, Callable[[Any], ir.Normalizer]] = {
 }
 
 
-def weighted(of: attnc.Pattern, kind: str, *, post: bool = False, maps: bool = False) -> attnc.Pattern:
-    """A pattern with other weights: a normaliser of NORMALIZERS (its table: `sink`), a post-factor, l2norm of the rows."""
+def weighted(of: attnc.Pattern, kind: str, *, post: bool = False, maps: bool | str = False) -> attnc.Pattern:
+    """A pattern with other weights: a normaliser of NORMALIZERS (its table: `sink`), a post-factor, maps of the rows ("rotary", or
+    l2norm where it is True)."""
     sink = Table("sink")
 
     def change(q: Any, k: Any, s: Any) -> Any:
         changes: dict[str, Any] = {"normalizer": NORMALIZERS[kind](sink)} if kind != "softmax" else {}
         if post:
             changes["post"] = as_expr(1 + abs(q[0] - k[0]) % 3)
-        if maps:
+        if maps == "rotary":
+            changes |= {"q_map": attnc.rotary(50.0), "k_map": attnc.rotary(50.0)}
+        elif maps == "interleaved":
+            changes |= {n: attnc.rotary(interleaved=True) for n in ("q_map", "k_map")}
+        elif maps:
             changes |= {"q_map": attnc.l2norm(), "k_map": attnc.l2norm(1e-3)}
         return replace(s, **changes)
 
     return rescored(kind, of, change)
 
 
+MAPS = (False, False, True, "rotary", "interleaved")
+
+
 def weights(rank: int) -> st.SearchStrategy[attnc.Pattern]:
     """Relations, scores and unions with every other normaliser, post-factors and row maps."""
     plain, own, kinds = relations(rank), scored(rank), st.sampled_from(("softmax", *NORMALIZERS))
     of = st.one_of(plain, own, st.builds(lambda a, b: a | b, plain, plain), st.builds(lambda a, b: a & b, own, plain))
-    return st.builds(lambda p, kind, post, maps: weighted(p, kind, post=post, maps=maps), of, kinds, st.booleans(), st.booleans())
+    return st.builds(lambda p, kind, post, maps: weighted(p, kind, post=post, maps=maps), of, kinds, st.booleans(), st.sampled_from(MAPS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- problems
@@ -246,9 +255,10 @@ class Problem:
     seed: int = 0
     reach: int = 16
     tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dropout: float = 0.0
 
     def __repr__(self) -> str:
-        keys = ("batch", "heads", "kv_heads", "d", "dv", "dtype", "prefix", "pad", "scale", "strides", "seed")
+        keys = ("batch", "heads", "kv_heads", "d", "dv", "dtype", "prefix", "pad", "scale", "strides", "seed", "dropout")
         return f"Problem({self.pattern.name}, {self.grid}, {', '.join(f'{k}={getattr(self, k)}' for k in keys)})"
 
     @property
@@ -280,6 +290,8 @@ class Problem:
         }
         if self.pad is not None:
             tables |= {"pad_k": numbers(self.kv_heads, self.d), "pad_v": numbers(self.kv_heads, self.dv)}
+            if (self.pattern.trace(ir.AXES[len(self.grid)]).k_map or ir.RowMap()).kind == "rotary":
+                del tables["pad_k"]  # zeros: one row for all virtual keys cannot turn by their places
         return rows, tables
 
 
@@ -327,13 +339,16 @@ def problems(
     prefix = draw(st.integers(0, 2)) if plain and draw(st.booleans()) else 0
     if not plain and draw(st.booleans()):
         pad = tuple((draw(st.integers(0, 2)), draw(st.integers(0, 3))) for _ in range(rank))
+    pattern = draw(made(rank))
+    map_of = pattern.trace(ir.AXES[rank]).q_map
+    widths = (1, 3, 8, 16, 33) if map_of is None or map_of.kind == "l2norm" else (8, 15, 16, 33)
     return Problem(
-        draw(made(rank)),
+        pattern,
         tuple(sizes),
         batch=draw(st.sampled_from((1, 2))),
         heads=kv_heads * draw(st.sampled_from((1, 2))),
         kv_heads=kv_heads,
-        d=draw(st.sampled_from((1, 3, 8, 16, 33))),
+        d=draw(st.sampled_from(widths)),
         dv=draw(st.sampled_from((1, 5, 8, 17))),
         dtype=draw(st.sampled_from(dtypes)),
         prefix=prefix,
@@ -341,6 +356,7 @@ def problems(
         scale=draw(st.sampled_from((None, 0.3))),
         strides=draw(st.sampled_from(STRIDES)),
         seed=draw(st.integers(0, 1000)),
+        dropout=draw(st.sampled_from((0.0, 0.0, 0.1, 0.6))),
     )
 
 
@@ -367,24 +383,30 @@ def dense(
     v: Tensor,
     scale: float,
     tables: dict[str, Tensor],
+    dropout: tuple[float, int] = (0.0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the book: every pair at once, differentiable, in the inputs' dtype. [B, H, N, D] tensors."""
+    """Attention by the book: every pair at once, differentiable, in the inputs' dtype. [B, H, N, D] tensors; dropout: p and seed."""
     a = program.attend
     assert isinstance(a, ir.Attend)
     nothing = ((0, 0),) * a.rank
     pads = [t.pad or nothing for t in (program.queries, program.keys)]
     q_row, q_at = _points(q_grid, pads[0], program.queries.prefix)
     k_row, k_at = _points(k_grid, pads[1], program.keys.prefix)
+    q_number, k_number = torch.arange(len(q_row))[q_row >= 0], torch.arange(len(k_row))
     q_at = q_at[:, q_row >= 0]
     k, v = k[:, :, k_row.clamp_min(0)], v[:, :, k_row.clamp_min(0)]
-    if "pad_k" in tables:
+    if "pad_v" in tables:
         outside = (k_row < 0)[:, None]
-        k = torch.where(outside, tables["pad_k"][:, None], k)
+        k = torch.where(outside, tables["pad_k"][:, None] if "pad_k" in tables else 0.0, k)
         v = torch.where(outside, tables["pad_v"][:, None], v)
-    if a.q_map:
-        q = q / q.norm(dim=-1, keepdim=True).clamp_min(a.q_map.eps)
-    if a.k_map:
-        k = k / k.norm(dim=-1, keepdim=True).clamp_min(a.k_map.eps)
+    q, k = (
+        t
+        if m is None
+        else by_the_book.rotary(t, at, m.base, m.interleaved)
+        if m.kind == "rotary"
+        else t / t.norm(dim=-1, keepdim=True).clamp_min(m.eps)
+        for t, m, at in ((q, a.q_map, q_at), (k, a.k_map, k_at))
+    )
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     raw = q @ k.transpose(-1, -2) * scale
@@ -436,6 +458,9 @@ def dense(
     if a.post is not None:
         post = torch.as_tensor(evaluate(ir.flatten_index(a.post, a.rank, same), leaves, torch, load, real)).to(raw.dtype)
         weight = weight * torch.where(beside, 1.0, post)
+    if dropout[0]:
+        kept = by_the_book.kept(*dropout, q.shape[0], q.shape[1], q_number, k_number)
+        weight = weight * kept.to(raw.dtype) / (1 - dropout[0])
     return weight.expand(raw.shape) @ v, lse
 
 
@@ -466,11 +491,12 @@ def run_operator(p: Problem, backend: str, *, lse: bool = True, op: attnc.Operat
     """out, lse and every gradient from a backend."""
     op = op or p.compile(backend)
     rows, tables = p.inputs()
+    drop: dict[str, Any] = {"dropout_p": p.dropout, "seed": p.seed * 2**29} if p.dropout else {}
 
     def run(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if not has_lse(p):
-            return op(q, k, v, scale=p.scale, **t), torch.zeros(())
-        return op(q, k, v, scale=p.scale, return_lse=True, **t)
+            return op(q, k, v, scale=p.scale, **drop, **t), torch.zeros(())
+        return op(q, k, v, scale=p.scale, return_lse=True, **drop, **t)
 
     return _differentiate(run, rows, tables, p.seed, lse)
 
@@ -488,7 +514,7 @@ def run_dense(p: Problem, dtype: torch.dtype, *, lse: bool = True) -> Results:
     scale = p.d**-0.5 if p.scale is None else p.scale
 
     def run(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return dense(program, p.grid, p.grid, q, k, v, scale, t)
+        return dense(program, p.grid, p.grid, q, k, v, scale, t, (p.dropout, p.seed * 2**29))
 
     return _differentiate(run, rows, tables, p.seed, lse)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnc import ir
+from attnc.analysis.dropout import mix, philox
 
 Load = Callable[[str, tuple[Any, ...]], Any]
 
@@ -88,6 +89,10 @@ def _apply(op: str, a: list[Any], xp: Any) -> Any:
             return xp.where(a[0] < a[1] if op == "min" else a[0] > a[1], a[0], a[1])
         case "where":
             return (a[1] if a[0] else a[2]) if _plain(a[0]) else xp.where(a[0], a[1], a[2])
+        case "philox":
+            return philox(*a)
+        case "mix":
+            return mix(*a)
     if _plain(a[0]):  # the functions of torch refuse Python numbers
         return 1 / (1 + math.exp(-a[0])) if op == "sigmoid" else getattr(math, op)(a[0])
     return 1 / (1 + xp.exp(-a[0])) if op == "sigmoid" else getattr(xp, op)(a[0])

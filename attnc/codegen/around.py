@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnc import ir
+from attnc.errors import UnsupportedError
 
 
 def core(a: ir.Attend) -> ir.Attend:
@@ -35,6 +36,42 @@ def unit_rows(rows: Tensor, eps: float) -> Tensor:
     return (wide / length.clamp_min(eps)).to(rows.dtype)
 
 
+def turned_channels(rows: Tensor, places: list[Tensor], base: float, interleaved: bool) -> Tensor:
+    """Rotary embedding (Su et al., "RoFormer", 2021), each axis in channels of its own: rows [..., D] whose tokens lie at places [...]
+    per axis. A pair (a, b) of channels becomes (a cos - b sin, a sin + b cos).
+
+    An axis has w = 2 * (D // (2 * axes)) channels, the first axis the first ones, and what is left stays as it is. Pair number i of an
+    axis turns by place * base ** (-2 i / w). Pairs are (2 i, 2 i + 1) where they are interleaved, else (i, i + w / 2). Angles are
+    computed in float64, the rest in float32 or wider.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    width = rows.shape[-1] // (2 * len(places)) * 2
+    exact = torch.float32 if rows.device.type == "mps" else torch.float64
+    steps = base ** (-torch.arange(0, width, 2, dtype=exact, device=rows.device) / width)
+    parts = []
+    for axis, place in enumerate(places):
+        angle = place.to(exact)[..., None] * steps
+        cos, sin = angle.cos().to(wide.dtype), angle.sin().to(wide.dtype)
+        mine = wide[..., axis * width : (axis + 1) * width]
+        a, b = (mine[..., 0::2], mine[..., 1::2]) if interleaved else mine.chunk(2, -1)
+        pair = (a * cos - b * sin, a * sin + b * cos)
+        parts.append(torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1))
+    return torch.cat([*parts, wide[..., len(places) * width :]], -1).to(rows.dtype)
+
+
+def rotated_rows(
+    rows: Tensor, grid: tuple[int, ...], first: tuple[int, ...], prefix: int, base: float, interleaved: bool
+) -> Tensor:
+    """turned_channels of [B, H, prefix + N, D] or [B, H, *grid, D]; the grid's first token lies at `first`, prefix tokens stay."""
+    tokens = rows[:, :, prefix:] if prefix else rows
+    tokens = tokens.unflatten(2, grid) if rows.dim() == 4 else tokens
+    ends = zip(first, grid, strict=True)
+    places = [torch.arange(a, a + n, device=rows.device).view(-1, *[1] * (len(grid) - 1 - i)) for i, (a, n) in enumerate(ends)]
+    out = turned_channels(tokens, places, base, interleaved)
+    out = out.flatten(2, -2) if rows.dim() == 4 else out
+    return torch.cat([rows[:, :, :prefix], out], 2) if prefix else out
+
+
 def join_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, H, ..., Dv] and lse [B, H, N] of a softmax whose sum gets exp(sink) more, sink [H] or [1]. Rows without keys: 0."""
     extra = sink.to(lse.dtype).view(1, -1, 1)
@@ -46,23 +83,37 @@ def join_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     return (out * share).to(out.dtype), joined
 
 
+def first_places(tokens: ir.Tokens) -> tuple[int, ...]:
+    """Coordinates of the grid's first token: behind the virtual rows that pad it."""
+    return tuple(before for before, _ in tokens.pad) if tokens.pad is not None else (0,) * len(tokens.grid)
+
+
+def _mapped(rows: Tensor, m: ir.RowMap, tokens: ir.Tokens, grid: tuple[int, ...]) -> Tensor:
+    if m.kind == "l2norm":
+        return unit_rows(rows, m.eps)
+    return rotated_rows(rows, grid, first_places(tokens), tokens.prefix, m.base, m.interleaved)
+
+
 def surround(
-    a: ir.Attend,
+    p: ir.Program,
+    grids: tuple[tuple[int, ...], tuple[int, ...]],
     rows: tuple[Tensor, Tensor, Tensor],
     tables: dict[str, Tensor],
     run: Callable[[tuple[Tensor, ...], dict[str, Tensor]], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """out and lse of the statement. run: those of its core, from q, k, v and the tables by name."""
     q, k, v = rows
-    if a.q_map is not None:
-        q = unit_rows(q, a.q_map.eps)
-    if a.k_map is not None:
-        k = unit_rows(k, a.k_map.eps)
-        if "pad_k" in tables:  # virtual keys are keys
-            tables = {**tables, "pad_k": unit_rows(tables["pad_k"], a.k_map.eps)}
+    a = p.attend
+    assert isinstance(a, ir.Attend)
+    q, k = (t if m is None else _mapped(t, m, *where) for t, m, *where in zip((q, k), (a.q_map, a.k_map), (p.queries, p.keys), grids))
+    if a.k_map is not None and a.k_map.kind == "l2norm" and "pad_k" in tables:  # virtual keys are keys (rotary ones: zeros)
+        tables = {**tables, "pad_k": unit_rows(tables["pad_k"], a.k_map.eps)}
     out, lse = run((q, k, v), tables)
     sink = a.normalizer.sink if a.normalizer.over == "keys" else None
     return (out, lse) if sink is None else join_sink(out, lse, tables[sink])
+
+
+MAPS: dict[str, tuple[Callable[..., Tensor], ...]] = {"l2norm": (unit_rows,), "rotary": (turned_channels, rotated_rows)}
 
 
 def described(a: ir.Attend) -> list[str]:
@@ -77,16 +128,31 @@ def described(a: ir.Attend) -> list[str]:
 
 def texts(a: ir.Attend) -> list[str]:
     """The functions of this file that a stand-alone module of the statement needs."""
-    maps, sink = a.q_map is not None or a.k_map is not None, a.normalizer.sink is not None
-    return [inspect.getsource(f) for f, needed in ((unit_rows, maps), (join_sink, sink)) if needed]
+    kinds = {m.kind for m in (a.q_map, a.k_map) if m is not None}
+    wanted = [f for kind, functions in MAPS.items() if kind in kinds for f in functions]
+    return [inspect.getsource(f) for f in (*wanted, *((join_sink,) if a.normalizer.sink is not None else ()))]
 
 
-def lines(a: ir.Attend, call: str, table: str, padded: bool) -> list[str]:
+def lines(
+    p: ir.Program, a: ir.Attend, grids: tuple[tuple[int, ...], tuple[int, ...]] | None, call: str, table: str
+) -> list[str]:
     """Lines that end a module's `attention`: the row maps, the kernels (`call` gives out, or out and lse for a sink), the sink.
 
-    table: how a table is spelt, "{}" standing for its name.
+    p: the kernels' program; a: the whole statement; table: how a table is spelt, "{}" standing for its name.
     """
-    rows = [("q", a.q_map), ("k", a.k_map), *([(table.format("pad_k"), a.k_map)] if padded else [])]  # virtual keys are keys
-    out = [f"{name} = unit_rows({name}, {m.eps!r})" for name, m in rows if m is not None]
+    padded = p.keys.pad is not None or p.keys.pad_multiple is not None
+    out = []
+    for i, (name, m, tokens) in enumerate(zip("qk", (a.q_map, a.k_map), (p.queries, p.keys), strict=True)):
+        if m is None:
+            continue
+        if m.kind == "l2norm":
+            names = (name, *((table.format("pad_k"),) if padded and name == "k" else ()))  # virtual keys are keys
+            out += [f"{n} = unit_rows({n}, {m.eps!r})" for n in names]
+            continue
+        if padded and name == "k":
+            raise UnsupportedError("a stand-alone module of rotary keys together with pad=: each virtual key turns by its own place")
+        assert grids is not None
+        where = f"{grids[i]!r}, {first_places(tokens)!r}, {tokens.prefix}"
+        out.append(f"{name} = rotated_rows({name}, {where}, {m.base!r}, {m.interleaved!r})")
     sink = a.normalizer.sink
     return [*out, f"return {call}" if sink is None else f"return join_sink(*{call}, {table.format(sink)})[0]"]

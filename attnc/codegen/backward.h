@@ -126,6 +126,8 @@ struct Backward {
         each_score<PLAIN>(P, numbers, tile, keys, masks, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
             const V units = natural(x, numbers), e = SOFTMAX ? exp2_vector(exponent(x, shift, unit) - rest) : weight_of(units);
             V dp = load(d + j), weight = e, post_dp = dp;
+@DROPOUT@            const V kept = dropout(P, numbers, tile.terms[i], keys.terms, j);
+@DROPOUT@            weight *= kept; dp *= kept; post_dp *= kept;
             if constexpr (!PLAIN && POST) {
                 const V factor = post(P, numbers, tile.terms[i], keys.terms, elements, j);
                 weight *= factor; post_dp *= factor;

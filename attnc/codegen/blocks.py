@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
+from attnc.codegen.around import turned_channels
 from attnc.runtime.call import Call, empty_like_order, lse_like
 
 
@@ -58,11 +59,9 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         pick = virtual[..., None]
         k = torch.where(pick, tables["pad_k"][:, None, None, :], k)
         v = torch.where(pick, tables["pad_v"][:, None, None, :], v)
-    for name, m in (("q", a.q_map), ("k", a.k_map)):
-        if m is not None:
-            row = q if name == "q" else k
-            row = row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(m.eps)
-            q, k = (row, k) if name == "q" else (q, row)
+    q, k = (
+        _mapped(rows, m, coords) for rows, m, coords in ((q, a.q_map, tile.q_coords), (k, a.k_map, tile.k_coords))
+    )
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     raw = (q @ k.transpose(-1, -2)) * call.scale  # [B, H, T, n, m]
@@ -106,7 +105,29 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         factor = value(a.post).to(raw.dtype)
         if g.q_prefix or g.k_prefix:
             factor = torch.where(beside, 1.0, factor)
+    if a.dropout is not None:
+        leaves |= {ir.index("q"): _numbers(call, tile, "q")[:, :, None], ir.index("k"): _numbers(call, tile, "k")[:, None, :]}
+        kept: Tensor = evaluate(a.dropout, leaves, torch, lambda name, at: tables[name][at], lambda x: x.to(raw.dtype))
+        factor = kept if factor is None else factor * kept
     return Pairs(score, allowed, factor, v)
+
+
+def _mapped(rows: Tensor, m: ir.RowMap | None, coords: tuple[Tensor, ...]) -> Tensor:
+    """Rows [B, H, T, n, D] through a row map. A prefix token lies at 0, where nothing turns."""
+    if m is None:
+        return rows
+    if m.kind == "l2norm":
+        return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(m.eps)
+    return turned_channels(rows, [c.clamp_min(0) for c in coords], m.base, m.interleaved)
+
+
+def _numbers(call: Call, tile: Tile, role: ir.Role) -> Tensor:
+    """[T, n] or [T, m]: `index` of each token, of virtual ones on the extended grid; of prefix tokens negative."""
+    g, queries = call.geometry, role == "q"
+    coords, tokens, prefix = (tile.q_coords, tile.queries, g.q_prefix) if queries else (tile.k_coords, tile.keys, g.k_prefix)
+    leaves: dict[ir.Expr, object] = {**g.sizes, **{ir.coord(role, i): c for i, c in enumerate(coords)}}
+    on_grid = evaluate(ir.flatten_index(ir.index(role), call.attend.rank, call.program.same_grid), leaves, torch)
+    return torch.where(coords[0] < 0, tokens - prefix, on_grid)
 
 
 def attend_block(

@@ -216,6 +216,7 @@ def describe(spec: Spec, backward: bool) -> list[str]:
         "",
         f"  keys of a query   {ir.show(a.relation)}",
         f"  score             {ir.show(a.score)}" + (f", weight times {ir.show(a.post)}" if a.post is not None else ""),
+        *(["                    weights are dropped out by a seed"] if a.dropout is not None else []),
         f"  per axis          {axes}; residual {ir.show(s.residual)}" + ("; axes flattened to one" if s.flat else ""),
         f"  shapes            head dim {spec.dim}, value dim {spec.value_dim}, {spec.dtype}; any grid, batch, heads, strides",
         "",
@@ -269,7 +270,10 @@ def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], bool
     out.append("// the part of a table offset that mixes query and key\n" if mixed else "")
     cases = f"    switch (load) {{\n{''.join(mixed)}    }}\n" if mixed else ""
     out.append(f"INLINE int64_t mixed_offset({pair}, int load, int k) {{\n{cases}    return 0;\n}}\n")
-    structs = _term_structs(p, offsets)
+    if a.dropout is not None:
+        out.append("// factor of the weight that dropout gives\n")
+        function(f"V dropout({pair}, int k)", p.real(_placed(spec, a.dropout)))
+    structs = _term_structs(p, offsets) + _prefix_terms(spec, p)
     apart = [o[3] is None and "numbers." not in o[0] + o[1] for o in offsets]
     return structs + "".join(out), [terms.tables.index(n.args[0]) for n in terms.loads], apart, "numbers." in structs, terms
 
@@ -300,6 +304,30 @@ def _term_structs(p: Printer, offsets: list[tuple[str, str, str, str | None]]) -
     out += [f"    offset[{i}] = {o[1]};\n" for i, o in enumerate(offsets)]
     out.append("}\n")
     return "".join(out)
+
+
+def _prefix_terms(spec: Spec, p: Printer) -> str:
+    """What computes the terms of dropout for a prefix token, whose `index` is *c."""
+    if spec.attend.dropout is None:
+        return ""
+    lines: dict[str, list[str]] = {"q": [], "k": []}
+    for e in dict.fromkeys(ir.walk(spec.attend.dropout)):
+        placed, alone = _placed(spec, e), ir.rewrite(e, lambda n: ir.coord(n.args[0], 0) if n.op == "index" else None)
+        if placed in p.terms.query:
+            lines["q"].append(f"    q.{p.terms.query[placed]} = {p.at_point(alone)};\n")
+        if placed in p.terms.key:
+            lines["k"].append(f"    keys.{p.terms.key[placed]}[k] = {p.at_point(alone)};\n")
+    args = "const Problem& P, const Numbers& numbers, const integer* c"
+    return (
+        "// the same of a prefix token, whose index is *c, for dropout\n"
+        f"INLINE void prefix_query_terms({args}, QueryTerms& q) {{\n{''.join(lines['q'])}}}\n"
+        f"INLINE void prefix_key_terms({args}, KeyTerms& keys, int k) {{\n{''.join(lines['k'])}}}\n"
+    )
+
+
+def _tagged(text: str, spec: Spec) -> str:
+    """The text of a header with the lines that dropout needs, or without them."""
+    return re.sub(r"^@DROPOUT@" + ("" if spec.attend.dropout is not None else ".*\n"), "", text, flags=re.M)
 
 
 def source(spec: Spec, backward: bool, band: bool = False) -> str:
@@ -337,14 +365,15 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
             f"constexpr int RELU = {power};   // without softmax, weights are max(score, 0) to this power; 0: its sigmoid\n",
         ]
     )
-    body = header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")
+    random = header("random.h") if a.dropout is not None else ""
+    body = random + header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")
     direction = "backward.h" if backward else "forward.h"
     loop = header(direction)
     if band:
         numbers += f"constexpr int BAND = {spec.band};   // keys of the last axis that a query sees, on grids long enough\n"
         loop = "".join(map(header, ("band_plan.h", "band_table.h", "band.h", f"band_{direction}")))
     parts = [_wrapped(describe(spec, backward)) + preamble(spec.dtype) + header("vec.h"), numbers, body, loop + "}\n"]
-    text = "\n".join(parts)
+    text = _tagged("\n".join(parts), spec)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 

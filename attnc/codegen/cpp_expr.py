@@ -100,6 +100,8 @@ def _scalar_op(e: Expr, a: list[str]) -> str:
             return f"({a[0]} < 0 ? -{a[0]} : {a[0]})"
         case "where":
             return f"({a[0]} ? {a[1]} : {a[2]})"
+        case "philox":
+            return f"philox({', '.join(a)})"
         case _ if e.op in COMPARE:
             return f"({a[0]} {COMPARE[e.op]} {a[1]})"
     return f"{e.op}({a[0]})"
@@ -207,6 +209,8 @@ class Printer:
             case "where":
                 yes, no = self.wide(a[1], e.kind), self.wide(a[2], e.kind)
                 return f"select({self.wide(a[0], 'bool')}, {yes}, {no})"
+            case "mix":
+                return f"mix({', '.join(self.wide(x, 'int') for x in a)})"
             case _ if e.op in COMPARE:
                 return f"({self.wide(a[0], common)} {COMPARE[e.op]} {self.wide(a[1], common)})"
         return f"{e.op}({self.wide(a[0], 'real')})"

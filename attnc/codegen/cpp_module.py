@@ -159,11 +159,11 @@ def _ready(args: tuple[Any, ...]) -> str:
     return f"Ready([\n{shown}], {sizes!r}, {prefix!r}, {names!r}, {rank}, {sums!r})"
 
 
-def _surroundings(a: ir.Attend, padded: bool) -> dict[str, str]:
+def _surroundings(p: ir.Program, a: ir.Attend, grids: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[str, str]:
     """What stands in the module's text for the row maps and the sink around its kernels."""
     sink = a.normalizer.sink
     scale = "q.shape[-1] ** -0.5 if scale is None else scale"
-    end = around.lines(a, f"Attention.apply(q, k, v, {scale}, *(tables[name] for name in TABLES))", 'tables["{}"]', padded)
+    end = around.lines(p, a, grids, f"Attention.apply(q, k, v, {scale}, *(tables[name] for name in TABLES))", 'tables["{}"]')
     return {
         "RESULTS": "out" if sink is None else "out, lse",
         "RESULT_TYPE": "Tensor" if sink is None else "tuple[Tensor, Tensor]",
@@ -211,7 +211,7 @@ def emit_cpu(
             for name, choice in zip(("FORWARD", "BACKWARD"), choices, strict=True)
         )
         tail = "".join(f"\n\n{text}" for text in around.texts(whole)) + ATTENTION
-        names |= _surroundings(whole, spec.padded)
+        names |= _surroundings(program, whole, (geo.q_grid, geo.k_grid))
     for name, text in names.items():
         tail = tail.replace(f"@{name}@", text)
     text = "\n".join(head).strip().replace('"""', "'''")

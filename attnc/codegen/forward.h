@@ -242,6 +242,7 @@ struct Forward {
             UNROLL for (int r = 0; r < M; r++) {
                 sums[r] += e[r];
                 if (POST && !plain) e[r] *= post(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j);
+@DROPOUT@                e[r] *= dropout(P, numbers, here->tile.terms[i + r], here->keys.terms, j);
                 store_weights(scores + r * STRIDE, j, e[r]);
             }
         }

@@ -97,6 +97,7 @@ struct Tile {
     QueryTerms* terms;
     int64_t* load_offset[LOADS + 1];
     int way[LOADS + 1], version[LOADS + 1];      // where its table elements are expanded: see Loads
+@DROPOUT@    int64_t first_prefix;        // number of the first query, where queries are prefix tokens
 
     static size_t bytes() { return TILE * ((2 + LOADS) * 8 + sizeof(QueryTerms) + RANK * 2 * sizeof(integer)) + 64 * (5 + LOADS + 2 * RANK); }
     void allocate(Arena& arena) {
@@ -148,6 +149,10 @@ struct Tile {
     void look_at(const Problem& P, int64_t b, int64_t h) {
         batch = b; head = h; kv_head = h / (P.heads / P.kv_heads);
         if (TERMS_BY_HEAD && !prefix) find_terms(P, b, h);
+@DROPOUT@        if (prefix) for (int i = 0; i < queries; i++) {
+@DROPOUT@            const integer index = first_prefix + i - P.q_prefix;
+@DROPOUT@            prefix_query_terms(P, {0, 0, b, h}, &index, terms[i]);
+@DROPOUT@        }
     }
     void find_terms(const Problem& P, int64_t b, int64_t h) {
         if (!QUERY_TERMS && !LOADS) return;
@@ -165,6 +170,7 @@ struct Tile {
     // prefix tokens [from, to) as queries: they see every key
     void aim_prefix(const Problem& P, int64_t from, int64_t to) {
         prefix = uniform = true; queries = to - from;
+@DROPOUT@        first_prefix = from;
         for (int a = 0; a < RANK; a++) { k_box.first[a] = 0; k_box.step[a] = 1; k_box.extent[a] = P.axes[a].real_keys; checked[a] = false; key_index[a] = 0; }
         k_box.close();
         for (int i = 0; i < queries; i++) { begin[i] = 0; end[i] = k_box.count; }
@@ -253,6 +259,7 @@ struct Keys {
     void look_at(const Problem& P, const Tile& t) { if (TERMS_BY_HEAD) find_terms(P, t, t.batch, t.head); }
     // what expressions need of the chunk's keys
     void find_terms(const Problem& P, const Tile& t, int64_t b, int64_t h) {
+@DROPOUT@        if (t.prefix || prefix) return find_terms_beside_grid(P, b, h);
         if ((!KEY_TERMS && !LOADS) || t.prefix || prefix) return;
         const Numbers numbers{0, 0, b, h};
         for (int i = 0; i < count; i++) {
@@ -264,6 +271,18 @@ struct Keys {
         }
         terms.pad(count);
     }
+@DROPOUT@    // the same where queries or keys are prefix tokens: only dropout asks for it
+@DROPOUT@    void find_terms_beside_grid(const Problem& P, int64_t b, int64_t h) {
+@DROPOUT@        const Numbers numbers{0, 0, b, h};
+@DROPOUT@        for (int i = 0; i < count; i++) {
+@DROPOUT@            integer at[RANK];
+@DROPOUT@            int64_t from[LOADS + 1];
+@DROPOUT@            for (int a = 0; a < RANK; a++) at[a] = prefix ? begin + i - P.k_prefix : c[a][i];
+@DROPOUT@            if (prefix) prefix_key_terms(P, numbers, at, terms, i);
+@DROPOUT@            else key_terms(P, numbers, at, terms, i, from);
+@DROPOUT@        }
+@DROPOUT@        terms.pad(count);
+@DROPOUT@    }
     // rows of k or v of one (batch, head), `width` reals apart
     template <int W> __attribute__((noinline)) void gather(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* dst) const {
         constexpr int64_t P = up(W, L);

@@ -456,7 +456,7 @@ class _Attention(torch.autograd.Function):
             lines.append(f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [H or 1]")')
         rest = "".join(f", {n}" for n in (*grids, *self.tables, *self.pads))
         lines += [
-            f"    {line}" for line in around.lines(self.whole, f"_Attention.apply(q, k, v, scale{rest})", "{}", bool(self.pads))
+            f"    {line}" for line in around.lines(spec.program, self.whole, grids_of(spec), f"_Attention.apply(q, k, v, scale{rest})", "{}")
         ]
         return "\n".join(lines)
 
@@ -492,6 +492,11 @@ class _Attention(torch.autograd.Function):
             text,
             f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [{", ".join(wants)}]")',
         ]
+
+
+def grids_of(spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The grids of queries and keys, where they are known."""
+    return None if spec.geometry is None else (spec.geometry.q_grid, spec.geometry.k_grid)
 
 
 def without_repeats(lines: list[str], start: str) -> list[str]:

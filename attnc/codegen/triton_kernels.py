@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from attnc import ir
+from attnc.analysis.dropout import TABLE
 from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, order, plan_axis, symmetric, tile_invariant, tiled_bias
 from attnc.codegen.triton_scores import Kind
 from attnc.codegen.triton_shapes import INF, Module, mentions
@@ -98,6 +99,8 @@ class Kernel(Steps):
         batch = [] if self.batched else [("b", "tl.program_id(2).to(tl.int64)")]
         self.together([(which, "tl.program_id(1)"), *batch, ("n", columns)], 120)
         self.tile()
+        if spec.attend.dropout is not None:
+            self.put(f"kept = tl.load({TABLE}_table + 2 * {TABLE}_st[0]).to(tl.int32)")
         self.box()
         if spec.padded:
             for t in ("k", "v"):
@@ -233,6 +236,7 @@ class Kernel(Steps):
             self.put("unit = tl.load(Unit)")
         with self.items():
             self.put(f"q = {self.load(self.own('q'), self.channels('q'))}")
+            self.words(of_rows=True)
             if self.kind != "forward":
                 self.put(f"g = {self.load(self.own('g'), self.channels('g'))}")
                 if self.spec.softmax:
@@ -314,6 +318,7 @@ class Kernel(Steps):
         self.together([(f"d{t}", f"tl.zeros([{self.bm}, {lanes(self.dim(t))}], tl.float32)") for t in ("k", "v")])
         with self.block("for group in tl.range(0, GROUP):  # the query heads that share this key head"):
             self.put("h = hk * GROUP + group")
+            self.words(of_rows=True)
             if self.with_prefix:
                 self.prefix_columns()
             if self.hoist:
@@ -345,6 +350,7 @@ class Kernel(Steps):
         with self.items():
             for t in ("q", "g"):
                 self.put(f"{t} = {self.load(self.own(t), self.channels(t))}")
+            self.words(of_rows=True)
             if self.spec.softmax:
                 self.put(f"token = (b * H + h) * N + {self.row_token()}")
                 self.put("lse = tl.load(Lse + token)[:, None]", f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)")

@@ -150,7 +150,7 @@ class Spec:
     @property
     def per_pair(self) -> bool:
         """Something is evaluated for each pair: a residual, tables, or a score of its own."""
-        return self.residual != ir.TRUE or self.bias != ir.ZERO or self.attend.post is not None
+        return self.residual != ir.TRUE or self.bias != ir.ZERO or self.attend.post is not None or self.attend.dropout is not None
 
     def uses(self, op: str) -> bool:
         """Whether the statement mentions a leaf."""
@@ -304,7 +304,12 @@ def _sizes(g: Geometry, axis: int) -> dict[ir.Expr, int]:
 
 def dense_spec(spec: Spec) -> Spec:
     """The plain kernel between prefix tokens and all tokens: one axis, every key, its own two lengths."""
-    a = ir.Attend(spec.attend.name, 1, normalizer=spec.attend.normalizer)
+    tokens = spec.program.queries.prefix, spec.program.keys.prefix
+    dropout = spec.attend.dropout
+    if dropout is not None:  # the index on the one axis counts the prefix tokens
+        less = {ir.index(r): ir.make("sub", ir.index(r), ir.const(n)) for r, n in zip(ir.ROLES, tokens, strict=True)}
+        dropout = ir.substitute(dropout, less)
+    a = ir.Attend(spec.attend.name, 1, normalizer=spec.attend.normalizer, dropout=dropout)
     program = ir.Program(a, ir.Tokens((None,)), ir.Tokens((None,)), same_grid=False)
     flat = Tiles(*(replace(spec.tiles.flat) for _ in range(4)))
     return Spec(program, analyse(a, same_grid=False), flat, spec.head_dim, spec.value_dim, None, spec.plain)

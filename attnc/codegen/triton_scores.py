@@ -21,6 +21,28 @@ def @@(pointers, mask):
 '''
 
 
+WORDS = '''\
+@triton.jit
+def @@(low, high, b, h, token):
+    """Two words of Philox-4x32-10, whose key is a seed's halves and whose counter is (token, b, h, 0)."""
+    token = token.to(tl.uint32)
+    zero = token * 0
+    b, h = zero + b.to(tl.uint32), zero + h.to(tl.uint32)
+    first, second, _, _ = tl.philox_impl(token, b, h, zero, low.to(tl.uint32), high.to(tl.uint32))
+    return first, second
+'''
+BITS = '''\
+@triton.jit
+def @@(first, second, token):
+    """31 bits of two words and of a token's number."""
+    x = token.to(tl.uint32) + first
+    x = (x ^ (x >> 17)) * 0xED5AD4BB
+    x = (x ^ (x >> 11) ^ second) * 0xAC4C1B51
+    x = (x ^ (x >> 15)) * 0x31848BAB
+    return ((x ^ (x >> 14)) >> 1).to(tl.int32)
+'''
+
+
 def dot(a: str, b: str, acc: str = "") -> str:
     """A matrix product as text."""
     return f"tl.dot({a}, {b}{f', acc={acc}' if acc else ''}, input_precision=PRECISION)"
@@ -42,6 +64,7 @@ class Scores(Shapes):
     seen: bool  # the program says which of its columns exist, as `seen`
     ok: str  # which pairs are allowed
     how: str  # what the product starts from
+    index: str = ""  # of a chunk's columns, where they are prefix tokens
 
     # ------------------------------------------------------------------------------------------------------------------- pieces
     def dim(self, tensor: str) -> int:
@@ -218,6 +241,37 @@ class Scores(Shapes):
     def pair(self, e: ir.Expr, ok: str) -> str:
         """A score, predicate or slope over all pairs."""
         return self.module.scan(triton_expr.text(e, self.pair_names(), lambda n, _: self.table(n, ok)))
+
+    # ------------------------------------------------------------------------------------------------------------------- dropout
+    def words(self, *, of_rows: bool) -> None:
+        """Print the two words that each query of a tile (or of a chunk) has in dropout, where there is one."""
+        dropout = self.spec.attend.dropout
+        if dropout is None:
+            return
+        _, *counter = next(n for n in ir.walk(dropout) if n.op == "philox").children
+        role = next(n.args[0] for n in ir.walk(counter[-1]) if n.op == "index")
+        if of_rows == (role == self.side):
+            names = self.dropout_names()
+            args = ", ".join(triton_expr.text(e, names, lambda n, _: self.table(n, "")) for e in counter)
+            self.put(f"word0, word1 = {self.module.use('random_words', WORDS)}({args})")
+
+    def dropped(self) -> str:
+        """What dropout multiplies the weights of a chunk by."""
+        dropout = self.spec.attend.dropout
+        assert dropout is not None
+        mixed = next(n for n in ir.walk(dropout) if n.op == "mix")
+        bits = f"{self.module.use('random_bits', BITS)}(word0, word1, {triton_expr.text(mixed.args[2], self.dropout_names())})"
+        kept = next(n for n in ir.walk(dropout) if n.op == "load" and n.args[1] == ir.const(2))
+        return triton_expr.text(dropout, {mixed: bits, kept: "kept"})
+
+    def dropout_names(self) -> dict[ir.Expr, str]:
+        """`index` of rows and columns as text that broadcasts to all pairs."""
+        out, names = self.pair_names(), self.pair_names()
+        for role in ir.ROLES:
+            out[ir.index(role)] = triton_expr.text(self.spec.lowered(ir.index(role)), names)
+        if self.index:
+            out[ir.index(self.other)] = self.index
+        return out
 
     def tables_at(self, e: ir.Expr) -> None:
         """Print the parts of a table's index that queries and keys decide apart, where the sum splits that way."""

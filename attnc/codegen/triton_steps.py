@@ -21,6 +21,7 @@ class Steps(Scores):
         """Load the chunk's columns and do the kernel's arithmetic on them."""
         if not self.hoist:
             self.how = self.score(self.mask(full))
+        self.words(of_rows=False)
         reach = "" if full else self.reach
         columns = ("q", "g") if self.side == "k" else ("k", "v")
         real = ""
@@ -64,7 +65,7 @@ class Steps(Scores):
             self.softmax_step(first=first, post=post)
             return
         self.weights()
-        weight = self.weight() if post else "p"
+        weight = self.weight(post)
         self.put(f"acc = {dot(f'{weight}.to(v.dtype)', 'v', '' if first else 'acc')}")
 
     def weights(self) -> None:
@@ -93,20 +94,27 @@ class Steps(Scores):
         else:
             self.put(f"m_new = tl.maximum(m_i, tl.max({s}, 1))", f"p = tl.exp2({s}{c} - (m_new{c})[:, None])")
             self.put(f"alpha = tl.exp2({'(m_i - m_new) * c' if c else 'm_i - m_new'})", "l_i = l_i * alpha + tl.sum(p, 1)")
-        weight = self.weight() if post else "p"
+        weight = self.weight(post)
         self.put(f"acc = {dot(f'{weight}.to(v.dtype)', 'v', '' if first else 'acc * alpha[:, None]')}")
         if not first:
             self.put("m_i = m_new")
 
-    def weight(self) -> str:
-        """Print the weight times its post-factor, where there is one."""
-        if self.spec.post is None:
-            return "p"
+    def weight(self, post: bool = True) -> str:
+        """Print the weight times its post-factor, which pairs with a prefix token do not have, and what dropout gives."""
+        drops = self.spec.attend.dropout is not None
+        if drops:
+            self.put(f"drop = {self.dropped()}")
+        if self.spec.post is None or not post:
+            if not drops:
+                return "p"
+            self.put("w = p * drop" if self.spec.softmax else "f, w = drop, p * drop")
+            return "w"
         value = self.pair(self.spec.post, self.ok)
+        value = f"drop * ({value})" if drops else value
         if not self.spec.softmax:
             self.put(f"f = {f'tl.where({self.ok}, {value}, 0.0)' if self.ok else value}", "w = p * f")
             return "w"
-        value = f"p * ({value})"
+        value = f"p * {value}" if drops else f"p * ({value})"
         self.put(f"w = {f'tl.where({self.ok}, {value}, 0.0)' if self.ok else value}")
         return "w"
 
@@ -119,7 +127,7 @@ class Steps(Scores):
             self.put(f"p = tl.exp2({'s * c' if self.raw else 't'} - lse{at})")
         else:
             self.weights()
-        weight = "p" if plain else self.weight()
+        weight = self.weight(post=not plain)
         if keys:  # before dp, which need not live beside the weights in half precision
             self.put(f"dv = {dot(f'{weight}.to(g.dtype)', 'g', 'dv')}")
         if self.fused:
@@ -162,7 +170,8 @@ class Steps(Scores):
             slope = derivative(spec.score, n)
             value = "" if slope == ir.const(0.0) else "ds" if slope == ir.const(1.0) else f"ds * ({self.pair(slope, self.ok)})"
             if spec.post is not None and derivative(spec.post, n) != ir.const(0.0):
-                more = f"p * dp * ({self.pair(derivative(spec.post, n), self.ok)})"
+                drop = "" if spec.attend.dropout is None else "drop * "
+                more = f"p * {drop}dp * ({self.pair(derivative(spec.post, n), self.ok)})"
                 value = f"{value} + {more}" if value else more
             out.append((n, value))
         return out
@@ -190,6 +199,8 @@ class Steps(Scores):
         """Pairs with prefix tokens: every row sees them, with the plain score."""
         with self.block(f"for i in tl.range(0, tl.cdiv(P, {self.bn}), num_stages={self.tile_choice.stages}):"):
             self.put(f"inside = i * {self.bn} + n < P")
+            self.index = f"(i * {self.bn} + n - P)[None, :]"
+            self.words(of_rows=False)
             columns = ("q", "g") if self.side == "k" else ("k", "v")
             for t in columns:
                 text = (
@@ -214,3 +225,4 @@ class Steps(Scores):
                 self.forward_step(first=False, post=False)
             else:
                 self.backward_step(plain=True)
+            self.index = ""

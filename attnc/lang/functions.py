@@ -85,6 +85,20 @@ def l2norm(eps: float = 1e-12) -> ir.RowMap:
     return ir.RowMap("l2norm", eps)
 
 
+def rotary(base: float = 10000.0, *, interleaved: bool = False) -> ir.RowMap:
+    """A row map: rotary embedding of the token's coordinates, as q_map and k_map (Su et al. 2021; on a grid each axis has channels of
+    its own). Prefix tokens stay as they are.
+
+    Of D channels each of r axes has w = 2 * (D // (2 r)), in the order of the axes; the rest stays. Pair i of an axis, which turns by
+    coordinate * base ** (-2 i / w), is channels 2 i and 2 i + 1 (interleaved), or i and i + w / 2.
+    """
+    if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < math.inf:
+        raise DeclarationError(f"rotary(base={base!r}): a positive number")
+    if not isinstance(interleaved, bool):
+        raise DeclarationError(f"rotary(interleaved={interleaved!r}): True or False")
+    return ir.RowMap("rotary", base=float(base), interleaved=interleaved)
+
+
 def softmax(over: Literal["keys", "queries"] = "keys", sink: object = None) -> ir.Normalizer:
     """exp(s) / sum exp(s), over keys (default) or over queries; `sink` is a Table of one extra logit per head."""
     if over not in ("keys", "queries"):
@@ -152,5 +166,5 @@ def where(
         raise DeclarationError(f"attnc.where(normalizer={normalizer!r}): attnc.softmax(), attnc.sigmoid() or attnc.relu()")
     for name, m in (("q_map", q_map), ("k_map", k_map)):
         if not isinstance(m, ir.RowMap | None):
-            raise DeclarationError(f"attnc.where({name}={m!r}): attnc.l2norm()")
+            raise DeclarationError(f"attnc.where({name}={m!r}): attnc.l2norm() or attnc.rotary()")
     return Statement(test, as_expr(value), normalizer or ir.SOFTMAX, weight, q_map, k_map)

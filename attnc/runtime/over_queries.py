@@ -44,8 +44,8 @@ def exchanged(p: ir.Program) -> tuple[str, tuple[str, ...]]:
         return ir.index(other[n.args[0]]) if n.op == "index" else None
 
     relation, score = ir.rewrite(a.relation, rule), ir.rewrite(a.score, rule)
-    post = None if a.post is None else ir.rewrite(a.post, rule)
-    attend = replace(a, relation=relation, score=score, post=post, normalizer=ir.SOFTMAX)
+    post, dropout = (None if e is None else ir.rewrite(e, rule) for e in (a.post, a.dropout))
+    attend = replace(a, relation=relation, score=score, post=post, dropout=dropout, normalizer=ir.SOFTMAX)
     return ir.to_json(replace(p, attend=attend, queries=p.keys, keys=p.queries)), attend.tables
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnc import ir
+from attnc.analysis.dropout import with_dropout
 from attnc.codegen.around import core_program
 from attnc.runtime import operator
 
@@ -14,12 +15,14 @@ class Traced:
     """A pattern traced on grids of one rank: its program, as text for the operators, and the tables a call gives.
 
     core: what kernels run, where row maps or a sink surround them (see codegen.around; `eager` runs the whole).
+    dropped: the same with its weights dropped out, which reads one more table.
     """
 
     text: str
     program: ir.Program
     tables: tuple[operator.TableSpec, ...]
     core: Traced | None
+    dropped: Traced | None = None
 
     @property
     def attend(self) -> ir.Attend:
@@ -30,6 +33,11 @@ class Traced:
     @classmethod
     def of(cls, text: str) -> Traced:
         """From a program's text (see ir.to_json)."""
+        plain = cls._of(text)
+        return replace(plain, dropped=cls._of(ir.to_json(with_dropout(plain.program))))
+
+    @classmethod
+    def _of(cls, text: str) -> Traced:
         program = operator.program_of(text)  # the object that the operators' caches know: lookups compare by identity
         core = ir.to_json(core_program(program))
-        return cls(text, program, operator.table_specs(program), None if core == text else cls.of(core))
+        return cls(text, program, operator.table_specs(program), None if core == text else cls._of(core))

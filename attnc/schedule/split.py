@@ -147,8 +147,9 @@ def split(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...],
         keys = _key_heads(first, last, heads // kv_heads)
         if keys is None:
             return whole
-        own_relation, score, *post = (_shift_heads(e, first, heads, cut) for e in (relation, a.score, a.post) if e is not None)
-        own = replace(a, relation=own_relation, score=score, post=post[0] if post else None)
+        own_relation, score = (_shift_heads(e, first, heads, cut) for e in (relation, a.score))
+        post, dropout = (None if e is None else _shift_heads(e, first, heads, cut) for e in (a.post, a.dropout))
+        own = replace(a, relation=own_relation, score=score, post=post, dropout=dropout)
         parts = () if relation == ir.FALSE else _union(replace(program, attend=own), q_grid, k_grid)
         runs.append(HeadRun(first, last, *keys, parts, cut))
     if a.normalizer.sink is not None or program.queries.prefix or program.keys.prefix:
