@@ -237,7 +237,6 @@ REFUSALS: list[tuple[Any, type[Exception], str]] = [
     ),
     (lambda: attnc.tune(FULL, {"grid": (8, None)}), ShapeError, r"tuning needs known lengths, not grid=\(8, None\)"),
     (lambda: attnc.tune(FULL, {"grid": 8, "dtype": "int7"}), DeclarationError, r"dtype='int7': one of float32"),
-    (lambda: attnc.tune(FULL, {"grid": 8}, "cuda"), UnsupportedError, r"device='cuda' has no tuner yet; tune on 'cpu'"),
     (lambda: attnc.tune(3, {"grid": 8}), DeclarationError, r"attnc.tune takes a pattern or a mechanism, not int"),  # type: ignore[arg-type]
     (
         lambda: attnc.compile(FULL, tune=True, backend="torch"),

@@ -86,8 +86,9 @@ class Race:
 
     @property
     def gain(self) -> float:
-        """Time of the model's choice over that of the kept one."""
-        return next(t.seconds for t in self.trials if t.choice == self.untuned) / self.winner.seconds
+        """Time of the model's choice over that of the kept one (1 where it did not fit the device)."""
+        untuned = (t.seconds for t in self.trials if t.choice == self.untuned)
+        return next(untuned, self.winner.seconds) / self.winner.seconds
 
 
 _lock = threading.RLock()

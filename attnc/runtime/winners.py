@@ -52,8 +52,9 @@ class Merged:
 
     def __str__(self) -> str:
         total = self.added + self.replaced + self.left
-        beside = f"; {self.elsewhere} of them were measured with other versions and serve only those" if self.elsewhere else ""
-        return f"{total} winners: {self.added} new, {self.replaced} better than the kept one, {self.left} no better{beside}"
+        beside = f"; {self.elsewhere} of them measured with other versions, which alone they serve" if self.elsewhere else ""
+        many = "" if total == 1 else "s"
+        return f"{total} winner{many}: {self.added} new, {self.replaced} better than the kept one, {self.left} no better{beside}"
 
 
 # ------------------------------------------------------------------------------------------------------------------------- keys
@@ -309,7 +310,7 @@ def check(found: Any, want: Any, at: str) -> None:
         if type(found) not in (int, float) or not (math.isfinite(found) and found >= 0):
             raise ValueError(f"{place} is {_kind(found)}, not a time")
     elif want is Names:
-        if not isinstance(found, dict) or "target" not in found and at.endswith(".device"):
+        if not isinstance(found, dict) or ("target" not in found and at.endswith(".device")):
             raise ValueError(f"{place} is {_kind(found)}, not an object{' with a target' if at.endswith('.device') else ''}")
         for name, each in found.items():
             check(each, int if type(each) is int else str, f"{at}.{name[:80]}")

@@ -9,7 +9,7 @@ import sympy as sp
 
 from attnc import ir
 from attnc.analysis.algebra import Choice, FloorDiv, FloorMod, NotAlgebraic, symbol, to_sympy
-from attnc.analysis.axis import I, J, R, AxisForm
+from attnc.analysis.axis import AxisForm, I, J, R
 from attnc.analysis.structure import Structure
 from attnc.errors import UnsupportedError
 from attnc.schedule.tiles import Side, Tile
