@@ -209,6 +209,15 @@ def shared_limit(target: str) -> int:
     return 1024 * _SHARED.get(target, 163)
 
 
+def alike(target: str) -> str:
+    """A target for which the same tiles are chosen."""
+    return next((t for t in ("cuda:80", "cuda:75", "cuda:86", "hip:gfx942") if _like(t) == _like(target)), target)
+
+
+def _like(target: str) -> tuple[bool, int]:
+    return target.startswith("hip"), shared_limit(target)
+
+
 def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
     """Shared memory of one program, from above: rows that products reread, two chunks of columns, and the weights."""
     rows, columns = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize
