@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from attnc.report.emit import emit
     from attnc.report.explain import explain
     from attnc.report.inspect import inspect
-    from attnc.tuning import Shape, Tuning, tune
+    from attnc.tuning import Shape, Tuning, export_winners, import_winners, tune
 
 __version__ = "0.1.0"
 _LAZY = {
     **dict.fromkeys(("compile", "reference", "mask", "Operator"), "attnc.compiler"),
-    **dict.fromkeys(("Shape", "Tuning", "tune"), "attnc.tuning"),
+    **dict.fromkeys(("Shape", "Tuning", "export_winners", "import_winners", "tune"), "attnc.tuning"),
     "accelerate": "attnc.models.accelerate",
     **{name: f"attnc.report.{name}" for name in ("explain", "draw", "emit", "inspect")},
 }
@@ -83,6 +83,8 @@ __all__ = [
     "emit",
     "exp",
     "explain",
+    "export_winners",
+    "import_winners",
     "inspect",
     "l2norm",
     "log",

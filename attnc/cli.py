@@ -192,18 +192,38 @@ def inspect(
 
 @app.command()
 def tune(
-    spec: Spec,
-    grid: Grid,
+    spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="What to tune; none with --export or --import.")] = None,
+    grid: Annotated[str | None, typer.Option(metavar="HxW", help="Grid size, one integer for each axis: 56x56.")] = None,
     heads: Heads = 1,
     head_dim: HeadDim = 32,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's own number without.")] = None,
-    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1.")] = "cpu",
     backward: Annotated[bool, typer.Option(help="Also measure the backward.")] = True,
+    graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU, time launches in CUDA graphs.")] = False,
+    export: Annotated[Path | None, typer.Option("--export", help="Write all winners of the cache to this file.")] = None,
+    merge: Annotated[Path | None, typer.Option("--import", help="Merge this file of winners into the cache.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
 ) -> None:
-    """Measure the ways a pattern can run at a shape, and keep the fastest for later calls."""
+    """Measure the ways a pattern can run at a shape, and keep the fastest for later calls; hand winners over as files."""
+    import attnc
+
+    if merge is not None:
+        typer.echo(attnc.import_winners(str(merge)))
+    if spec is not None and grid is not None:
+        _measure(spec, grid, heads, head_dim, dtype, batch, threads, device, backward, graphs, as_json)
+    elif spec is not None or grid is not None or (export is None and merge is None):
+        raise typer.BadParameter("give SPEC and --grid, or --export FILE, or --import FILE")
+    if export is not None:
+        n = attnc.export_winners(str(export))
+        typer.echo(f"{export}: {n} winner{'' if n == 1 else 's'}")
+
+
+def _measure(
+    spec: str, grid: str, heads: int, head_dim: int, dtype: str, batch: int, threads: int | None, device: str, backward: bool,
+    graphs: bool, as_json: bool,
+) -> None:  # fmt: skip
     import torch
 
     import attnc
@@ -212,12 +232,18 @@ def tune(
     pattern = _resolve(spec)
     if threads is not None:
         torch.set_num_threads(threads)
-    with _working("measuring"):
-        found = attnc.tune(pattern, shape, device)
+    with _working("building and measuring") as shown:
+
+        def told(race: Any) -> None:
+            won = race.winner
+            shown.console.print(f"{race.direction}, {race.shape}: {_plain(won.choice)}, {1e3 * won.seconds:.3f} ms")
+            shown.update(f"building and measuring after the {race.direction}")
+
+        found = attnc.tune(pattern, shape, device, graphs=graphs, told=told if sys.stderr.isatty() else None)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     elif found.races:
-        _out().print(f"{_plain(found.pattern)} on {found.device}, {found.threads} threads")
+        _out().print(_plain(found.title))
         _out().print(found)
     else:
         typer.echo(f"{found.pattern}: there is one way to run it")

@@ -25,7 +25,7 @@ from attnc.schedule import bounds
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TUNED = ("cpp",)  # backends with a tuner
+TUNED = ("cpp", "triton")  # backends with a tuner
 
 
 def has_compiler() -> bool:
@@ -46,7 +46,15 @@ class Accepted:
 
 
 def _untuned(backend: str) -> str:
-    return f'backend "{backend}" has no tuner yet (there is one for {", ".join(TUNED)}); leave tune= out, or give backend="cpp"'
+    return f'backend "{backend}" has no tuner yet (there is one for {", ".join(TUNED)}); leave tune= out, or give one of those'
+
+
+def _compile_before_measuring() -> None:
+    """The tuner of GPU kernels leaves out what spills: the static report, which looks at all of the package, tells it so."""
+    from attnc.report import fit
+    from attnc.runtime import triton_choice
+
+    triton_choice.use_static(fit.flaw)
 
 
 def _left_behind(*_: object) -> NoReturn:
@@ -245,6 +253,8 @@ class Operator:
         backend = self._backend(q.device.type)
         if self.tune and backend not in TUNED:
             raise UnsupportedError(f"{name}: tune=True: {_untuned(backend)}")
+        if self.tune and backend == "triton":
+            _compile_before_measuring()
         scale = q.shape[-1] ** -0.5
         if isinstance(self.source, Mechanism):
             if tables:

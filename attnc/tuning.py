@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from attnc.arguments import GridLike, PadLike
-from attnc.compiler import DTYPES, TUNED, Operator, compile
-from attnc.errors import DeclarationError, ShapeError, UnsupportedError
+from attnc.compiler import DTYPES, Operator, compile
+from attnc.errors import DeclarationError, ShapeError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
-from attnc.runtime import tuner
+from attnc.runtime import device as devices
+from attnc.runtime import tuner, winners
+from attnc.runtime.device import Device
 from attnc.runtime.tuner import Race, Trial
+from attnc.runtime.winners import Merged
 from attnc.schedule.bounds import table_shapes
 
-__all__ = ["Race", "Shape", "Trial", "Tuning", "tune"]
+__all__ = ["Merged", "Race", "Shape", "Trial", "Tuning", "export_winners", "import_winners", "tune"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Tuning:
 
     pattern: str
     device: str
-    threads: int
+    threads: int | None  # None on a GPU
     races: tuple[Race, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,48 +79,75 @@ class Tuning:
                 marks += [f"{r.gain:.2f}x the kept one's time"] if n and t.choice == r.untuned else []
                 head = (r.shape, r.direction) if n == 0 else ("", "")
                 out.add_row(*head, t.choice, f"{1e3 * t.seconds:.3f}", f"{1e3 * t.predicted:.3f}", ", ".join(marks))
+            for choice, why in r.dropped:
+                out.add_row("", "", choice, "-", "-", f"not measured: {why}")
         return out
+
+    @property
+    def title(self) -> str:
+        """What was measured, and where."""
+        return f"{self.pattern} on {self.device}" + (f", {self.threads} threads" if self.threads else "")
 
     def __str__(self) -> str:
         from rich.console import Console
 
         console = Console(width=160, highlight=False, no_color=True)
         with console.capture() as text:
-            console.print(f"{self.pattern} on {self.device}, {self.threads} threads")
+            console.print(self.title)
             console.print(self)
         return text.get()
 
 
 def tune(
-    p: Pattern | Mechanism, shapes: Shape | Mapping[str, Any] | Iterable[Shape | Mapping[str, Any]], device: str = "cpu"
+    p: Pattern | Mechanism,
+    shapes: Shape | Mapping[str, Any] | Iterable[Shape | Mapping[str, Any]],
+    device: str | Device = "cpu",
+    *,
+    graphs: bool = False,
+    told: Callable[[Race], None] | None = None,
 ) -> Tuning:
     """Measure the candidates of a pattern at some shapes, forward and backward apart, and keep each winner in the cache.
 
-    Every later call with the same statement, dtype, head dimensions, direction and number of threads on this machine takes the
-    winner, in any process, where its lengths and its number of (batch, head) pairs fall into the same bucket. A new version of
-    the kernels or of torch is measured anew.
+    Every later call with the same statement, dtype, head dimensions and direction on this device (and number of threads, on a
+    CPU) takes the winner, in any process, where its lengths and its number of (batch, head) pairs fall into the same bucket. A
+    new version of the kernels, of torch or of triton is measured anew.
 
     Args:
         p: a pattern or a mechanism.
         shapes: one or several `attnc.Shape`, or their fields as a mapping: `{"grid": (56, 56), "batch": 8, "heads": 3}`.
-        device: where to measure; "cpu" (with torch's number of threads).
+        device: where to measure: "cpu" (with torch's number of threads), "cuda", "cuda:1" (ROCm, too), or a
+            `runtime.device.Device`, which may bring a clock of its own.
+        graphs: on a GPU, time launches captured in CUDA graphs, which leaves out the host's share.
+        told: called with each race when it is over.
 
     Raises:
-        UnsupportedError: the device has no tuner yet.
+        UnsupportedError: there is no such device here, or it has no tuner.
         ShapeError: the lengths of a shape are open, or a runtime table's size does not follow from it.
         DeclarationError: a shape has an unknown field.
+        BuildError: no candidate of a kernel fits the device.
     """
     if not isinstance(p, Pattern | Mechanism):
         raise DeclarationError(f"attnc.tune takes a pattern or a mechanism, not {type(p).__name__}")
-    if torch.device(device).type != "cpu":
-        raise UnsupportedError(
-            f"{p.name}: device={device!r} has no tuner yet; tune on 'cpu', or leave the choice to the cost model"
-        )
     several = [shapes] if isinstance(shapes, Shape | Mapping) else list(shapes)
-    with tuner.racing() as races:
-        for s in several:
-            _call(p, s if isinstance(s, Shape) else _shape(p.name, s))
-    return Tuning(p.name, device, torch.get_num_threads(), tuple(races))
+    asked = [s if isinstance(s, Shape) else _shape(p.name, s) for s in several]
+    where = device if isinstance(device, Device) else devices.named(device, graphs=graphs)
+    with devices.using(where), tuner.racing(told) as races:
+        for s in asked:
+            _call(p, s, where)
+    return Tuning(p.name, where.name, torch.get_num_threads() if where.target == "cpu" else None, tuple(races))
+
+
+def export_winners(path: str) -> int:
+    """Write all winners of this cache to a JSON file for others to import; gives their number. Raises CacheError."""
+    return winners.export_winners(path)
+
+
+def import_winners(path: str) -> Merged:
+    """Merge a file of `export_winners` into this cache: the faster at the same shape is kept, else the newer. Raises CacheError
+    where the file is not one, has an unknown field or a value of the wrong type; then nothing is changed."""
+    found = winners.import_winners(path)
+    tuner.forget()
+    return found
 
 
 def _shape(name: str, fields: Mapping[str, Any]) -> Shape:
@@ -130,17 +160,18 @@ def _shape(name: str, fields: Mapping[str, Any]) -> Shape:
     return Shape(**fields)
 
 
-def _call(p: Pattern | Mechanism, s: Shape) -> None:
+def _call(p: Pattern | Mechanism, s: Shape, where: Device) -> None:
     """Forward and backward of one shape, by an operator that tunes."""
     if isinstance(p, Mechanism):  # channel attention has one way to run
         return
     options: dict[str, Any] = {"kv_grid": s.kv_grid, "prefix": s.prefix, "pad": s.pad, "layout": s.layout}
-    op = compile(p, grid=s.grid, heads=s.heads, backend=TUNED[0], tune=True, **options)
+    backend = "cpp" if where.target == "cpu" else "triton"
+    op = compile(p, grid=s.grid, heads=s.heads, backend=backend, tune=True, **options)
     if op.grid is None or None in (*op.grid, *(op.kv_grid or ())):
         raise ShapeError(f"{p.name}: tuning needs known lengths, not grid={s.grid!r}, kv_grid={s.kv_grid!r}")
     grids = [tuple(int(n) for n in g if n is not None) for g in (op.grid, op.kv_grid or op.grid)]
-    tables: dict[str, Any] = _tables(op, s, *grids)
-    q, *rest = (t.requires_grad_(s.backward) for t in _rows(op, s, *grids))
+    tables: dict[str, Any] = {n: t.to(where.where).requires_grad_(s.backward) for n, t in _tables(op, s, *grids).items()}
+    q, *rest = (t.to(where.where).requires_grad_(s.backward) for t in _rows(op, s, *grids))
     out = op(q, *rest, **tables)
     if s.backward:
         out.backward(torch.randn_like(out))
@@ -178,5 +209,5 @@ def _tables(op: Operator, s: Shape, q_grid: tuple[int, ...], k_grid: tuple[int, 
                 f"{op.source.name}: the relation reads the table {name!r}, whose values no shape tells: "
                 "compile with tune=True and call the operator on your tensors"
             )
-        found[name] = torch.randn(shape).requires_grad_(s.backward)
+        found[name] = torch.randn(shape)
     return found

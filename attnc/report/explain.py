@@ -9,7 +9,7 @@ from attnc.arguments import GridLike, PadLike
 from attnc.errors import ShapeError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
-from attnc.report import boxes, proof
+from attnc.report import boxes, costs, proof
 from attnc.report.subject import Part, Subject, subject
 from attnc.schedule import plan as plans
 from attnc.schedule.geometry import LONGEST_TABLE, Geometry
@@ -45,6 +45,7 @@ def explain(
         told += [block for n in range(len(s.parts)) for block in _part(s, n)]
     if s.geometry is not None:
         told.append(_counts(s, s.geometry))
+        told += [lines for lines in (costs.section(s),) if lines]
     told += [_plan(s.program, s.union), _refused(s)]
     return "\n\n".join("\n".join(lines) for lines in told) + "\n"
 

@@ -4,7 +4,7 @@ Layout, below ``ATTNC_CACHE_DIR`` or the user's cache directory::
 
     .attnc-cache                   marks the directory as ours: nothing else is ever written to or cleared
     <kind>/<digest>/               one built entry: its files and manifest.json
-    <kind>/<digest>.json           one small table (``read_json``, ``write_json``)
+    <kind>/<digest>.json           one small table (``read_json``, ``write_json``, ``update_json``)
     locks/  quarantine/            lock files; whatever did not verify
 
 The digest is that of the *content key*: a string that says everything the entry depends on. A manifest
@@ -35,7 +35,7 @@ from typing import Any
 
 from attnc.errors import CacheError
 
-__all__ = ["KindInfo", "clear", "entry", "info", "read_json", "root", "write_json"]
+__all__ = ["KindInfo", "clear", "entry", "info", "read_json", "root", "set_aside", "tables", "update_json", "write_json"]
 
 FORMAT = 1
 MARKER = ".attnc-cache"
@@ -261,13 +261,70 @@ def write_json(kind: str, key: str, obj: Any) -> None:
     Raises:
         CacheError: `obj` is something else, or the cache directory is unsafe or cannot be written.
     """
+    text = _text(kind, obj)
+    path = _folder(kind) / f"{_digest(key)}.json"
+    with _lock(kind, path.stem):
+        _store(path, key, text)
+
+
+def update_json(kind: str, key: str, change: Callable[[Any], Any]) -> Any:
+    """Replace what is stored under a key by `change(it)`, with no other process's writing in between; gives what is stored then.
+
+    `change` gets None where nothing that can be trusted is stored, and gives None to leave everything as it is.
+
+    Raises:
+        CacheError: as `write_json`.
+    """
+    path = _folder(kind) / f"{_digest(key)}.json"
+    with _lock(kind, path.stem):
+        table = _table(path, key)
+        if table is None and os.path.lexists(path):
+            _quarantine(path, "the table cannot be read, or is for another key")
+        kept = None if table is None else table["value"]
+        new = change(kept)
+        if new is None:
+            return kept
+        text = _text(kind, new)
+        _store(path, key, text)
+        return json.loads(text)
+
+
+def set_aside(kind: str, key: str, why: str) -> None:
+    """Move a table out of the way whose value is no value of its kind: its reader found so, and says why."""
+    path = _folder(kind) / f"{_digest(key)}.json"
+    with _lock(kind, path.stem):
+        if os.path.lexists(path):
+            _quarantine(path, why)
+
+
+def tables(kind: str) -> Iterator[tuple[str, Any]]:
+    """Key and value of every table of a kind, in the order of their digests; what cannot be trusted is set aside."""
+    for path in sorted(_folder(kind).glob("[!.]*.json")):
+        found = _load(path)
+        key = found.get("key") if isinstance(found, dict) else None
+        if isinstance(key, str) and path.stem == _digest(key):
+            value = read_json(kind, key)
+            if value is not None:
+                yield key, value
+            continue
+        with _lock(kind, path.stem):
+            if os.path.lexists(path):
+                _quarantine(path, "the table cannot be read, or does not lie where its key says")
+
+
+def _text(kind: str, obj: Any) -> str:
     try:
-        text = json.dumps(obj, sort_keys=True, allow_nan=False)
+        return json.dumps(obj, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CacheError(f"a {kind!r} table cannot be stored as JSON: {error}") from error
-    path = _folder(kind) / f"{_digest(key)}.json"
+
+
+def _store(path: Path, key: str, text: str) -> None:
+    """Write a table beside its place, make it durable, then visible (the caller holds its lock)."""
     table = {"format": FORMAT, "key": key, "sha256": _text_hash(text), "value": json.loads(text)}
-    with _lock(kind, path.stem), _writing(path):
+    with _writing(path):
+        for left in path.parent.glob(f".{path.stem}.*"):  # of a writer that was killed
+            left.unlink(missing_ok=True)
         number, name = tempfile.mkstemp(prefix=f".{path.stem}.", dir=path.parent)
         try:
             with open(number, "w", encoding="utf-8") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import hashlib
 import os
 import platform
 import subprocess
@@ -22,7 +22,7 @@ from attnc.codegen import cpp_host
 from attnc.codegen.cpp import ELEMENTS, Spec, channel_source, kernels_version, refuse, source
 from attnc.codegen.cpp_module import axis_tables
 from attnc.errors import BuildError, ShapeError, UnsupportedError
-from attnc.runtime import tuner
+from attnc.runtime import tuner, winners
 from attnc.runtime.cache import entry
 from attnc.runtime.call import Call, empty_like_order
 from attnc.schedule.choose import Choice, bucket, candidates
@@ -33,18 +33,28 @@ __all__ = ["CONTINUES", "backward", "channel_backward", "channel_forward", "forw
 
 
 @lru_cache(maxsize=1)
+def _processor_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=1)
 def _machine() -> str:
     """What a built library depends on besides its source: compiler, flags, instruction sets."""
     found = cpp_host.compilers()
     if not found:
         raise UnsupportedError('backend "cpp" needs a C++ compiler (g++ or clang++, or CXX); backend="torch" needs none')
     version = subprocess.run([found[0], "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
-    try:
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line for line in info if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        cpu = platform.processor()
+    cpu = next((line for line in _processor_lines() if line.startswith(("flags", "Features"))), platform.processor())
     return "\n".join([found[0], *version, " ".join(cpp_host.FLAGS), platform.machine(), cpu])
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, and a digest of all that code built here depends on."""
+    named = next((x.partition(":")[2].strip() for x in _processor_lines() if x.startswith("model name")), platform.machine())
+    return f"{named or platform.machine()} {hashlib.sha256(_machine().encode()).hexdigest()[:16]}"
 
 
 def _build(text: str, folder: Path) -> None:
@@ -90,19 +100,26 @@ def _ready(spec: Spec, geometry: Geometry, choice: Choice, backward: bool, items
 @lru_cache(maxsize=256)
 def _tunable(spec: Spec, geometry: Geometry, backward: bool, items: int, threads: int) -> tuner.Tunable:
     """The candidates of a call, and what a measured winner depends on. Lengths and items are taken in buckets."""
-    sizes = [bucket(n) for n in (*geometry.q_grid, *geometry.k_grid)]
-    statement = [ir.to_json(spec.program), spec.dim, spec.value_dim, spec.dtype, "backward" if backward else "forward"]
-    like = {
-        "device": [_machine(), threads],
-        "statement": statement,
-        "bucket": [sizes, bucket(items, steps=1)],
-        "versions": [torch.__version__, kernels_version()],
-    }
+    like = winners.key(
+        backend="cpp",
+        device={"name": _processor(), "target": "cpu", "threads": threads},
+        source=kernels_version(),
+        program=spec.program,
+        direction="backward" if backward else "forward",
+        dtype=spec.dtype,
+        head_dim=spec.dim,
+        value_dim=spec.value_dim,
+        bucket={
+            "grid": [bucket(n) for n in geometry.q_grid],
+            "kv_grid": [bucket(n) for n in geometry.k_grid],
+            "items": bucket(items, steps=1),
+        },
+    )
     found = tuple(
         tuner.Candidate(c, {"sides": list(c.sides), "band": c.band}, c.show(), cost)
         for cost, c in candidates(geometry, spec.kernel(backward), items, threads)
     )
-    return tuner.Tunable(json.dumps(like, sort_keys=True), found)
+    return tuner.Tunable(like, found)
 
 
 @lru_cache(maxsize=256)

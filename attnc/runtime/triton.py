@@ -16,8 +16,9 @@ from torch import Tensor
 from attnc import ir
 from attnc.codegen.triton import make_spec, source
 from attnc.errors import BuildError, UnsupportedError
-from attnc.runtime import cache
+from attnc.runtime import cache, device, triton_choice, tuner
 from attnc.runtime.call import Call, empty_like_order
+from attnc.runtime.triton_choice import Choice, target_of, tiles
 from attnc.schedule.tiles import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,7 +56,7 @@ def _module(text: str) -> ModuleType:
 
 
 @lru_cache(maxsize=1024)
-def module_for(
+def text_for(
     program: ir.Program,
     q_grid: tuple[int, ...],
     k_grid: tuple[int, ...],
@@ -66,22 +67,11 @@ def module_for(
     chosen: Tiles | None = None,
     part: bool = False,
     target: str = "cuda:80",
-) -> ModuleType:
-    """The module of a program. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
-    spec = make_spec(
-        program,
-        q_grid,
-        k_grid,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        itemsize=itemsize,
-        symbolic=True,
-        plain=plain,
-        chosen=chosen,
-        part=part,
-        target=target,
-    )
-    return _module(source(spec))
+) -> str:
+    """The module of a program, as text. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
+    sizes = program, q_grid, k_grid
+    dims: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "plain": plain}
+    return source(make_spec(*sizes, **dims, symbolic=True, chosen=chosen, part=part, target=target))
 
 
 def _runnable(name: str, device: torch.device) -> None:
@@ -103,18 +93,54 @@ def _runnable(name: str, device: torch.device) -> None:
         ) from e
 
 
-@lru_cache(maxsize=64)
-def _target(device: torch.device) -> str:
-    """The target whose limits tiles are chosen for; elsewhere than on a GPU (in the interpreter) any will do."""
-    if device.type != "cuda":
-        return "cuda:80"
-    if torch.version.hip is not None:
-        return "hip:" + torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{10 * major + minor}"
+def _prepare(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[ModuleType, tuple[Any, ...]]:
+    """The module that runs a call, kept beside the statement, and the grids its launches take."""
+    where = device.of(q.device)
+    key = backward, q.dtype, q.shape[-1], v.shape[-1], call.scale > 0, where, tuner.version(), call.choice
+    found = call.kept.get(key)
+    if found is None:
+        _check(call, q)
+        text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target_of(where))
+        found = call.kept[key] = _module(text)
+    g = call.geometry
+    return found, (g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)
 
 
-def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, ...]]:
+def text_of(call: Call, rows: tuple[Tensor, ...], choice: Choice | None, target: str) -> str:
+    """The text of the module that runs a choice, or the model's own."""
+    q, _, v = rows
+    g = call.geometry
+    chosen = None if choice is None else tiles(call, rows, choice, target)
+    sizes = g.q_grid, g.k_grid, q.shape[-1], v.shape[-1], q.element_size(), call.scale > 0
+    return text_for(call.program, *sizes, chosen, call.part, target)
+
+
+def _choice(call: Call, rows: tuple[Tensor, ...], backward: bool) -> Choice | None:
+    """The call's own, else a measured winner, else None: the model's."""
+    if call.choice is not None:
+        own: Choice = call.choice
+        return own
+    q, k, v = rows
+    kept = tunable(call, q, k, v, backward)
+    if tuner.winner(kept.like) is None:
+        return None
+    found: Choice = tuner.chosen(kept).choice
+    return found
+
+
+def tunable(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuner.Tunable:
+    """What `attnc.tune` may measure of a call."""
+    _check(call, q)
+    return triton_choice.tunable(call, (q, k, v), backward, device.of(q.device), _interpreted())
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _check(call: Call, q: Tensor) -> None:
     _runnable(f"pattern {call.attend.name}", q.device)
     if q.dtype not in DTYPES:
         raise UnsupportedError(
@@ -124,25 +150,11 @@ def _prepare(call: Call, q: Tensor, v: Tensor) -> tuple[ModuleType, tuple[Any, .
         raise UnsupportedError(
             f"pattern {call.attend.name}: batch {q.shape[0]} is more than one launch holds (65535); split the batch"
         )
-    g = call.geometry
-    module = module_for(
-        call.program,
-        g.q_grid,
-        g.k_grid,
-        q.shape[-1],
-        v.shape[-1],
-        q.element_size(),
-        call.scale > 0,
-        part=call.part,
-        target=_target(q.device),
-    )
-    grids = (g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)
-    return module, grids
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See runtime.call.Call."""
-    module, grids = _prepare(call, q, v)
+    module, grids = _prepare(call, q, k, v, False)
     out, lse = module.run_forward(q, k, v, call.tables, call.scale, *grids)
     wanted = empty_like_order(q, v.shape[-1])  # where a grid did not collapse to one axis, rows were copied
     return (out if out.stride() == wanted.stride() else wanted.copy_(out)), lse
@@ -159,7 +171,7 @@ def backward(
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """See runtime.call.Call."""
-    module, grids = _prepare(call, q, v)
+    module, grids = _prepare(call, q, k, v, True)
     lse = lse.contiguous()  # a run of heads hands over a slice; the kernels walk it as [B, H, N]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, found = module.run_backward(q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids)

@@ -4,7 +4,8 @@ A backend takes part with, beside `forward` and `backward` (which run a call's `
 
     tunable(call, q, k, v, backward) -> Tunable
 
-The store is data: a winner is a small JSON object, and it counts only if it still is one of the call's own candidates.
+The store (`runtime.winners`) is data: a winner is a small JSON object, and it counts only if it still is one of the call's own
+candidates. How calls are timed is the device's affair (`runtime.device`), so the whole tuner runs with a clock of anyone's own.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from attnc.runtime.cache import read_json, write_json
+from attnc.errors import BuildError
+from attnc.runtime import device, winners
 from attnc.runtime.call import Call
 
-KIND = "tuned"
 KEPT = 10  # candidates of the cost model that are measured
 ROUNDS = 7  # least number of measured calls of one that stays in the race
 SECONDS = 0.5  # after so long a race ends, once every runner had its rounds
@@ -43,10 +45,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tunable:
-    """What may be chosen about a call: candidates, the model's choice first. like: all that a winner's worth depends on."""
+    """What may be chosen about a call: candidates, the model's choice first. like: all that a winner's worth depends on.
+
+    flaw: why a candidate is not worth measuring, found without running it (registers that spill, say), or None; it is asked of
+    those that the model would measure.
+    """
 
     like: str
     candidates: tuple[Candidate, ...]
+    flaw: Callable[[Candidate], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Race:
-    """What was measured for one call in one direction: trials, the kept one first; `untuned` is what the model alone takes."""
+    """What was measured for one call in one direction: trials, the kept one first; `untuned` is what the model alone takes.
+
+    dropped: candidates that were not measured, each with the reason.
+    """
 
     statement: str
     direction: str  # "forward" or "backward"
     shape: str
     trials: tuple[Trial, ...]
     untuned: str
+    dropped: tuple[tuple[str, str], ...] = ()
 
     @property
     def winner(self) -> Trial:
@@ -75,14 +86,15 @@ class Race:
 
     @property
     def gain(self) -> float:
-        """Time of the model's choice over that of the kept one."""
-        return next(t.seconds for t in self.trials if t.choice == self.untuned) / self.winner.seconds
+        """Time of the model's choice over that of the kept one (1 where it did not fit the device)."""
+        untuned = (t.seconds for t in self.trials if t.choice == self.untuned)
+        return next(untuned, self.winner.seconds) / self.winner.seconds
 
 
 _lock = threading.RLock()
 _winners: dict[str, Any] = {}  # what this process has read or measured
 _version = 0
-_heard: list[list[Race]] = []  # who wants to know of every race
+_heard: list[Callable[[Race], None]] = []  # who wants to know of every race
 
 
 def version() -> int:
@@ -94,9 +106,17 @@ def winner(like: str) -> Any:
     """The JSON form of the choice kept for calls like this, or None."""
     with _lock:
         if like not in _winners:
-            kept = read_json(KIND, like)
-            _winners[like] = kept.get("choice") if isinstance(kept, dict) else None
+            kept = winners.kept(like)
+            _winners[like] = None if kept is None else kept["choice"]
         return _winners[like]
+
+
+def forget() -> None:
+    """Winners are read from the cache again: it has changed (an import)."""
+    global _version
+    with _lock:
+        _winners.clear()
+        _version += 1
 
 
 def chosen(tunable: Tunable) -> Candidate:
@@ -106,35 +126,66 @@ def chosen(tunable: Tunable) -> Candidate:
 
 
 @contextmanager
-def racing() -> Iterator[list[Race]]:
-    """Inside, calls that tune measure again whatever was kept; gives the list that their races are added to."""
+def racing(told: Callable[[Race], None] | None = None) -> Iterator[list[Race]]:
+    """Inside, calls that tune measure again whatever was kept; gives the list that their races are added to, and tells of each."""
     races: list[Race] = []
-    _heard.append(races)
+
+    def heard(found: Race) -> None:
+        races.append(found)
+        if told is not None:
+            told(found)
+
+    _heard.append(heard)
     try:
         yield races
     finally:
-        _heard.remove(races)
+        _heard.remove(heard)
 
 
 def settle(module: ModuleType, call: Call, rows: tuple[Tensor, ...], rest: tuple[Any, ...] = ()) -> None:
     """Measure the candidates of a call and keep the winner, unless one is kept. rest: what `backward` takes after q, k and v."""
+    if rows[0].is_cuda and torch.cuda.is_current_stream_capturing():  # a graph holds one way to run, and none waits in it
+        return
     backward = bool(rest)
     run = module.backward if backward else module.forward
     tunable = module.tunable(call, *rows, backward)
     with _lock:  # one race at a time: two would measure each other
         if not _heard and winner(tunable.like) is not None:
             return
-        field = {c.shown: c for c in tunable.candidates[:KEPT]}
-        times = race({name: _runner(run, replace(call, choice=c.choice), (*rows, *rest)) for name, c in field.items()})
+        field, dropped = _field(tunable)
+        timed = device.of(rows[0].device).race or race
+        times = timed({name: _runner(run, replace(call, choice=c.choice), (*rows, *rest)) for name, c in field.items()})
+        dropped += [(name, "does not fit the device") for name in field if name not in times]
         first = tunable.candidates[0]
-        scale = next((times[n] / c.cost for n, c in field.items() if c is first and c.cost), 0.0)
+        if not times:
+            raise BuildError(
+                f"pattern {call.attend.name}: none of the {len(field)} candidates fits {rows[0].device}; leave tune= out, and say "
+                f"so with {first.shown!r}"
+            )
+        scale = times[first.shown] / first.cost if first.shown in times and first.cost else 0.0
         order = sorted(times, key=lambda n: times[n] * (MARGIN if n == first.shown else 1))
         trials = tuple(Trial(n, times[n], field[n].cost * scale) for n in order)
         shape = f"{'x'.join(map(str, call.geometry.q_grid))}, {rows[0].shape[0]}x{rows[0].shape[1]} heads of {rows[0].shape[-1]}"
-        found = Race(call.attend.name, "backward" if backward else "forward", shape, trials, first.shown)
+        direction = "backward" if backward else "forward"
+        found = Race(call.attend.name, direction, shape, trials, first.shown, tuple(dropped))
         _keep(tunable.like, field[order[0]].data, found)
-        for races in _heard:
-            races.append(found)
+        for heard in list(_heard):
+            heard(found)
+
+
+def _field(tunable: Tunable) -> tuple[dict[str, Candidate], list[tuple[str, str]]]:
+    """Who takes part in a race: the cheapest by the model that nothing speaks against, and its own choice in any case."""
+    field: dict[str, Candidate] = {}
+    dropped = []
+    for n, c in enumerate(tunable.candidates):
+        if len(field) == KEPT:
+            break
+        flaw = tunable.flaw(c) if tunable.flaw is not None and n else None
+        if flaw is None:
+            field[c.shown] = c
+        else:
+            dropped.append((c.shown, flaw))
+    return field, dropped
 
 
 def _runner(run: Callable[..., Any], call: Call, args: tuple[Any, ...]) -> Callable[[], Any]:
@@ -144,23 +195,23 @@ def _runner(run: Callable[..., Any], call: Call, args: tuple[Any, ...]) -> Calla
 def _keep(like: str, data: Any, found: Race) -> None:
     global _version
     trials = [{"choice": t.choice, "seconds": t.seconds, "predicted": t.predicted} for t in found.trials]
-    about = {"statement": found.statement, "direction": found.direction, "shape": found.shape, "untuned": found.untuned}
-    write_json(KIND, like, {"choice": data, "trials": trials, **about})
+    about = {"statement": found.statement, "shape": found.shape, "untuned": found.untuned, "measured": winners.now()}
+    winners.keep(like, {"choice": data, "trials": trials} | about)
     _winners[like] = data
     _version += 1
 
 
-def race(runners: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def race(runners: device.Runners, clock: Callable[[], float] = time.perf_counter) -> device.Times:
     """Median seconds of each; they take turns, so that a slow moment of the machine falls on all, and stragglers leave early."""
     for run in runners.values():  # builds what there is to build, warms caches
         run()
     times: dict[str, list[float]] = {name: [] for name in runners}
-    running, rounds, start = list(runners), 0, time.perf_counter()
-    while rounds < ROUNDS or (len(running) > 1 and time.perf_counter() - start < SECONDS):
+    running, rounds, start = list(runners), 0, clock()
+    while rounds < ROUNDS or (len(running) > 1 and clock() - start < SECONDS):
         for name in running:
-            begin = time.perf_counter()
+            begin = clock()
             runners[name]()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
         rounds += 1
         if rounds == 2:
             best = min(min(t) for t in times.values())

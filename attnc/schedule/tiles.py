@@ -7,11 +7,12 @@ whole is the product over axes. For dk and dv the roles are swapped and the ends
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -195,17 +196,22 @@ def _grouped(g: Geometry) -> Tile | None:
     return Tile(tuple(rows), tuple(rows))
 
 
-def _cost(g: Geometry, side: Side, tile: Tile, width: int) -> float:
+def instructions(tile: Tile, width: int, steps: Any, programs: Any, exact: bool) -> Any:
     """Thread-instructions, roughly: per chunk its elements, its rows' statistics, its columns' loads; per program its rows.
 
-    The weights were fitted to counted instructions of kernels compiled for sm_90.
+    The weights were fitted to counted instructions of kernels compiled for sm_90. Counts may be sympy expressions.
     """
-    ws = walks(g, side, tile)
-    steps, programs = math.prod(w.steps for w in ws), math.prod(w.programs for w in ws)
     lanes = LANES * tile.warps
-    each = 5.0 if all(w.exact for w in ws) else 6.0
+    each = 5.0 if exact else 6.0
     per_chunk = tile.bm * tile.bn * each + tile.bn * width * 0.6 + tile.bm * (width + 8) + 24 * lanes
     return steps * per_chunk + programs * (160 * lanes + tile.bm * width * 1.5)
+
+
+def _cost(g: Geometry, side: Side, tile: Tile, width: int) -> float:
+    """Instructions of one head's programs."""
+    ws = walks(g, side, tile)
+    steps, programs = math.prod(w.steps for w in ws), math.prod(w.programs for w in ws)
+    return float(instructions(tile, width, steps, programs, all(w.exact for w in ws)))
 
 
 # score elements that one lane may hold at head dimensions up to 64, by how many tiles of them a kernel keeps alive
@@ -219,6 +225,15 @@ _SHARED = {"cuda:75": 64, "cuda:86": 99, "cuda:89": 99, "cuda:120": 99, "hip:gfx
 def shared_limit(target: str) -> int:
     """Bytes of shared memory that one program may take on a target."""
     return 1024 * _SHARED.get(target, 163)
+
+
+def alike(target: str) -> str:
+    """A target for which the same tiles are chosen."""
+    return next((t for t in ("cuda:80", "cuda:75", "cuda:86", "hip:gfx942") if _like(t) == _like(target)), target)
+
+
+def _like(target: str) -> tuple[bool, int]:
+    return target.startswith("hip"), shared_limit(target)
 
 
 def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
@@ -292,10 +307,28 @@ def _settled(g: Geometry, side: Side, tile: Tile, kind: Kind, width: int, itemsi
 @lru_cache(maxsize=1024)
 def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, target: str = "cuda:80") -> Tile:
     """The cheapest tile for one kernel that the target can hold; `width` is the larger head dimension in registers."""
-    side: Side = "k" if kind == "dkv" else "q"
     whole = _whole(g, width, kind, itemsize, target)
     if whole is not None:
         return whole
+    fitting, least = _fitting(g, width, kind, itemsize, target)
+    if not fitting:
+        return _launched(g, kind, least)
+    best = min(fitting, key=lambda x: x[0])[1]
+    return _launched(g, kind, _settled(g, "k" if kind == "dkv" else "q", best, kind, width, itemsize, target))
+
+
+def _launched(g: Geometry, kind: Kind, tile: Tile) -> Tile:
+    """A tile with its inner axis, the one with the most chunks, and its stages."""
+    ws = walks(g, "k" if kind == "dkv" else "q", tile)
+    inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
+    return Tile(tile.rows, tile.chunk, inner, tile.warps, min(tile.stages, 1 if tile.warps == 1 else 2))
+
+
+def _fitting(
+    g: Geometry, width: int, kind: Kind, itemsize: int, target: str, packed: bool = False
+) -> tuple[list[tuple[float, Tile]], Tile]:
+    """Every tile that the target can hold with its cost, and the least of all tiles. packed: also several blocks to a tile."""
+    side: Side = "k" if kind == "dkv" else "q"
     most = MOST if itemsize <= 2 and width <= 128 else 64
     held = _HELD[kind] * min(1.0, 64 / width) * (1.0 if itemsize <= 2 else 0.5)
     per_axis = []
@@ -304,9 +337,10 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, t
         rows = [t for t in _powers(most) if t < 2 * length]
         if axis.block:
             rows += [t for t in range(1, min(axis.block, most) + 1) if axis.block % t == 0]
+            rows += [t for t in range(axis.block, most + 1, axis.block) if packed and t < length + axis.block]
         per_axis.append((sorted(set(rows)), [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]))
     longest = math.prod(max(r) for r, _ in per_axis)
-    best: tuple[float, Tile] | None = None
+    found: list[tuple[float, Tile]] = []
     least: Tile | None = None
     for rows_ in itertools.product(*[r for r, _ in per_axis]):
         if not min(16, longest) <= math.prod(rows_) <= most:
@@ -331,14 +365,41 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, t
                 continue
             if tile.bm * tile.bn > max(limit * LANES * tile.warps, 16 * 16):
                 continue
-            cost = _cost(g, side, tile, width)
-            if best is None or cost < best[0]:
-                best = cost, tile
+            found.append((_cost(g, side, tile, width), tile))
     assert least is not None  # 16 columns fit every axis
-    tile = least if best is None else _settled(g, side, best[1], kind, width, itemsize, target)
-    ws = walks(g, side, tile)
-    inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
-    return Tile(tile.rows, tile.chunk, inner, tile.warps, min(tile.stages, 1 if tile.warps == 1 else 2))
+    return found, least
+
+
+@lru_cache(maxsize=256)
+def candidates(
+    g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, target: str = "cuda:80", most: int = 24
+) -> tuple[Tile, ...]:
+    """What a tuner may choose among for one kernel: the model's own choice, that tile with other warps, stages and batch items,
+    the tile that loads the fewest columns for each row among those not much dearer, then others by their cost."""
+    own = choose(g, width, kind, itemsize, target)
+    fitting, _ = _fitting(g, width, kind, itemsize, target, packed=True)
+    best = [_launched(g, kind, t) for _, t in heapq.nsmallest(most, fitting, key=lambda x: x[0])]
+    out = [own, *(replace(own, warps=w) for w in (own.warps // 2, 2 * own.warps) if 1 <= w <= 8)]
+    if own.batch > 1:
+        out += [replace(own, batch=b) for b in (1, 4 * own.batch)]
+    side: Side = "k" if kind == "dkv" else "q"
+    if any(w.most > 1 for w in walks(g, side, own)):  # one chunk is no pipeline
+        out += [replace(own, stages=s) for s in (1, 2, 3, 4)]
+    if fitting:
+        least = min(cost for cost, _ in fitting)
+        out.append(_launched(g, kind, min((t for c, t in fitting if c < DEARER * least), key=lambda t: reread(g, side, t))))
+    out += best
+    fits = (t for t in out if itemsize <= 2 or unrolled(t, width) <= _UNROLLED)
+    return tuple(itertools.islice(dict.fromkeys((own, *fits)), most))
+
+
+DEARER = 1.7  # times the least cost that a tile may have which spares memory
+
+
+def reread(g: Geometry, side: Side, tile: Tile) -> float:
+    """Columns loaded for each row: what a tile costs the memory."""
+    rows = math.prod(a.queries if side == "q" else a.keys for a in g.axes)
+    return math.prod(w.steps for w in walks(g, side, tile)) * tile.bn / max(rows, 1)
 
 
 def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target: str = "cuda:80") -> Tiles:

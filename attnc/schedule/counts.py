@@ -1,0 +1,96 @@
+"""Programs and chunks of an axis as sympy expressions in its length: what `tiles.walk` counts at one size, for every size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy as sp
+
+from attnc import ir
+from attnc.analysis.algebra import Choice, FloorDiv, FloorMod, NotAlgebraic, symbol, to_sympy
+from attnc.analysis.axis import AxisForm, I, J, R
+from attnc.analysis.structure import Structure
+from attnc.errors import UnsupportedError
+from attnc.schedule.tiles import Side, Tile
+
+T = sp.Symbol("t", integer=True, nonnegative=True)
+
+
+def counts(name: str, s: Structure, side: Side, tile: Tile, *, same_grid: bool = True) -> tuple[sp.Expr, sp.Expr]:
+    """(programs, chunks visited) of one head, functions of `ir.size` symbols: products over the axes.
+
+    Raises:
+        UnsupportedError: an end of an axis has no closed form.
+    """
+    programs, steps = sp.Integer(1), sp.Integer(1)
+    for axis, form in enumerate(s.axes):
+        p, c = axis_counts(name, form, axis, side, tile.rows[axis], tile.chunk[axis], same_grid=same_grid)
+        programs, steps = programs * p, steps * c
+    return programs, steps
+
+
+def axis_counts(
+    name: str, form: AxisForm, axis: int, side: Side, rows: int, chunk: int, *, same_grid: bool = True
+) -> tuple[sp.Expr, sp.Expr]:
+    """One axis, of an unpadded statement: tiles begin at block borders, rows past the end see what the last row sees."""
+    nq, nk = (symbol(ir.size(role, axis)) for role in ("q", "q" if same_grid else "k"))
+    size, other = (nq, nk) if side == "q" else (nk, nq)
+    try:
+        split, shift = to_sympy(form.split), to_sympy(form.shift)
+        block = None if form.block is None else to_sympy(form.block)
+        columns = side == "k" and form.inverse_lo is None
+        ends = (form.lo, form.hi) if side == "q" or columns else (form.inverse_lo, form.inverse_hi)
+        lo, hi = (to_sympy(e).xreplace({symbol(I): symbol(J)}) for e in ends if e is not None)
+    except NotAlgebraic as e:
+        raise UnsupportedError(f"pattern {name}: axis {axis} has no closed form to count with ({e}); count it at a size") from e
+    j, r = symbol(J), symbol(R)
+    off = FloorMod(-shift, block) if block is not None else sp.Integer(0)
+    begin = rows * FloorDiv(off, rows) - off
+    tiles = _ceil(_ceil(size, split) - begin, rows)
+    length = _ceil(other - r, split)  # columns of the class
+    last_row = FloorDiv(size - 1 - r, split)
+    last = sp.Max(sp.Min(begin + T * rows + rows - 1, last_row), 0)
+    first = sp.Min(sp.Max(begin + T * rows, 0), last)
+    left, right = sp.Max(lo.xreplace({j: first}), 0), sp.Min(hi.xreplace({j: last}), length - 1) + 1
+    if columns:
+        left, right = sp.Integer(0), length
+    classes = sp.Min(split, size)
+    per_tile = sp.Max(_ceil(right - left, chunk), 0)
+    if form.full and form.split == ir.ONE:  # every tile walks the whole axis
+        return tiles, tiles * _ceil(other, chunk)
+    steps: Any = sp.Sum(per_tile, (T, 0, tiles - 1))
+    steps = steps.xreplace({r: sp.Integer(0)}) if form.split == ir.ONE else sp.Sum(steps, (r, 0, classes - 1))
+    return tiles * classes, steps
+
+
+def _ceil(a: Any, b: Any) -> Any:
+    return -FloorDiv(-a, sp.sympify(b))
+
+
+def value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int:
+    """An expression of `counts` at concrete sizes: sums are summed, nothing is guessed."""
+    if e.is_Integer:
+        return int(e)
+    if e.is_Symbol:
+        return sizes[e]
+    if isinstance(e, sp.Sum):
+        inner, (x, a, b) = e.args[0], e.args[1]
+        return sum(value(inner, {**sizes, x: n}) for n in range(value(a, sizes), value(b, sizes) + 1))
+    if isinstance(e, Choice):
+        return value(e.args[1 if value(e.args[0], sizes) <= 0 else 2], sizes)
+    found = [value(a, sizes) for a in e.args]
+    if e.is_Add:
+        return sum(found)
+    if e.is_Mul:
+        out = 1
+        for n in found:
+            out *= n
+        return out
+    if isinstance(e, sp.Min | sp.Max):
+        return (min if isinstance(e, sp.Min) else max)(found)
+    if isinstance(e, FloorDiv | FloorMod):
+        return found[0] // found[1] if isinstance(e, FloorDiv) else found[0] % found[1]
+    if isinstance(e, sp.Abs):
+        return abs(found[0])
+    raise TypeError(f"not an expression of counts: {e}")
