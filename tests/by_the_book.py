@@ -22,8 +22,8 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
     return a, b, c, d
 
 
-def kept(p: float, seed: int, batch: int, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """bool [batch, heads, n, m] from the numbers of n queries and m keys: which pairs dropout keeps."""
+def dropout(p: float, seed: int, batch: int, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """float64 [batch, heads, n, m] from the numbers of n queries and m keys: 0 for pairs dropped, 1 / (1 - p), p to 31 bits, for others."""
     i, b, h = (x.astype(np.uint64) for x in np.meshgrid(queries.numpy(), np.arange(batch), np.arange(heads), indexing="ij"))
     first, second, *_ = philox((i, b, h, np.zeros_like(i)), (seed % 2**32, seed // 2**32 % 2**32))
     x = (first[..., None] + keys.numpy().astype(np.uint64)) & M32
@@ -31,7 +31,8 @@ def kept(p: float, seed: int, batch: int, heads: int, queries: Tensor, keys: Ten
     x = ((x ^ (x >> np.uint64(11)) ^ second[..., None]) * np.uint64(0xAC4C1B51)) & M32
     x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x31848BAB)) & M32
     word = (x ^ (x >> np.uint64(14))) >> np.uint64(1)
-    return torch.from_numpy(word < np.uint64(min(max(round((1 - p) * 2**31), 1), 2**31 - 1))).permute(1, 2, 0, 3)
+    few = min(max(round((1 - p) * 2**31), 1), 2**31 - 1)
+    return torch.from_numpy((word < np.uint64(few)) * (2**31 / few)).permute(1, 2, 0, 3)
 
 
 def rotary(rows: Tensor, places: Tensor, base: float, interleaved: bool) -> Tensor:
@@ -42,7 +43,7 @@ def rotary(rows: Tensor, places: Tensor, base: float, interleaved: bool) -> Tens
     for axis, place in enumerate(places.clamp_min(0)):
         first = torch.arange(w // 2) * (2 if interleaved else 1) + axis * w
         second = first + (1 if interleaved else w // 2)
-        angle = place[:, None].double() * torch.tensor(base, dtype=torch.float64) ** (-torch.arange(w // 2) * 2 / max(w, 1))
+        angle = place[:, None].double() * torch.tensor(base, dtype=torch.float64) ** (-torch.arange(w // 2, dtype=torch.float64) * 2 / max(w, 1))
         turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128 if rows.dtype == torch.float64 else torch.complex64)
         pair = torch.complex(*(rows[..., c].to(turn.real.dtype) for c in (first, second))) * turn
         out[..., first], out[..., second] = pair.real.to(rows.dtype), pair.imag.to(rows.dtype)

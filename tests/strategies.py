@@ -459,8 +459,7 @@ def dense(
         post = torch.as_tensor(evaluate(ir.flatten_index(a.post, a.rank, same), leaves, torch, load, real)).to(raw.dtype)
         weight = weight * torch.where(beside, 1.0, post)
     if dropout[0]:
-        kept = by_the_book.kept(*dropout, q.shape[0], q.shape[1], q_number, k_number)
-        weight = weight * kept.to(raw.dtype) / (1 - dropout[0])
+        weight = weight * by_the_book.dropout(*dropout, q.shape[0], q.shape[1], q_number, k_number).to(raw.dtype)
     return weight.expand(raw.shape) @ v, lse
 
 
