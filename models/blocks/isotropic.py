@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from attnc.models.blocks.staged import Staged
@@ -12,7 +13,7 @@ from attnc.models.blocks.staged import Staged
 def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The last tokens of ``[B, N, C]``, which are those of a grid, or a map ``[B, H, W, C]``, as a view ``[B, C, H, W]``."""
     if tokens.dim() == 3:
-        tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
+        tokens = torch.unflatten(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], 1, grid)
     return tokens.permute(0, 3, 1, 2)
 
 
