@@ -17,6 +17,11 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.permute(0, 3, 1, 2)
 
 
+def last_blocks(depth: int) -> range:
+    """Which blocks' maps such a backbone gives by default: the last three, as with timm."""
+    return range(max(depth - 3, 0), depth)
+
+
 class Isotropic(Staged):
     """Base of such classifiers; a subclass builds them and has `forward_blocks`, a ``norm`` and `forward_head`.
 
@@ -25,7 +30,7 @@ class Isotropic(Staged):
         depth: blocks, each a stage.
         patch: rows and columns of a patch.
         num_classes, grad_checkpointing: see `Classifier`.
-        features_only, out_indices: see `Staged`; by default the last three blocks, as with timm.
+        features_only, out_indices: see `Staged`, and `last_blocks`.
     """
 
     norm: nn.Module
@@ -48,7 +53,7 @@ class Isotropic(Staged):
             stages,
             num_classes=num_classes,
             features_only=features_only,
-            out_indices=range(max(depth - 3, 0), depth) if out_indices is None else out_indices,
+            out_indices=last_blocks(depth) if out_indices is None else out_indices,
             grad_checkpointing=grad_checkpointing,
         )
         self.patch = patch
