@@ -6,7 +6,7 @@ starts out as a convolution. Then a class token joins, and the last blocks are p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from math import isqrt
 from typing import cast
@@ -18,9 +18,9 @@ import attnc
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.drop import linear_rates
 from attnc.models.blocks.init import init_vit
+from attnc.models.blocks.isotropic import Isotropic
 from attnc.models.blocks.patches import PatchEmbed, pair
 from attnc.models.blocks.prenorm import PreNormBlock
-from attnc.models.blocks.staged import Classifier
 from attnc.models.blocks.tokens import TokenAttention, map_operator
 from attnc.models.official import official
 from attnc.models.registry import variants
@@ -114,14 +114,14 @@ class GPSA(nn.Module):
     convit_base={"embed_dim": 768, "num_heads": 16},
     convit_base_plus={"embed_dim": 1024, "num_heads": 16},
 )
-class ConViT(Classifier):
-    """Image classifier for images ``[B, in_chans, *img_size]``, of any size if there is no position embedding.
+class ConViT(Isotropic):
+    """Image classifier or backbone for images ``[B, in_chans, *img_size]``, of any size if there is no position embedding.
 
     Args:
         img_size: rows and columns of the image; the position embedding is made for them.
         patch_size: of patches; an int, or rows and columns.
         in_chans: channels of the image.
-        num_classes, grad_checkpointing: see `Classifier`.
+        num_classes, features_only, out_indices, grad_checkpointing: see `Isotropic`.
         embed_dim: channels C of all heads together.
         depth, num_heads, mlp_ratio, qkv_bias, qk_scale: of the blocks.
         drop_rate: dropout after the position embedding, after each attention and in the MLPs.
@@ -155,11 +155,21 @@ class ConViT(Classifier):
         use_pos_embed: bool = True,
         ln_eps: float = 1e-6,
         *,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(embed_dim, num_classes=num_classes, grad_checkpointing=grad_checkpointing)
         size, patch = pair(img_size), pair(patch_size)
+        super().__init__(
+            embed_dim,
+            depth,
+            patch,
+            num_classes=num_classes,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.grid = (size[0] // patch[0], size[1] // patch[1])
         self.check(min(self.grid) > 0, f"{img_size=} is less than a patch of {patch_size=}")
         self.check(local_up_to_layer >= 0, f"{local_up_to_layer=}: the number of gated blocks, 0 or more")
@@ -183,12 +193,17 @@ class ConViT(Classifier):
             return made
 
         self.blocks = nn.ModuleList(block(i, rate) for i, rate in enumerate(linear_rates(drop_path_rate, depth)))
-        self.norm = nn.LayerNorm(embed_dim, ln_eps)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_vit)
+        if not features_only:
+            self.norm = nn.LayerNorm(embed_dim, ln_eps)
+            self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+            self.head.apply(init_vit)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The tokens after the last norm, ``[B, 1 + N, C]``, the class token first; ShapeError for another image size."""
+    def forward_blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """After gated blocks maps ``[B, H, W, C]``, then tokens ``[B, 1 + N, C]``, the class token first.
+
+        Raises:
+            ShapeError: the image has another size than the position embedding.
+        """
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             if x.shape[1:3] != self.grid:
@@ -203,8 +218,7 @@ class ConViT(Classifier):
             if i == self.local_up_to_layer:
                 x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
             x = self.run(block, x)
-        out: Tensor = self.norm(x if x.dim() == 3 else x.flatten(1, 2))
-        return out
+            yield x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The first token of ``[B, N, C]``, and the classifier unless `pre_logits`."""

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc.errors import DeclarationError, ShapeError
@@ -22,6 +21,7 @@ from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.relative_window import check_heads, relative_table
+from attnc.models.blocks.staged import Staged
 from attnc.models.official import official, on_tokens, tokens
 from attnc.models.registry import variants
 
@@ -275,7 +275,7 @@ def _variant(dim: int, depths: tuple[int, ...], plus: bool = False) -> dict[str,
     crossformer_pp_large=_variant(128, (2, 2, 18, 2), plus=True),
     crossformer_pp_huge=_variant(128, (6, 6, 18, 2), plus=True),
 )
-class CrossFormer(nn.Module):
+class CrossFormer(Staged):
     """Image classifier or backbone for images ``[B, in_chans, H, W]`` of any size that leaves each stage a token.
 
     Args:
@@ -295,9 +295,7 @@ class CrossFormer(nn.Module):
         merge_size: kernels of each merging, beginning with 2.
         use_acl: CrossFormer++: cool amplitudes after every third block of a stage, but not after its last one.
         pad_type: see `Block`.
-        features_only: the forward gives the list of stage outputs, before merging; there is no classifier.
-        out_indices: stages in that list, all by default.
-        grad_checkpointing: recompute each block in the backward.
+        features_only, out_indices, grad_checkpointing: see `Staged`; the maps are those before merging.
         backend: of the attnc operators.
 
     Raises:
@@ -331,7 +329,6 @@ class CrossFormer(nn.Module):
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         stages = len(depths)
         sizes = per_stage(group_size, stages, "group_size")
         intervals = per_stage(crs_interval, stages, "crs_interval")
@@ -340,21 +337,18 @@ class CrossFormer(nn.Module):
         merges = list(merge_size)[: stages - 1]  # a list too long is cut, as in the official code
         _check(len(merges) == stages - 1, f"{merge_size=}: one list of kernels after each of the {stages} stages but the last")
         _check(all(m[0] == 2 for m in merges), f"{merge_size=}: the first kernel is the stride, 2")
-        out_indices = tuple(range(stages) if out_indices is None else out_indices)
-        _check(all(-stages <= i < stages for i in out_indices), f"{out_indices=}: there are {stages} stages")
-
+        super().__init__(
+            [embed_dim << i for i in range(stages)],
+            [patch_size[0] << i for i in range(stages)],
+            "layers",
+            num_classes=num_classes,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         rows, columns = height // patch_size[0], width // patch_size[0]
         self.stride = patch_size[0]
-        self.num_classes = num_classes
-        self.num_features = embed_dim << (stages - 1)
-        self.features_only = features_only
-        self.out_indices = tuple(sorted(i % stages for i in out_indices))
-        self.grad_checkpointing = grad_checkpointing
-        self.feature_info = [
-            {"num_chs": embed_dim << i, "reduction": patch_size[0] << i, "module": f"layers.{i}"} for i in self.out_indices
-        ]
-
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_norm)
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, rows * columns, embed_dim)) if ape else None
         self.pos_drop = nn.Dropout(drop_rate)
@@ -383,17 +377,10 @@ class CrossFormer(nn.Module):
             self.layers.append(Stage(blocks, PatchMerging(embed_dim << s, merges[s]) if s < stages - 1 else None))
         if not features_only:
             self.norm = nn.LayerNorm(self.num_features)
-            self.reset_classifier(num_classes)
+            self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(init_vit)
         if self.absolute_pos_embed is not None:
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """``[B, in_chans, H, W] -> [B, num_classes]``; with `features_only`, all ``[B, C, H', W']``."""
-        if self.features_only:
-            maps = self.forward_stages(x)
-            return [maps[i] for i in self.out_indices]
-        return self.forward_head(self.forward_features(x))
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """The outputs of all stages, ``[B, C, H', W']`` (views of channels-last memory).
@@ -416,40 +403,16 @@ class CrossFormer(nn.Module):
         x = self.pos_drop(x)
         for stage in self.layers:
             for block in cast(nn.ModuleList, stage.blocks):
-                x = self._run(block, x)
+                x = self.run(block, x)
             maps.append(x.permute(0, 3, 1, 2))
             if stage.downsample is not None:
                 x = cast(PatchMerging, stage.downsample)(x)
         return maps
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's output, ``[B, C, H', W']``, before the norm and pooling."""
-        return self.forward_stages(x)[-1]
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """LayerNorm, mean over the tokens of ``[B, C, H', W']``, and the classifier unless `pre_logits`."""
         x = self.norm(x.permute(0, 2, 3, 1)).mean((1, 2))
         return x if pre_logits else cast(Tensor, self.head(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (an identity without classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one; 0 classes leave the pooled, normalised features."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_vit)
-        self.head.to(self.norm.weight)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade the blocks' activations for computing them again in the backward."""
-        self.grad_checkpointing = enable
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
-        return cast(Tensor, block(x))
 
 
 def per_stage(value: Any, stages: int, what: str) -> list[Any]:

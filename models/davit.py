@@ -12,17 +12,15 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import attnc
-from attnc.errors import DeclarationError
 from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.conv import ConvPositionalEncoding, conv_map, pad_to_multiple
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit, init_vit_conv
 from attnc.models.blocks.mlp import Mlp
+from attnc.models.blocks.staged import Staged
 from attnc.models.official import official, on_tokens
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
@@ -162,7 +160,7 @@ def _variant(dim: int, depths: tuple[int, ...], overlapped_patch: bool = False) 
     davit_huge=_variant(256, (1, 1, 9, 1), overlapped_patch=True),
     davit_giant=_variant(384, (1, 1, 12, 3), overlapped_patch=True),
 )
-class DaViT(nn.Module):
+class DaViT(Staged):
     """Image classifier or backbone for images ``[B, in_chans, H, W]`` of any size.
 
     Args:
@@ -178,9 +176,7 @@ class DaViT(nn.Module):
         attention_types: the blocks of a layer, "spatial" or "channel".
         overlapped_patch: 3x3 instead of 2x2 convolutions between stages.
         weight_init: "conv" also draws convolutions from a normal of std 0.02.
-        features_only: the forward gives the list of stage outputs; there is no classifier.
-        out_indices: stages in that list, all by default.
-        grad_checkpointing: recompute each block in the backward.
+        features_only, out_indices, grad_checkpointing: see `Staged`.
         backend: of the attnc operators.
 
     Raises:
@@ -210,31 +206,19 @@ class DaViT(nn.Module):
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        stages = len(embed_dims)
-        _check(
-            len(depths) == len(num_heads) == stages,
-            f"{depths=}, {embed_dims=} and {num_heads=} differ in length",
+        self.check(len(depths) == len(num_heads) == len(embed_dims), f"{depths=}, {embed_dims=} and {num_heads=} differ in length")
+        self.check(all(depth > 0 for depth in depths), f"{depths=}: every stage needs at least one layer")
+        self.check(patch_size == 4, f"{patch_size=}: the stem has stride 4")
+        self.check(set(attention_types) <= {"spatial", "channel"}, f"{attention_types=}: 'spatial' and 'channel' exist")
+        super().__init__(
+            embed_dims,
+            [patch_size << i for i in range(len(embed_dims))],
+            "main_blocks",
+            num_classes=num_classes,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
         )
-        _check(all(depth > 0 for depth in depths), f"{depths=}: every stage needs at least one layer")
-        _check(patch_size == 4, f"{patch_size=}: the stem has stride 4")
-        _check(
-            set(attention_types) <= {"spatial", "channel"},
-            f"{attention_types=}: 'spatial' and 'channel' exist",
-        )
-        out_indices = tuple(range(stages) if out_indices is None else out_indices)
-        _check(all(-stages <= i < stages for i in out_indices), f"{out_indices=}: there are {stages} stages")
-
-        self.num_classes = num_classes
-        self.num_features = embed_dims[-1]
-        self.features_only = features_only
-        self.out_indices = tuple(sorted(i % stages for i in out_indices))
-        self.grad_checkpointing = grad_checkpointing
-        # what timm's users of backbones read
-        self.feature_info = [
-            {"num_chs": embed_dims[i], "reduction": patch_size << i, "module": f"main_blocks.{i}"} for i in self.out_indices
-        ]
-
         kernel, padding = (3, 1) if overlapped_patch else (2, 0)
         self.patch_embeds = nn.ModuleList(
             [PatchEmbed(in_chans, embed_dims[0], kernel=7, stride=patch_size, padding=3, norm_first=False)]
@@ -259,15 +243,8 @@ class DaViT(nn.Module):
         if not features_only:
             self.norms = nn.LayerNorm(self.num_features)
             self.drop = nn.Dropout(drop_rate)
-            self.reset_classifier(num_classes)
+            self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(init_vit_conv if weight_init == "conv" else init_vit)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """``[B, in_chans, H, W] -> [B, num_classes]``; with `features_only`, all ``[B, C, H', W']``."""
-        if self.features_only:
-            maps = self.forward_stages(x)
-            return [maps[i] for i in self.out_indices]
-        return self.forward_head(self.forward_features(x))
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """The outputs of all stages, ``[B, C, H', W']`` (views of channels-last memory)."""
@@ -277,43 +254,14 @@ class DaViT(nn.Module):
             x = embed(x)
             for layer in cast(nn.ModuleList, layers):
                 for block in cast(nn.Sequential, layer):
-                    x = self._run(block, x)
+                    x = self.run(block, x)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's output, ``[B, C, H', W']``, before pooling and norm."""
-        return self.forward_stages(x)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the tokens of ``[B, C, H', W']``, LayerNorm, and the classifier unless `pre_logits`."""
         x = self.norms(x.mean((2, 3)))
         return x if pre_logits else cast(Tensor, self.head(self.drop(x)))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (an identity without classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one; 0 classes leave the pooled, normalised features."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_vit)
-        self.head.to(self.norms.weight)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade the blocks' activations for computing them again in the backward."""
-        self.grad_checkpointing = enable
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
-        return cast(Tensor, block(x))
-
-
-def _check(holds: bool, complaint: str) -> None:
-    if not holds:
-        raise DeclarationError(f"DaViT: {complaint}")
 
 
 timm_names(

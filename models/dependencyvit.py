@@ -7,7 +7,7 @@ dropped on the way. The authors published no code; names and open choices are th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -20,9 +20,9 @@ from attnc.errors import ShapeError
 from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
+from attnc.models.blocks.isotropic import Isotropic
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.patches import PatchEmbed, pair
-from attnc.models.blocks.staged import Classifier
 from attnc.models.official import official
 from attnc.models.registry import variants
 
@@ -181,14 +181,14 @@ LITE: dict[str, Any] = {"prune_layers": (2, 5, 8, 11), "prune_ratio": 0.16}
     dependencyvit_small={"embed_dim": 384},
     dependencyvit_lite_tiny={"embed_dim": 192, **LITE},
 )
-class DependencyViT(Classifier):
-    """Image classifier for images ``[B, in_chans, *img_size]``.
+class DependencyViT(Isotropic):
+    """Image classifier, or backbone where no tokens are dropped, for images ``[B, in_chans, *img_size]``.
 
     Args:
         img_size: rows and columns of the image; the position embedding is made for them.
         patch_size: of patches; an int, or rows and columns.
         in_chans: channels of the image.
-        num_classes, grad_checkpointing: see `Classifier`.
+        num_classes, features_only, out_indices, grad_checkpointing: see `Isotropic`.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: of the blocks.
         head_selector_temperature: see `ReversedAttention`.
         init_values: where the layer scales begin.
@@ -220,11 +220,21 @@ class DependencyViT(Classifier):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         *,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(embed_dim, num_classes=num_classes, grad_checkpointing=grad_checkpointing)
         size, patch = pair(img_size), pair(patch_size)
+        super().__init__(
+            embed_dim,
+            depth,
+            patch,
+            num_classes=num_classes,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.grid = (size[0] // patch[0], size[1] // patch[1])
         pruned, ratio = sorted(prune_layers or ()), prune_ratio or 0.0
         self.check(min(self.grid) > 0, f"{img_size=} is less than a patch of {patch_size=}")
@@ -233,6 +243,10 @@ class DependencyViT(Classifier):
             f"{prune_layers=}: different blocks, from 1 to {depth}",
         )
         self.check(ratio >= 0 and len(pruned) * ratio < 1, f"{prune_ratio=} for {len(pruned)} prunings: no token would be left")
+        self.check(
+            not (features_only and pruned),
+            f"{features_only=} with {prune_layers=}: dropped tokens leave no maps; build it with prune_layers=None",
+        )
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch, norm=False, pad=False)
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.grid[0] * self.grid[1], embed_dim), std=0.02))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -252,8 +266,9 @@ class DependencyViT(Classifier):
             )
             for i, rate in enumerate(linear_rates(drop_path_rate, depth), 1)
         )
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if not features_only:
+            self.norm = nn.LayerNorm(embed_dim, 1e-6)
+            self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.apply(init_vit)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -267,17 +282,27 @@ class DependencyViT(Classifier):
             )
         return cast(Tensor, self.pos_drop(x.flatten(1, 2) + self.pos_embed))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """``[B, in_chans, *img_size] -> [B, num_classes]``. Raises ShapeError for another size."""
-        return self.forward_head(self.forward_features(image))
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """``[B, in_chans, *img_size] -> [B, num_classes]``; with `features_only`, maps. Raises ShapeError for another size."""
+        return super().forward(image)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The tokens that are left, after the last norm and times their m, ``[B, N', C]``."""
+    def _forward_gated(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The tokens that are left after each block and their m."""
         x, m = self.embed(x), None
         for block in self.blocks:
             x, m, _ = cast(Any, self.run(block, x, m=m))
-        x = self.norm(x)
-        return x if m is None else x * m[..., None].to(x.dtype)
+            yield x, m
+
+    def forward_blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """The tokens that are left after each block, ``[B, N', C]``."""
+        return (tokens for tokens, _ in self._forward_gated(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The tokens that are left, after the last norm and times their m, ``[B, N', C]``."""
+        for tokens, m in self._forward_gated(x):
+            last, gate = tokens, m
+        x = self.norm(last)
+        return x if gate is None else x * gate[..., None].to(x.dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The mean of ``[B, N', C]``, and the classifier unless `pre_logits`."""

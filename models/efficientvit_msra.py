@@ -80,7 +80,7 @@ class CascadedGroupAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H, W]``, in windows of `resolution` whose last ones reach over no border."""
         steps = cast(Tensor, self.steps)
-        table = self.attention_biases.unflatten(1, (self.resolution, self.resolution))
+        table = self.attention_biases.view(-1, self.resolution, self.resolution)
         bias = table[:, steps[:, None], steps]  # by query minus key
         slices = x.chunk(len(self.qkvs), 1)
         f, outputs = slices[0], []
@@ -100,7 +100,7 @@ class CascadedGroupAttention(nn.Module):
         if rows == columns == 1:
             return cast(Tensor, convolve(x))
         side = self.resolution
-        parts = x.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 3, 5, 1)
+        parts = torch.unflatten(torch.unflatten(x, 3, (columns, side)), 2, (rows, side)).permute(0, 2, 4, 3, 5, 1)
         y = convolve(parts.reshape(-1, side, side, x.shape[1]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         y = y.unflatten(0, (-1, rows, columns)).permute(0, 1, 3, 2, 4, 5)
         return cast(Tensor, y.reshape(-1, height, width, x.shape[1])).permute(0, 3, 1, 2)

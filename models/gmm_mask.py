@@ -1,23 +1,24 @@
 """Gaussian-mixture mask attention on small data: RetNet viewed through convolution (Li et al. 2023, arXiv:2309.05375).
 
-Scores are multiplied, before the softmax, by a mixture of Gaussians of the distance between tokens, learned per head. Hosts here
-are ViT and CaiT. Parameter names are those of the official code.
+Scores are multiplied, before the softmax, by a mixture of Gaussians of the distance between tokens, learned per head. The
+host here is ViT. Parameter names are those of the official code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.drop import DropPath
+from attnc.models.blocks.isotropic import last_blocks, tokens_to_map
+from attnc.models.blocks.staged import Staged
 from attnc.models.official import official
 from attnc.models.registry import variants
 
@@ -32,24 +33,6 @@ def masked_operator(kernels: int, prefix: int, heads: int, backend: str) -> attn
     """
     pattern = attnc.patterns.gaussian_mixture(kernels, vanish=VANISH) if kernels else attnc.patterns.full()
     return attnc.compile(pattern, prefix=prefix, layout="b (y x) (three h d)", heads=heads, backend=backend)
-
-
-@attnc.pattern
-def given(q: Any, k: Any, *, scores: attnc.Table) -> Any:
-    """Softmax of scores that were made elsewhere: a table ``[B, H, N, N]``."""
-    return scores[attnc.BATCH, attnc.HEAD, q.index, k.index]
-
-
-@cache
-def given_operator(backend: str) -> attnc.Operator:
-    """Attention by given scores over ``[B, h, N, d]``."""
-    return attnc.compile(given(), backend=backend)
-
-
-@cache
-def dense_operator(backend: str) -> attnc.Operator:
-    """Attention of queries ``[B, h, Nq, d]`` to all keys ``[B, 1, N, d]``."""
-    return attnc.compile(attnc.patterns.full(), grid=(None,), kv_grid=(None,), layout="b h x d", backend=backend)
 
 
 def side_of(count: int) -> int:
@@ -143,67 +126,6 @@ class Attention(nn.Module):
         return cast(Tensor, self.to_out(mixed))
 
 
-class TalkingHeads(nn.Module):
-    """CaiT's attention: scores, masked, are mixed between heads before the softmax, and weights after it.
-
-    s'_g = sum_h Wpre[h, g] mask_h q_h k_h^T / sqrt(d); y_g = sum_h Wpost[h, g] softmax(s'_h) v_g.
-
-    Without a mask the mixture of scores is one product of wider rows. With it a score is no function of one product, which is all
-    that a pattern can state: the scores ``[B, h, N, N]`` are made here and given to the operator as a table.
-
-    Args:
-        dim, num_patches, heads, dim_head, num_kernals, backend: see `Attention`.
-        if_patch_attn: whether this is a block of patches, which alone are masked.
-        is_GMM: whether those are.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_patches: int,
-        heads: int = 8,
-        dim_head: int = 64,
-        if_patch_attn: bool = False,
-        is_GMM: bool = True,
-        num_kernals: int = 3,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
-        self.mix_heads_pre_attn = nn.Parameter(torch.randn(heads, heads))
-        self.mix_heads_post_attn = nn.Parameter(torch.randn(heads, heads))
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim))
-        self.mask = GaussianMixtureMask(heads, num_kernals) if is_GMM and if_patch_attn else None
-        if self.mask is not None:
-            side_of(num_patches)
-        self.attend = dense_operator(backend) if self.mask is None else given_operator(backend)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``[B, N, C] -> [B, N, C]``; keys and values are those of `context` ``[B, M, C]`` where it is given."""
-        q = self.to_q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.to_kv(x if context is None else context).chunk(2, -1)
-        # each head's weights meet the values of all heads, of which the last mixture takes a part
-        mixed = self._masked(q, k, v) if self.mask is not None else self._plain(q, k, v)
-        mixed = mixed.view(*mixed.shape[:-1], self.heads, -1)
-        mixed = torch.einsum("bhngd,hg->bngd", mixed, self.mix_heads_post_attn.to(mixed.dtype))
-        return cast(Tensor, self.to_out(mixed.flatten(2)))
-
-    def _plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries of all heads side by side, weighted for each mixture; one head of keys serves them all."""
-        weighted = torch.einsum("bnhd,hg->bgnhd", q, self.mix_heads_pre_attn.to(q.dtype)).flatten(3)
-        return self.attend(weighted, k[:, None], v[:, None], scale=q.shape[-1] ** -0.5)
-
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = cast(GaussianMixtureMask, self.mask)
-        products = torch.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k.view(*k.shape[:2], self.heads, -1))
-        scores = torch.einsum("bhnm,hg->bgnm", mask(products), self.mix_heads_pre_attn)
-        nothing = q.new_zeros(()).expand(q.shape[0], self.heads, q.shape[1], 1)
-        return self.attend(nothing, nothing[:, :1], v[:, None], grid=(q.shape[1],), scores=scores)
-
-
 class PreNorm(nn.Module):
     """fn(LN(x), ...)."""
 
@@ -230,18 +152,7 @@ class FeedForward(nn.Module):
         return cast(Tensor, self.net(x))
 
 
-class LayerScale(nn.Module):
-    """scale * fn(x, ...), with a scale per channel that begins the smaller the deeper the layer is."""
-
-    def __init__(self, dim: int, fn: nn.Module, depth: int) -> None:
-        super().__init__()
-        start = 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
-        self.scale = nn.Parameter(torch.full((1, 1, dim), start))
-        self.fn = fn
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``[B, N, C] -> [B, N, C]``."""
-        return cast(Tensor, self.fn(x, context)) * self.scale
+Run = Callable[..., Tensor]  # runs a function of tensors, see `Classifier.run`
 
 
 class Transformer(nn.Module):
@@ -251,21 +162,24 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in layers)
         self.drop_path = DropPath(drop_path)
-        self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``[B, N, C] -> [B, N, C]``; keys and values are those of `context` ``[B, M, C]`` where it is given."""
+    def run(self, run: Run, x: Tensor, context: Tensor | None = None) -> Iterator[Tensor]:
+        """``[B, N, C]`` after each layer, which `run` runs; keys and values are those of `context` ``[B, M, C]`` where given."""
         for layer in self.layers:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._layer, layer, x, context, use_reentrant=False)
-            else:
-                x = self._layer(layer, x, context)
-        return x
+            x = run(self._layer, layer, x, context)
+            yield x
 
     def _layer(self, layer: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
         attention, feed_forward = cast(nn.ModuleList, layer)
         x = x + self.drop_path(attention(x, context))
         return x + cast(Tensor, self.drop_path(feed_forward(x)))
+
+
+def last_of(each: Iterator[Tensor]) -> Tensor:
+    """The last one."""
+    for x in each:
+        found = x
+    return found
 
 
 class Patches(nn.Module):
@@ -282,24 +196,44 @@ class Patches(nn.Module):
         return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, self.size**2 * c)
 
 
-class PatchClassifier(nn.Module):
+class PatchClassifier(Staged):
     """What the hosts share: patches with learned positions, and a LayerNorm with a linear layer at the end.
+
+    A subclass has `forward_features`, which gives what the norm reads, ``[B, C]``, and `forward_stages`. Other arguments: see
+    `Staged`.
 
     Raises:
         DeclarationError: patches do not divide the image.
     """
 
-    def __init__(self, img_size: int, patch_size: int, num_classes: int, dim: int, channels: int, prefix: int) -> None:
-        super().__init__()
+    classifier = "mlp_head.1"
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        num_classes: int,
+        widths: Sequence[int],
+        reductions: Sequence[int],
+        stages: str,
+        channels: int,
+        prefix: int,
+        *,
+        features_only: bool,
+        **staged: Any,
+    ) -> None:
         if patch_size < 1 or img_size % patch_size:
             raise DeclarationError(f"patch_size is {patch_size}, which does not divide img_size = {img_size}")
-        self.img_size, self.num_features = img_size, dim
-        self.num_patches = (img_size // patch_size) ** 2
+        super().__init__(widths, reductions, stages, num_classes=num_classes, features_only=features_only, **staged)
+        dim, side = widths[0], img_size // patch_size
+        self.img_size, self.num_patches = img_size, side**2
         self.to_patch_embedding = nn.Sequential(Patches(patch_size), nn.Linear(patch_size**2 * channels, dim))
         self.pos_embedding = nn.Parameter(torch.randn(1, prefix + self.num_patches, dim))
         # frozen, and officially there without masks too; what it says is computed from coordinates here
-        self.mask = nn.Parameter(base_mask(img_size // patch_size), requires_grad=False)
-        self.reset_classifier(num_classes)
+        self.mask = nn.Parameter(base_mask(side), requires_grad=False)
+        if not features_only:
+            last = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+            self.mlp_head = nn.Sequential(nn.LayerNorm(self.num_features), last)
 
     def embed(self, image: Tensor) -> Tensor:
         """``[B, c, img_size, img_size] -> [B, N, C]``, without positions."""
@@ -309,21 +243,48 @@ class PatchClassifier(nn.Module):
             )
         return cast(Tensor, self.to_patch_embedding(image))
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (an identity without classes)."""
-        return self.mlp_head[1]
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """``[B, channels, img_size, img_size] -> [B, num_classes]``; with `features_only`, all ``[B, C, H', W']``.
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one; 0 classes leave the normalised features."""
-        self.num_classes = num_classes
-        last = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.mlp_head = nn.Sequential(nn.LayerNorm(self.num_features), last).to(self.pos_embedding)
+        Raises:
+            ShapeError: the image has another size.
+        """
+        return super().forward(image)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade the layers' activations for computing them again in the backward."""
-        for module in self.modules():
-            if isinstance(module, Transformer):
-                module.grad_checkpointing = enable
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The norm of ``[B, C]``, and the classifier unless `pre_logits`."""
+        return cast(Tensor, self.mlp_head[0](x) if pre_logits else self.mlp_head(x))
+
+
+class PatchBlocks(PatchClassifier):
+    """A host of `depth` layers at one resolution; a subclass has `forward_layers`. As a backbone it gives the last three maps."""
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        num_classes: int,
+        dim: int,
+        depth: int,
+        stages: str,
+        channels: int,
+        prefix: int,
+        *,
+        out_indices: Sequence[int] | None,
+        **staged: Any,
+    ) -> None:
+        shapes = ([dim] * depth, [patch_size] * depth, stages)
+        out_indices = last_blocks(depth) if out_indices is None else out_indices
+        super().__init__(img_size, patch_size, num_classes, *shapes, channels, prefix, out_indices=out_indices, **staged)
+
+    def forward_layers(self, image: Tensor) -> Iterator[Tensor]:
+        """The tokens ``[B, N, C]`` after each layer."""
+        raise NotImplementedError
+
+    def forward_stages(self, image: Tensor) -> list[Tensor]:
+        """The patches after each layer, ``[B, C, H', W']`` (views)."""
+        side = math.isqrt(self.num_patches)
+        return [tokens_to_map(x, (side, side)) for x in self.forward_layers(image)]
 
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 4, "dim": 192, "depth": 9, "heads": 12, "dim_head": 16, "num_kernals": 5}
@@ -339,7 +300,7 @@ TINY_IMAGENET: dict[str, Any] = {"img_size": 64, "patch_size": 8, "num_classes":
     gmm_mask_vit_plain_tiny_imagenet={**VIT, **TINY_IMAGENET, "is_GMM": False},
     gmm_mask_vit_base={**VIT, "num_classes": 10, "patch_size": 2, "dim": 256, "depth": 8, "heads": 4, "dim_head": 64},
 )
-class ViT(PatchClassifier):
+class ViT(PatchBlocks):
     """Image classifier for images ``[B, channels, img_size, img_size]``.
 
     Args:
@@ -352,7 +313,7 @@ class ViT(PatchClassifier):
         channels: of the image.
         stochastic_depth: probability of dropping a branch, the same for all; officially 0.1.
         is_GMM: with the mask there is no class token, and the head takes the mean over tokens; without it, the class token.
-        grad_checkpointing: recompute each layer in the backward.
+        features_only, out_indices, grad_checkpointing: see `PatchBlocks`.
         backend: of the attnc operators.
 
     Raises:
@@ -374,11 +335,25 @@ class ViT(PatchClassifier):
         stochastic_depth: float = 0.0,
         is_GMM: bool = True,
         *,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
         prefix = 0 if is_GMM else 1
-        super().__init__(img_size, patch_size, num_classes, dim, channels, prefix)
+        super().__init__(
+            img_size,
+            patch_size,
+            num_classes,
+            dim,
+            depth,
+            "transformer.layers",
+            channels,
+            prefix,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)) if prefix else None
 
         def layer() -> tuple[nn.Module, nn.Module]:
@@ -387,87 +362,18 @@ class ViT(PatchClassifier):
             return PreNorm(dim, attention), PreNorm(dim, FeedForward(dim, int(dim * mlp_dim_ratio)))
 
         self.transformer = Transformer([layer() for _ in range(depth)], stochastic_depth)
-        self.set_grad_checkpointing(grad_checkpointing)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """``[B, channels, img_size, img_size] -> [B, num_classes]``. Raises ShapeError for another size."""
-        return cast(Tensor, self.mlp_head(self.forward_features(image)))
-
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The mean token, or the class token where there is one, ``[B, C]``, before the norm."""
+    def forward_layers(self, image: Tensor) -> Iterator[Tensor]:
+        """The tokens after each layer, ``[B, N, C]`` or, the class token first, ``[B, 1 + N, C]``."""
         x = self.embed(image)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        x = cast(Tensor, self.transformer(x + self.pos_embedding))
-        return x.mean(1) if self.cls_token is None else x[:, 0]
-
-
-CAIT: dict[str, Any] = {**VIT, "dim": 192, "depth": 24, "cls_depth": 2, "heads": 4, "mlp_dim": 384, "dim_head": 64}
-
-
-@variants(
-    gmm_mask_cait={**CAIT, "num_classes": 10},
-    gmm_mask_cait_cifar100={**CAIT, "num_classes": 100},
-    gmm_mask_cait_tiny_imagenet={**CAIT, **TINY_IMAGENET},
-    gmm_mask_cait_tiny={**CAIT, "num_classes": 10, "dim": 108},
-    gmm_mask_cait_tiny_cifar100={**CAIT, "num_classes": 100, "dim": 108},
-    gmm_mask_cait_tiny_tiny_imagenet={**CAIT, **TINY_IMAGENET, "dim": 108},
-)
-class CaiT(PatchClassifier):
-    """Image classifier: layers of masked patches, then layers in which a class token reads them.
-
-    Args:
-        img_size, patch_size, num_classes, dim, heads, dim_head, num_kernals, channels, stochastic_depth, is_GMM,
-            grad_checkpointing, backend: see `ViT`.
-        depth, cls_depth: layers of patches and of the class token.
-        mlp_dim: hidden width of the feed-forward layers.
-
-    Raises:
-        DeclarationError: an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        img_size: int,
-        patch_size: int,
-        num_classes: int,
-        dim: int,
-        depth: int,
-        cls_depth: int,
-        heads: int,
-        mlp_dim: int,
-        num_kernals: int = 3,
-        channels: int = 3,
-        dim_head: int = 64,
-        stochastic_depth: float = 0.0,
-        is_GMM: bool = True,
-        *,
-        grad_checkpointing: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(img_size, patch_size, num_classes, dim, channels, 0)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
-
-        def layers(count: int, patches: bool) -> Transformer:
-            built: list[tuple[nn.Module, nn.Module]] = []
-            for i in range(1, count + 1):
-                attention = TalkingHeads(dim, self.num_patches, heads, dim_head, patches, is_GMM, num_kernals, backend=backend)
-                branches = (PreNorm(dim, attention), PreNorm(dim, FeedForward(dim, mlp_dim)))
-                built.append((LayerScale(dim, branches[0], i), LayerScale(dim, branches[1], i)))
-            return Transformer(built, stochastic_depth)
-
-        self.patch_transformer = layers(depth, patches=True)
-        self.cls_transformer = layers(cls_depth, patches=False)
-        self.set_grad_checkpointing(grad_checkpointing)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """``[B, channels, img_size, img_size] -> [B, num_classes]``. Raises ShapeError for another size."""
-        return cast(Tensor, self.mlp_head(self.forward_features(image)))
+        return self.transformer.run(self.run, x + self.pos_embedding)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """The class token ``[B, C]``, before the norm."""
-        x = self.patch_transformer(self.embed(image) + self.pos_embedding)
-        return cast(Tensor, self.cls_transformer(self.cls_token.expand(x.shape[0], -1, -1), x)[:, 0])
+        """The mean token, or the class token where there is one, ``[B, C]``, before the norm."""
+        x = last_of(self.forward_layers(image))
+        return x.mean(1) if self.cls_token is None else x[:, 0]
 
 
 # dropouts, which mean nothing in evaluation mode, and what follows from the sizes
@@ -476,9 +382,7 @@ BASE = ("mask", "*mask.mask")
 
 official("gmm-mask", "Gaussian_Mixture_Mask", ignores=IGNORED, derived=BASE)(GaussianMixtureMask)
 official("gmm-mask", "vit.Attention", ignores=IGNORED, derived=BASE)(Attention)
-official("gmm-mask", "cait.Attention", ignores=IGNORED, derived=BASE)(TalkingHeads)
 official("gmm-mask", "vit.ViT", ignores=IGNORED, derived=BASE)(ViT)
-official("gmm-mask", "cait.CaiT", ignores=IGNORED, derived=BASE)(CaiT)
 
 
 @official("gmm-mask", "pit.Attention", ignores=IGNORED, derived=BASE)

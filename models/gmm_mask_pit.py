@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attnc.errors import DeclarationError
-from attnc.models.gmm_mask import Attention, FeedForward, PatchClassifier, PreNorm, Transformer, base_mask, side_of
+from attnc.models.blocks.isotropic import tokens_to_map
+from attnc.models.gmm_mask import Attention, FeedForward, PatchClassifier, PreNorm, Transformer, base_mask, last_of, side_of
 from attnc.models.registry import variants
 
 
@@ -49,7 +50,8 @@ class PiT(PatchClassifier):
         num_classes: logits; 0 leaves the normalised features.
         dim: channels of the first stage, doubled by each pooling.
         depth, heads: layers and heads per stage.
-        mlp_dim_ratio, num_kernals, channels, dim_head, stochastic_depth, is_GMM, grad_checkpointing, backend: see `gmm_mask.ViT`.
+        mlp_dim_ratio, num_kernals, channels, dim_head, stochastic_depth, is_GMM, backend: see `gmm_mask.ViT`.
+        features_only, out_indices, grad_checkpointing: see `Staged`.
 
     Raises:
         DeclarationError: the stages differ in number, or patches do not divide the image.
@@ -70,12 +72,29 @@ class PiT(PatchClassifier):
         stochastic_depth: float = 0.0,
         is_GMM: bool = True,
         *,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
         if len(depth) != len(heads):
             raise DeclarationError(f"PiT: {depth=} and {heads=} differ in length")
-        super().__init__(img_size, patch_size, num_classes, dim, channels, prefix=1)
+        stages = len(depth)
+        super().__init__(
+            img_size,
+            patch_size,
+            num_classes,
+            [dim << stage for stage in range(stages)],
+            [patch_size << stage for stage in range(stages)],
+            "layers",
+            channels,
+            1,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
+        for info, i in zip(self.feature_info, self.out_indices, strict=True):
+            info["module"] = f"layers.{2 * i}"  # poolings have places of their own
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.layers = nn.Sequential()
         side, width = img_size // patch_size, dim
@@ -92,16 +111,24 @@ class PiT(PatchClassifier):
             self.layers.append(Transformer(branches, stochastic_depth))
         # frozen, one per stage, as in the official code; what they say is computed from coordinates here
         self.pooled_masks = nn.ParameterList(nn.Parameter(base_mask(s), requires_grad=False) for s in sides[1:])
-        self.num_features = width
-        self.reset_classifier(num_classes)
-        self.set_grad_checkpointing(grad_checkpointing)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """``[B, channels, img_size, img_size] -> [B, num_classes]``. Raises ShapeError for another size."""
-        return cast(Tensor, self.mlp_head(self.forward_features(image)))
+    def _forward_tokens(self, image: Tensor) -> list[Tensor]:
+        """The tokens after each stage, ``[B, 1 + N, C]``, the class token first."""
+        x = self.embed(image)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embedding
+        found = []
+        for layer in self.layers:
+            if isinstance(layer, Transformer):
+                x = last_of(layer.run(self.run, x))
+                found.append(x)
+            else:
+                x = layer(x)
+        return found
+
+    def forward_stages(self, image: Tensor) -> list[Tensor]:
+        """The patches after each stage, ``[B, C, H', W']`` (views)."""
+        return [tokens_to_map(x, (side_of(x.shape[1] - 1),) * 2) for x in self._forward_tokens(image)]
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The class token ``[B, C]``, before the norm."""
-        x = self.embed(image)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embedding
-        return cast(Tensor, self.layers(x))[:, 0]
+        return self._forward_tokens(image)[-1][:, 0]

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc.errors import DeclarationError, ShapeError
@@ -20,6 +19,7 @@ from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.relative_window import check_heads, check_multiple, fitted_window, relative_table
+from attnc.models.blocks.staged import Staged
 from attnc.models.gmm_mask import GaussianMixtureMask, base_mask
 from attnc.models.registry import variants
 
@@ -121,11 +121,6 @@ class SwinStage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C]`` to the next stage's map, or to the input's shape."""
-        x = self.blocks(x)
-        return x if self.downsample is None else cast(Tensor, self.downsample(x))
-
 
 SWIN: dict[str, Any] = {"img_size": 32, "patch_size": 2, "num_kernals": 5}
 
@@ -135,7 +130,7 @@ SWIN: dict[str, Any] = {"img_size": 32, "patch_size": 2, "num_kernals": 5}
     gmm_mask_swin_cifar100={**SWIN, "num_classes": 100},
     gmm_mask_swin_tiny_imagenet={"img_size": 64, "patch_size": 4, "num_classes": 200, "num_kernals": 5},
 )
-class SwinTransformer(nn.Module):
+class SwinTransformer(Staged):
     """Image classifier for images ``[B, in_chans, img_size, img_size]``.
 
     Args:
@@ -147,7 +142,7 @@ class SwinTransformer(nn.Module):
         mlp_ratio: hidden width of the MLPs over their channels.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0; officially 0.1.
         is_GMM, num_kernals: whether there is a mask, and its Gaussians.
-        grad_checkpointing: recompute each stage in the backward.
+        features_only, out_indices, grad_checkpointing: see `Staged`.
         backend: of the attnc operators.
 
     Raises:
@@ -169,10 +164,11 @@ class SwinTransformer(nn.Module):
         is_GMM: bool = True,
         num_kernals: int = 3,
         *,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         if len(depths) != len(num_heads):
             raise DeclarationError(f"Swin: {depths=} and {num_heads=} differ in length")
         stages, side = len(depths), img_size // patch_size
@@ -180,9 +176,16 @@ class SwinTransformer(nn.Module):
             (side >> s) << s != side or (side >> s) % min(window_size, side >> s) for s in range(stages)
         ):
             raise DeclarationError(f"Swin: {img_size=} and {patch_size=}: {stages} stages in windows of {window_size} do not fit")
+        super().__init__(
+            [embed_dim << s for s in range(stages)],
+            [patch_size << s for s in range(stages)],
+            "layers",
+            num_classes=num_classes,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.img_size = img_size
-        self.num_features = embed_dim << (stages - 1)
-        self.grad_checkpointing = grad_checkpointing
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, side * side, embed_dim))
         # frozen; what it says is computed from coordinates here
@@ -196,41 +199,30 @@ class SwinTransformer(nn.Module):
                 attention = MaskedWindows(dim, heads, window, shift, num_kernals if is_GMM else 0, backend=backend)
                 blocks.append(SwinBlock(dim, attention, mlp_ratio, next(rates)))
             self.layers.append(SwinStage(blocks, PatchMerging(dim) if s < stages - 1 else None))
-        self.norm = nn.LayerNorm(self.num_features)
-        self.reset_classifier(num_classes)
+        if not features_only:
+            self.norm = nn.LayerNorm(self.num_features)
+            self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(init_vit)
         nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """``[B, in_chans, img_size, img_size] -> [B, num_classes]``. Raises ShapeError for another size."""
-        return cast(Tensor, self.head(self.forward_features(image)))
-
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The mean of the normalised tokens, ``[B, C]``."""
+    def forward_stages(self, image: Tensor) -> list[Tensor]:
+        """The outputs of all stages before merging, ``[B, C, H', W']`` (views). Raises ShapeError for another size of image."""
         if image.shape[2:] != (self.img_size, self.img_size):
             raise ShapeError(
                 f"the image is {tuple(image.shape[2:])}; learned positions fix it to {self.img_size} x {self.img_size}"
             )
         x = self.patch_embed(image)
         x = x + self.absolute_pos_embed.view(1, *x.shape[1:])
-        for layer in self.layers:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
-        return cast(Tensor, self.norm(x)).mean((1, 2))
+        maps = []
+        for layer in cast("list[SwinStage]", self.layers):
+            for block in layer.blocks:
+                x = self.run(block, x)
+            maps.append(x.permute(0, 3, 1, 2))
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+        return maps
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (an identity without classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one; 0 classes leave the pooled, normalised features."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_vit)
-        self.head.to(self.norm.weight)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade the stages' activations for computing them again in the backward."""
-        self.grad_checkpointing = enable
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The mean of the normalised tokens of ``[B, C, H', W']``, and the classifier unless `pre_logits`."""
+        x = self.norm(x.permute(0, 2, 3, 1)).mean((1, 2))
+        return x if pre_logits else cast(Tensor, self.head(x))

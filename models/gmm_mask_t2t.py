@@ -6,6 +6,7 @@ those of the official code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from attnc.errors import ShapeError
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
+from attnc.models.blocks.isotropic import Isotropic
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.relative_window import check_heads
-from attnc.models.blocks.staged import Classifier
 from attnc.models.gmm_mask import BASE, GaussianMixtureMask, base_mask, masked_operator, side_of
 from attnc.models.official import official
 from attnc.models.registry import variants
@@ -169,7 +170,7 @@ T2T: dict[str, Any] = {"img_size": 32, "is_GMM": True}
     gmm_mask_t2t_cifar100={**T2T, "num_classes": 100},
     gmm_mask_t2t_tiny_imagenet={**T2T, "img_size": 64, "num_classes": 200},
 )
-class T2TViT(Classifier):
+class T2TViT(Isotropic):
     """Image classifier for images ``[B, in_chans, img_size, img_size]``.
 
     `cls_token` has no use, as in the official code: the head reads the mean of all tokens.
@@ -177,7 +178,7 @@ class T2TViT(Classifier):
     Args:
         img_size: side of the image, a multiple of 4; for 64 there is one step more.
         in_chans: channels of the image.
-        num_classes, grad_checkpointing: see `Classifier`.
+        num_classes, features_only, out_indices, grad_checkpointing: see `Isotropic`.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_scale: of the blocks.
         token_dim: channels of the tokens between the splits.
         drop_rate: dropout after the positions, after each attention and in the MLPs.
@@ -206,14 +207,25 @@ class T2TViT(Classifier):
         is_GMM: bool = False,
         num_kernals: int = 5,
         *,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(embed_dim, num_classes=num_classes, grad_checkpointing=grad_checkpointing)
         self.check(img_size > 0 and img_size % 4 == 0, f"{img_size=} is no multiple of 4")
+        split = TokensToToken(img_size, in_chans, embed_dim, token_dim, is_GMM, num_kernals, backend=backend)
+        side = split.side
+        super().__init__(
+            embed_dim,
+            depth,
+            (img_size // side, img_size // side),
+            num_classes=num_classes,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.img_size = img_size
-        self.tokens_to_token = TokensToToken(img_size, in_chans, embed_dim, token_dim, is_GMM, num_kernals, backend=backend)
-        side = self.tokens_to_token.side
+        self.tokens_to_token = split
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
         # both frozen; what the mask says is computed from coordinates here
         self.pos_embed = nn.Parameter(sinusoids(side**2, embed_dim), requires_grad=False)
@@ -227,18 +239,19 @@ class T2TViT(Classifier):
             return PreNormBlock(embed_dim, attn, mlp_ratio=mlp_ratio, drop=drop_rate, drop_path=rate)
 
         self.blocks = nn.ModuleList(block(rate) for rate in linear_rates(drop_path_rate, depth))
-        self.norm = nn.LayerNorm(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if not features_only:
+            self.norm = nn.LayerNorm(embed_dim)
+            self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.apply(init_vit)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The tokens after the last norm, ``[B, N, C]``. Raises ShapeError for another size of image."""
+    def forward_blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """The tokens after each block, ``[B, N, C]``. Raises ShapeError for another size of image."""
         if x.shape[2:] != (self.img_size, self.img_size):
             raise ShapeError(f"the image is {tuple(x.shape[2:])}; its masks fix it to {self.img_size} x {self.img_size}")
         x = self.pos_drop(self.tokens_to_token(x) + self.pos_embed)
         for block in self.blocks:
             x = self.run(block, x)
-        return cast(Tensor, self.norm(x))
+            yield x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The mean of ``[B, N, C]``, and the classifier unless `pre_logits`."""

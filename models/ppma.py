@@ -14,7 +14,6 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc.errors import DeclarationError
@@ -23,6 +22,7 @@ from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.relative_window import check_heads
 from attnc.models.blocks.rotary import rotate
+from attnc.models.blocks.staged import Staged
 from attnc.models.official import official
 from attnc.models.registry import variants
 
@@ -239,7 +239,7 @@ class Stage(nn.Module):
         "layerscales": (False, False, True, True),
     },
 )
-class PPMAViT(nn.Module):
+class PPMAViT(Staged):
     """Image classifier or backbone for images ``[B, in_chans, H, W]`` of any size.
 
     Args:
@@ -250,9 +250,7 @@ class PPMAViT(nn.Module):
         chunkwise_recurrents: the stages whose attention is separable.
         layerscales, layer_init_values: the stages with a scale per channel of each branch, and what it begins with.
         projection: width of the last features.
-        features_only: the forward gives the list of stage outputs, each through a LayerNorm; there is no classifier.
-        out_indices: stages in that list, all by default.
-        grad_checkpointing: recompute each block in the backward.
+        features_only, out_indices, grad_checkpointing: see `Staged`; each map passes a LayerNorm of its own.
         backend: of the attnc operators.
 
     Raises:
@@ -278,21 +276,22 @@ class PPMAViT(nn.Module):
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         stages = len(embed_dims)
         given = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios}
         given |= {"chunkwise_recurrents": chunkwise_recurrents, "layerscales": layerscales}
         for name, values in given.items():
             if len(values) != stages:
                 raise DeclarationError(f"PPMA: {name}={values!r}: there are {stages} stages in {embed_dims=}")
-        out_indices = tuple(range(stages) if out_indices is None else out_indices)
-        if not all(-stages <= i < stages for i in out_indices):
-            raise DeclarationError(f"PPMA: {out_indices=}: there are {stages} stages")
+        super().__init__(
+            embed_dims,
+            [4 << i for i in range(stages)],
+            "layers",
+            num_classes=num_classes,
+            features_only=features_only,
+            out_indices=out_indices,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.num_features = projection
-        self.features_only = features_only
-        self.out_indices = tuple(sorted(i % stages for i in out_indices))
-        self.grad_checkpointing = grad_checkpointing
-        self.feature_info = [{"num_chs": embed_dims[i], "reduction": 4 << i, "module": f"layers.{i}"} for i in self.out_indices]
         self.patch_embed = PatchEmbed(in_chans, embed_dims[0])
         rates = iter(linear_rates(drop_path_rate, sum(depths)))
         self.layers = nn.ModuleList()
@@ -315,16 +314,16 @@ class PPMAViT(nn.Module):
         else:
             self.proj = nn.Linear(embed_dims[-1], projection)
             self.norm = nn.BatchNorm2d(projection)
-            self.reset_classifier(num_classes)
+            self.head = nn.Linear(projection, num_classes) if num_classes else nn.Identity()
         self.apply(init_vit)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """``[B, in_chans, H, W] -> [B, num_classes]``; with `features_only`, all ``[B, C, H', W']``."""
-        if not self.features_only:
-            return self.forward_head(self.forward_features(image))
-        maps = self.forward_stages(image)
-        normed = [self.get_submodule(f"outnorm{i}")(maps[i].permute(0, 2, 3, 1)) for i in self.out_indices]
-        return [t.permute(0, 3, 1, 2) for t in normed]
+        out = super().forward(image)
+        if isinstance(out, Tensor):
+            return out
+        norms = [self.get_submodule(f"outnorm{i}") for i in self.out_indices]
+        return [norm(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, t in zip(norms, out, strict=True)]
 
     def forward_stages(self, image: Tensor) -> list[Tensor]:
         """The outputs of all stages, ``[B, C, H', W']`` (views of channels-last memory)."""
@@ -332,41 +331,17 @@ class PPMAViT(nn.Module):
         x = self.patch_embed(image)
         for stage in self.layers:
             for block in cast(nn.ModuleList, stage.blocks):
-                x = self._run(block, x)
+                x = self.run(block, x)
             maps.append(x.permute(0, 3, 1, 2))
             if stage.downsample is not None:
                 x = cast(PatchMerging, stage.downsample)(x)
         return maps
-
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The last stage's output, ``[B, C, H', W']``."""
-        return self.forward_stages(image)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """``[B, C, H', W']`` to `projection` channels, BatchNorm, SiLU, mean, and the classifier unless `pre_logits`."""
         wide = self.norm(self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         pooled = F.silu(wide).mean((2, 3))
         return pooled if pre_logits else cast(Tensor, self.head(pooled))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (an identity without classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one; 0 classes leave the pooled features."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_vit)
-        self.head.to(self.norm.weight)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade the blocks' activations for computing them again in the backward."""
-        self.grad_checkpointing = enable
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
-        return cast(Tensor, block(x))
 
 
 # arguments without a meaning, and what follows from the sizes

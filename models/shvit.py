@@ -50,7 +50,7 @@ class SHSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H, W]``."""
-        x, rest = x.split(self.split, 1)
+        x, rest = torch.split(x, self.split, 1)
         qkv = self.qkv(self.pre_norm(x)).permute(0, 2, 3, 1)
         q, k, v = qkv.unsqueeze(3).split(self.widths, 4)
         mixed = self.attend(q, k, v, scale=self.scale).squeeze(3).permute(0, 3, 1, 2)

@@ -171,10 +171,10 @@ class PatchEmbed(nn.Module):
         """``[B, in_chans, H, W] -> [B * N, m, c]``; ShapeError for another image size."""
         if tuple(x.shape[2:]) != self.img_size:
             raise ShapeError(
-                f"TNT: the image is {x.shape[2]}x{x.shape[3]}, its position embedding is for {self.img_size[0]}x{self.img_size[1]}: "
-                "build the model with this img_size"
+                f"TNT: the image is {x.shape[2]}x{x.shape[3]}, its position embedding is for "
+                f"{self.img_size[0]}x{self.img_size[1]}: build the model with this img_size"
             )
-        parts = x.unflatten(3, (self.grid[1], self.patch[1])).unflatten(2, (self.grid[0], self.patch[0]))
+        parts = torch.unflatten(torch.unflatten(x, 3, (self.grid[1], self.patch[1])), 2, (self.grid[0], self.patch[0]))
         patches = parts.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1], *self.patch)
         words: Tensor = self.proj(patches)
         return words.flatten(2).transpose(1, 2)

@@ -57,6 +57,8 @@ def test_equals_timm() -> None:
     ours.load_state_dict(from_timm("convit", theirs.state_dict()))
     x = classifier_checks.image(32, 32)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    for found, expected in zip(ours.forward_stages(x), theirs.forward_intermediates(x, intermediates_only=True), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "kernel"), [(4, 2), (9, 3), (5, 2)])
@@ -116,6 +118,11 @@ def test_official_tokens() -> None:
     assert module(x=torch.randn(2, 9, 8)).shape == (2, 9, 8)
     with pytest.raises(ShapeError, match="10 tokens are not a map of 3x3"):
         module(x=torch.randn(2, 10, 8))
+
+
+def test_features() -> None:
+    """Gated blocks have no class token, the others do."""
+    classifier_checks.block_features(lambda **more: small(depth=4, **more), SIZE, (16, 4, 6), 8)
 
 
 def test_classifier() -> None:

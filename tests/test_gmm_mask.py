@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models import create_model, load_official
-from attnc.models.gmm_mask import Attention, GaussianMixtureMask, LayerScale, TalkingHeads, base_mask
+from attnc.models.gmm_mask import Attention, GaussianMixtureMask, base_mask
+from attnc.models.gmm_mask_cait import LayerScale, TalkingHeads
 from attnc.models.gmm_mask_pit import Pool
 from attnc.models.gmm_mask_swin import MaskedWindows
 from attnc.models.gmm_mask_t2t import Attention as TokenAttention
@@ -135,6 +136,31 @@ def test_head(host: str) -> None:
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
     assert small(host, num_classes=0)(x).shape == (2, model.num_features)
+
+
+MAPS: dict[str, list[tuple[int, int, int]]] = {  # (channels, side, reduction) of SMALL's
+    "gmm_mask_vit": [(8, 4, 4)],
+    "gmm_mask_vit_plain": [(8, 4, 4)],
+    "gmm_mask_cait": [(8, 4, 4)],
+    "gmm_mask_t2t": [(8, 4, 4)],
+    "gmm_mask_pit": [(8, 4, 4), (16, 2, 8)],
+    "gmm_mask_swin": [(4, 4, 4), (8, 2, 8)],
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_features(host: str) -> None:
+    backbone = small(host, features_only=True).eval()
+    x = checks.image(16, 16)
+    maps = backbone(x)
+    assert [tuple(m.shape[1:]) for m in maps] == [(c, side, side) for c, side, _ in MAPS[host]]
+    assert [(info["num_chs"], info["reduction"]) for info in backbone.feature_info] == [(c, r) for c, _, r in MAPS[host]]
+    assert all(backbone.get_submodule(info["module"]) for info in backbone.feature_info)
+    model = small(host).eval()
+    assert not model.load_state_dict(backbone.state_dict(), strict=False).unexpected_keys
+    torch.testing.assert_close(model.forward_stages(x), maps)
+    with pytest.raises(DeclarationError, match="out_indices"):
+        small(host, features_only=True, out_indices=(5,))
 
 
 @pytest.mark.parametrize(("host", "module"), [("gmm_mask_vit", "vit.ViT"), ("gmm_mask_cait", "cait.CaiT")])

@@ -39,7 +39,7 @@ class ConvNorm(nn.Sequential):
         factor, shift = _affine(self.bn)
         conv = self.c
         size, stride = cast("tuple[int, int]", conv.kernel_size), cast("tuple[int, int]", conv.stride)
-        fused = nn.Conv2d(conv.in_channels, conv.out_channels, size, stride, conv.padding, groups=conv.groups).to(conv.weight)
+        fused = nn.Conv2d(conv.in_channels, conv.out_channels, size, stride, size[0] // 2, groups=conv.groups).to(conv.weight)
         fused.weight.copy_(conv.weight * factor.view(-1, 1, 1, 1))
         cast(Tensor, fused.bias).copy_(shift)
         return fused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from attnc.models.blocks.staged import Staged
@@ -12,8 +13,13 @@ from attnc.models.blocks.staged import Staged
 def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The last tokens of ``[B, N, C]``, which are those of a grid, or a map ``[B, H, W, C]``, as a view ``[B, C, H, W]``."""
     if tokens.dim() == 3:
-        tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
+        tokens = torch.unflatten(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], 1, grid)
     return tokens.permute(0, 3, 1, 2)
+
+
+def last_blocks(depth: int) -> range:
+    """Which blocks' maps such a backbone gives by default: the last three, as with timm."""
+    return range(max(depth - 3, 0), depth)
 
 
 class Isotropic(Staged):
@@ -24,7 +30,7 @@ class Isotropic(Staged):
         depth: blocks, each a stage.
         patch: rows and columns of a patch.
         num_classes, grad_checkpointing: see `Classifier`.
-        features_only, out_indices: see `Staged`; by default the last three blocks, as with timm.
+        features_only, out_indices: see `Staged`, and `last_blocks`.
     """
 
     norm: nn.Module
@@ -47,7 +53,7 @@ class Isotropic(Staged):
             stages,
             num_classes=num_classes,
             features_only=features_only,
-            out_indices=range(max(depth - 3, 0), depth) if out_indices is None else out_indices,
+            out_indices=last_blocks(depth) if out_indices is None else out_indices,
             grad_checkpointing=grad_checkpointing,
         )
         self.patch = patch
