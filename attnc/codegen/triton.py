@@ -62,7 +62,7 @@ def make_spec(
 
 
 def kernels_of(spec: Spec, module: Module, fuse: bool | None = None) -> tuple[list[Kernel], list[Kernel]]:
-    """The kernels of a statement, and the plain ones that prefix tokens need. fuse: all gradients in one; None: where that can be."""
+    """The kernels of a statement, and the plain ones that prefix tokens need. fuse: all gradients in one; None: if possible."""
     t = spec.tiles
     kernels = [Kernel(spec, "forward", t.forward, module)]
     fused = can_fuse(spec, t.dq, module) if fuse is None else fuse

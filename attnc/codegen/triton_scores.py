@@ -199,8 +199,8 @@ class Scores(Shapes):
         return "seen"
 
     def bias_tile(self, ok: str) -> None:
-        """Print the load of the head's bias, with what masks this very group. All gradients of a group leave no registers to keep it
-        in from one batch item to the next."""
+        """Print the load of the head's bias, with what masks this very group. Where all gradients of a group are made, no registers
+        are left to keep it from one batch item to the next."""
         place = f"tl.arange(0, {self.bm})[:, None] * {self.bn} + tl.arange(0, {self.bn})[None, :]"
         self.put(f"bias = tl.load(Bias + h * {self.bm * self.bn} + {place})")
         if ok and not (ok == "seen[None, :]" and all(p.exact for p in self.plans)):  # else the tile has these columns at -inf

@@ -18,8 +18,7 @@ MMA = ("HMMA", "HGMMA", "QGMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "OMMA")
 
 @dataclass(frozen=True)
 class Loop:
-    """A backward branch: instructions of its body without inner loops, tensor-core ones and compares and selects among them, and the
-    inner loops."""
+    """A backward branch: instructions of its body without inner loops (all, tensor-core ones, compares and selects), and those."""
 
     instructions: int
     mma: int
