@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,32 @@ def test_no_candidate_is_too_large_for_the_kernel() -> None:
             for _, c in found:
                 axes = tiling(call.geometry, kernel, c.sides, 4, 2).axes
                 assert math.prod(int((a.pieces[:, 2] - a.pieces[:, 1]).max()) for a in axes) <= kernel.queries, (p, c)
+
+
+def test_choices_follow_the_registers() -> None:
+    """With 8 lanes and 16 registers a band's permuted vectors cost as much as a tile's masked ones: short rows are tiles there."""
+    wanted = [  # band, at AVX-512's registers and at AVX2's
+        (patterns.neighborhood(7), 56, (True, True)),
+        (patterns.neighborhood(7), 28, (True, True)),
+        (patterns.neighborhood(7), 14, (True, False)),
+        (patterns.dilated(7, 4), 56, (True, False)),
+        (patterns.neighborhood(3), 28, (True, True)),
+        (patterns.neighborhood(13), 56, (True, True)),
+        (patterns.neighborhood(13), 28, (True, False)),
+        (patterns.neighborhood(7), 7, (False, False)),
+    ]
+    for p, side, bands in wanted:
+        call = call_of(p, (side, side))
+        for backward in (False, True):
+            kernel = cpp._check(call, *rows(1, d=32)).kernel(backward)
+            kernels = kernel, replace(kernel, lanes=8, wide=False)
+            assert tuple(candidates(call.geometry, k, 64, 1)[0][1].band for k in kernels) == bands, (p, side, backward)
+    # whole groups are whole tiles, whatever the registers
+    for p, grid, sides in ((patterns.axial("x"), (28, 28), (1, 0)), (patterns.window(7), (28, 28), (0, 0))):
+        call = call_of(p, grid)
+        kernel = cpp._check(call, *rows(1, d=32)).kernel(False)
+        for k in (kernel, replace(kernel, lanes=8, wide=False)):
+            assert candidates(call.geometry, k, 64, 1)[0][1].sides == sides
 
 
 def test_buckets() -> None:

@@ -127,10 +127,17 @@ struct Band {
             if (WAY == HARD) z[i] = permute(z[i], at[0]);
         }
     }
+    // Keys that N rows take at a time. Besides their sums there must be room for the rows' channels or the keys', whichever are fewer,
+    // one more operand, and how to permute.
+    static constexpr int keys_at_once(Way way, int n, int from) {
+        int keys = 1;
+        while (n * (keys + 1) + min(n, keys + 1) + 1 + (PERMUTES ? keys + 1 : way == HARD) <= REGISTERS - (PERMUTES ? 3 : 0)) keys++;
+        return share(BAND - from, keys);
+    }
     // N rows of x[W][L] against keys FROM .. of a line, as many at a time as registers hold: products or, with a TABLE, scores
     template <int W, Way WAY, bool TABLE, int N, int FROM = 0>
     INLINE void dots(const real* x, const real* row, real* s, const int64_t* cell, const int64_t* elements, V* best) const {
-        constexpr int T = share(BAND - FROM, max(1, PERMUTES ? (REGISTERS - N - 4) / (N + 1) : (REGISTERS - N - 2) / N));
+        constexpr int T = keys_at_once(WAY, N, FROM);
         constexpr int part = (W + (W + 63) / 64 - 1) / ((W + 63) / 64);      // long sums are cut
         for (int from = 0; from < W; from += part) {
             const int to = min(from + part, W);
@@ -141,9 +148,19 @@ struct Band {
             const real* channel = row + from * plan.stride;
             _Pragma("GCC unroll 1") for (int d = from; d < to; d++, channel += plan.stride) {
                 V y[N], z[T];
-                UNROLL for (int r = 0; r < N; r++) { y[r] = load(x + (r * W + d) * L); keep(y[r]); }
-                spread<WAY, T>(channel, at, FROM, z);
-                UNROLL for (int t = 0; t < T; t++) UNROLL for (int r = 0; r < N; r++) a[r][t] += y[r] * z[t];
+                if constexpr (PERMUTES || N <= T) {
+                    UNROLL for (int r = 0; r < N; r++) { y[r] = load(x + (r * W + d) * L); keep(y[r]); }
+                    spread<WAY, T>(channel, at, FROM, z);
+                    UNROLL for (int t = 0; t < T; t++) UNROLL for (int r = 0; r < N; r++) a[r][t] += y[r] * z[t];
+                } else {
+                    spread<WAY, T>(channel, at, FROM, z);
+                    UNROLL for (int t = 0; t < T; t++) keep(z[t]);
+                    UNROLL for (int r = 0; r < N; r++) {
+                        y[r] = load(x + (r * W + d) * L);
+                        keep(y[r]);
+                        UNROLL for (int t = 0; t < T; t++) a[r][t] += y[r] * z[t];
+                    }
+                }
             }
             UNROLL for (int r = 0; r < N; r++) UNROLL for (int t = 0; t < T; t++) {
                 real* place = s + cell[r] + (FROM + t) * L;
@@ -178,6 +195,16 @@ struct Band {
             V w[GROUP];
             I at[1] = {block->key[t]};
             keep(at[0]);
+            if constexpr (REGISTERS == 16) {     // one weight at a time
+                V z[N][1];
+                UNROLL for (int d = 0; d < N; d++) { spread<WAY, 1>(row + d * plan.stride, at, t, z[d]); keep(z[d][0]); }
+                UNROLL for (int r = A; r < B; r++) {
+                    w[r] = load(p[r] + t * L);
+                    keep(w[r]);
+                    UNROLL for (int d = 0; d < N; d++) sum[r][d] += w[r] * z[d][0];
+                }
+                continue;
+            }
             UNROLL for (int r = A; r < B; r++) { w[r] = load(p[r] + t * L); keep(w[r]); }
             UNROLL for (int d = 0; d < N; d++) {
                 V z[1];

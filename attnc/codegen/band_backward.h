@@ -5,28 +5,43 @@
 // computes the rows before it that see its own once more.
 namespace band {
 
-// The way from a block's lanes back to the keys. Lanes whose keys are the same (a clamped border) are folded into the last of them.
+// The way from a block's lanes back to the keys. Lanes whose keys are the same (a clamped border) are folded into one of them: the
+// last, or at a block's end the first, so that those left follow each other as their keys do.
 struct Targets {
     static constexpr int MOST = PERMUTES ? 2 : (L - 2 + BAND) / L + 1;      // vectors in which the keys of a block lie
     int folds, vectors;
     I fold[4], to[MOST][BAND];           // which lane a lane adds; which lane goes to each key of a vector
+    bool shifts;                         // no permutation is needed: key t of lane i is key i + t + `shift` of the block,
+    int64_t shift;
+    I left;                              // for these lanes; the others hold nothing
     void aim(const Item& item, const Lanes& lanes, int64_t x) {
-        int64_t from[L], after[L], longest = 0;      // first key; lanes to the last one with that key
-        for (int i = 0; i < lanes.count; i++) from[i] = item.x_lo[x + i] - item.x_lo[x];
-        for (int i = lanes.count - 1; i >= 0; i--) {
-            after[i] = i + 1 < lanes.count && from[i] == from[i + 1] ? after[i + 1] + 1 : 0;
-            longest = max(longest, after[i]);
+        const int n = lanes.count;
+        int64_t from[L] = {};            // first key
+        int into[L] = {}, side[L] = {}, longest = 0;
+        for (int i = 0; i < n; i++) from[i] = item.x_lo[x + i] - item.x_lo[x];
+        for (int i = 0, end; i < n; i = end) {
+            for (end = i + 1; end < n && from[end] == from[i];) end++;
+            const bool first = i > 0 && end == n;
+            for (int l = i; l < end; l++) { into[l] = first ? i : end - 1; side[l] = first ? 1 : -1; }
+            longest = max(longest, end - 1 - i);
         }
-        vectors = (from[lanes.count - 1] + BAND + L - 1) / L;
+        vectors = (from[n - 1] + BAND + L - 1) / L;
         for (folds = 0; 1 << folds <= longest; folds++) {
             const int far = 1 << folds;
-            for (int i = 0; i < L; i++)
-                fold[folds][i] = i >= far && i < lanes.count && after[i] % (2 * far) == 0 && from[i - far] == from[i] ? i - far : L;
+            fold[folds] = splat_integer(L);
+            for (int i = 0; i < n; i++) {
+                const int other = i + side[i] * far, distance = side[i] * (i - into[i]);
+                if (distance % (2 * far) == 0 && other >= 0 && other < n && into[other] == into[i]) fold[folds][i] = other;
+            }
         }
         for (int t = 0; t < BAND; t++) {
             for (int v = 0; v < MOST; v++) to[v][t] = splat_integer(L);
-            for (int i = 0; i < lanes.count; i++) if (!after[i]) to[(from[i] + t) / L][t][(from[i] + t) % L] = i;
+            for (int i = 0; i < n; i++) if (into[i] == i) to[(from[i] + t) / L][t][(from[i] + t) % L] = i;
         }
+        shift = from[into[0]] - into[0];
+        shifts = !PERMUTES;
+        left = I{};
+        for (int i = 0; i < n; i++) if (into[i] == i) { shifts &= from[i] == i + shift; left[i] = -1; }
     }
 };
 // sum of x[i] * y[i] over the channels of L tokens: one per lane
@@ -52,13 +67,16 @@ struct Walk : Item {
 };
 
 struct Backward : Band {
-    static constexpr int KEYS = min(BAND, 4), WIDE = REGISTERS == 32 ? 4 : 2;      // sums at once: keys, channels
+    static constexpr int KEYS = min(BAND, 4), WIDE = REGISTERS == 32 ? 4 : 3;      // sums at once: keys, channels
     Grid q_grid, g_grid, out_grid, lse_grid, grad_lse_grid, dq_grid, dk_grid, dv_grid;
     Walk here, next;
     real *q, *g, *o;                         // [block][row][channel][L], the same, dQ of a block: [row][channel][L]
     real *weights, *slopes;                  // P and dS: [block][row][line][plane][key][L]
     real *line_sums, *carried;               // of dK and dV, [plane][line][channel][key]; those that the next strip adds to
     Targets* targets;
+    // sums of TOGETHER channels, [channel][key][lane], with zeros before and behind the lanes
+    static constexpr int TOGETHER = 3 * WIDE, BEFORE = up(BAND - 1, L), APART = BEFORE + (Targets::MOST + 1) * L;
+    real* apart;
     int64_t *seen_by, *cell;                 // rows that see a line: number in the ring, where their P and dS are
     int64_t first_row;                       // rows before it see no line that is not complete
     bool direct;                             // a line's sums are complete as soon as its rows are
@@ -79,12 +97,13 @@ struct Backward : Band {
         dense = true;
         for (const Grid* t : {&q_grid, &g_grid, &out_grid, &dq_grid, &k_grid, &v_grid, &dk_grid, &dv_grid}) dense &= t->channel == 1;
         const int64_t kept = plan.blocks * plan.alive;
-        arena.reserve(bytes() + sizeof(real) * (kept * plan.row() + GROUP * D * L) + plan.blocks * sizeof(Targets)
+        arena.reserve(bytes() + sizeof(real) * (kept * plan.row() + GROUP * D * L + TOGETHER * BAND * APART) + plan.blocks * sizeof(Targets)
                       + plan.alive * 16 + plan.planes * 16 + 64 * 16);
         allocate(arena);
         q = arena.take<real>(kept * D * L); g = arena.take<real>(kept * DV * L); o = arena.take<real>(GROUP * D * L);
         weights = arena.take<real>(kept * plan.row_scores()); slopes = arena.take<real>(kept * plan.row_scores());
-        targets = arena.take<Targets>(plan.blocks);
+        targets = arena.take<Targets>(plan.blocks); apart = arena.take<real>(TOGETHER * BAND * APART);
+        memset(apart, 0, sizeof(real) * TOGETHER * BAND * APART);
         seen_by = arena.take<int64_t>(plan.alive); cell = arena.take<int64_t>(plan.alive);
         for (Walk* w : {&here, &next}) w->plane = arena.take<int64_t>(plan.planes);
         // (these may be as large as K and V, so they are given back)
@@ -207,9 +226,10 @@ struct Backward : Band {
             carry[d * BAND + i - mine] = dk[d * plan.stride + i];
     }
 
-    // N channels of a line's sums: sum[vector][channel] += sum over `count` rows of w[row][key][lane] x[row][channel][lane]
-    template <int W, int N, int FROM = 0>
-    INLINE void scatter_keys(const Targets& way, const real* x, const real* w, int64_t count, V (&sum)[Targets::MOST][N]) const {
+    // f(FROM, a[key - FROM][channel]) for some keys after others: N channels of the sum over `count` rows of w[row][key][lane]
+    // x[row][channel][lane], lanes with one key folded
+    template <int W, int N, int FROM = 0, class F>
+    INLINE void each_sum(const Targets& way, const real* x, const real* w, int64_t count, F f) const {
         constexpr int T = share(BAND - FROM, KEYS);
         V a[T][N];
         UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++) a[t][i] = V{};
@@ -225,24 +245,55 @@ struct Backward : Band {
         }
         for (int f = 0; f < way.folds; f++) UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++)
             a[t][i] += permute_or_zero(a[t][i], way.fold[f]);
-        UNROLL for (int v = 0; v < Targets::MOST; v++) if (v < way.vectors) {
-            UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++) sum[v][i] += permute_or_zero(a[t][i], way.to[v][FROM + t]);
-        }
-        if constexpr (FROM + T < BAND) scatter_keys<W, N, FROM + T>(way, x, w, count, sum);
+        f(FROM, a);
+        if constexpr (FROM + T < BAND) each_sum<W, N, FROM + T>(way, x, w, count, f);
     }
+    // adds N channels to a line's sums
     template <int W, int N>
     INLINE void scatter_channels(const Targets& way, const real* x, const real* w, int64_t count, real* to) const {
         V sum[Targets::MOST][N];
         UNROLL for (int v = 0; v < Targets::MOST; v++) UNROLL for (int i = 0; i < N; i++) sum[v][i] = V{};
-        scatter_keys<W, N>(way, x, w, count, sum);
+        each_sum<W, N>(way, x, w, count, [&]<int T>(int from, const V (&a)[T][N]) __attribute__((always_inline)) {
+            UNROLL for (int v = 0; v < Targets::MOST; v++) if (v < way.vectors) {
+                UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++) sum[v][i] += permute_or_zero(a[t][i], way.to[v][from + t]);
+            }
+        });
         UNROLL for (int v = 0; v < Targets::MOST; v++) if (v < way.vectors) UNROLL for (int i = 0; i < N; i++) {
             real* y = to + i * plan.stride + v * L;
             store(y, load(y) + sum[v][i]);
         }
     }
+    // The same where keys follow each other as lanes do: the lanes' sums are stored between zeros, and loaded again from where the
+    // keys of a vector are.
+    template <int W, int N>
+    INLINE void store_sums(const Targets& way, const real* x, const real* w, int64_t count, real* to) const {
+        each_sum<W, N>(way, x, w, count, [&]<int T>(int from, const V (&a)[T][N]) __attribute__((always_inline)) {
+            UNROLL for (int t = 0; t < T; t++) UNROLL for (int i = 0; i < N; i++)
+                store(to + (i * BAND + from + t) * APART, select(way.left, a[t][i], V{}));
+        });
+    }
+    INLINE void add_shifted(const Targets& way, int channels, real* to) const {
+        for (int d = 0; d < channels; d++) for (int v = 0; v < way.vectors; v++) {
+            const real* from = apart + BEFORE + d * BAND * APART + v * L - way.shift;
+            V sum{};
+            UNROLL for (int t = 0; t < BAND; t++) sum += load(from + t * (APART - 1));
+            real* y = to + d * plan.stride + v * L;
+            store(y, load(y) + sum);
+        }
+    }
     template <int W> __attribute__((noinline))
     void scatter(const Targets& way, const real* x, const real* w, int64_t count, real* to) const {
         int d = 0;
+        if (!PERMUTES && way.shifts) {
+            for (int n; d < W; d += n) {
+                n = min(W - d, TOGETHER);
+                int i = 0;
+                for (; i + WIDE <= n; i += WIDE) store_sums<W, WIDE>(way, x + (d + i) * L, w, count, apart + BEFORE + i * BAND * APART);
+                if constexpr (W % WIDE != 0) if (i < n) store_sums<W, W % WIDE>(way, x + (d + i) * L, w, count, apart + BEFORE + i * BAND * APART);
+                add_shifted(way, n, to + d * plan.stride);
+            }
+            return;
+        }
         for (; d + WIDE <= W; d += WIDE) scatter_channels<W, WIDE>(way, x + d * L, w, count, to + d * plan.stride);
         if constexpr (W % WIDE != 0) scatter_channels<W, W % WIDE>(way, x + d * L, w, count, to + d * plan.stride);
     }

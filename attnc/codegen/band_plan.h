@@ -11,7 +11,7 @@ constexpr bool PERMUTES = true;      // a permutation of two vectors is one inst
 constexpr bool PERMUTES = false;
 #endif
 constexpr int REGISTERS = ROWS * COLUMNS > 12 ? 32 : 16;
-constexpr int GROUP = 4, SUMS = 4;           // rows of queries; channels of output that are summed at once
+constexpr int GROUP = 4, SUMS = REGISTERS == 32 ? 4 : 3;         // rows of queries; channels of output that are summed at once
 constexpr int64_t RING = 384 << 10, CELLS = 192 << 10;           // bytes of a ring (a part of the L2 cache), most bytes of scores
 constexpr int Y = max(RANK - 2, 0), X = RANK - 1;                // axis of the rows, axis along a row
 // How key t of all lanes is found. PERMUTES: by permuting one vector, or two. Else: by a load from key t of the first lane on, which

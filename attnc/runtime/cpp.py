@@ -25,11 +25,19 @@ from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.runtime import tuner, winners
 from attnc.runtime.cache import entry
 from attnc.runtime.call import Call, empty_like_order
+from attnc.schedule.boxes import Kernel
 from attnc.schedule.choose import Choice, bucket, candidates
 from attnc.schedule.geometry import Geometry
 
 CONTINUES = True  # a forward can go on from another's out and lse
 __all__ = ["CONTINUES", "backward", "channel_backward", "channel_forward", "forward", "tunable"]
+
+
+def _with_vectors(kernel: Kernel, dtype: str) -> Kernel:
+    """The kernel as this machine's registers have it."""
+    sets = _machine().split()
+    register = 64 if "avx512f" in sets else 32 if "avx2" in sets else 16
+    return replace(kernel, lanes=register // (8 if dtype == "float64" else 4), wide=register == 64)
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +125,7 @@ def _tunable(spec: Spec, geometry: Geometry, backward: bool, items: int, threads
     )
     found = tuple(
         tuner.Candidate(c, {"sides": list(c.sides), "band": c.band}, c.show(), cost)
-        for cost, c in candidates(geometry, spec.kernel(backward), items, threads)
+        for cost, c in candidates(geometry, _with_vectors(spec.kernel(backward), spec.dtype), items, threads)
     )
     return tuner.Tunable(like, found)
 

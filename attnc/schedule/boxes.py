@@ -29,6 +29,7 @@ class Kernel:
     value_dim: int
     backward: bool = False
     band: int = 0  # keys of the last axis that every query sees, where a kernel for such bands exists
+    wide: bool = True  # 32 vector registers, and any lanes of two vectors in one instruction (AVX-512); else 16, and no such thing
 
 
 @dataclass(frozen=True, eq=False)

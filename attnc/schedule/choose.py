@@ -1,7 +1,7 @@
 """How a call on the CPU runs: the sides of its query tiles, and whether its rows are walked as bands. Candidates with a cost each.
 
-The cost is a model, in cycles of one (batch, head); its constants were fitted to measured calls. `attnc.tune` measures the best of
-the candidates instead.
+The cost is a model, in cycles of one (batch, head); its constants were fitted to measured calls, those of AVX-512 and of 16 registers
+apart. `attnc.tune` measures the best of the candidates instead.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+
+import numpy as np
 
 from attnc.schedule.boxes import Ints, Kernel, ends, pieces
 from attnc.schedule.geometry import Axis, Geometry
@@ -35,6 +37,30 @@ def bucket(n: int, steps: int = 4) -> int:
     while unit * 2 * steps < n:
         unit *= 2
     return -(-n // unit) * unit
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Cycles, of one direction. A pair is a vector of them: `lanes` keys of a query in a tile, one key of `lanes` queries in a band."""
+
+    product: float  # of a pair and a channel, while only live vectors are computed
+    box: float  # of a pair and a channel of the tile's whole box (a backward's sums over queries)
+    weight: float  # of a pair: its exponential
+    key: float  # of a packed key and a channel
+    query: float  # of a query and a channel: loaded, stored, its sums kept between chunks
+    row: float  # of a query
+    tile: float
+    easy: float  # of a band's pair and channel where lanes' keys follow each other,
+    hard: float  # and where they are permuted (at a clamped border, in a row's last and shorter vector)
+    turn: float  # of a vector of a band's queries and a channel: transposed there and back
+
+
+_WIDE = _Rates(1, 0, 20, 0.35, 0.15, 10, 500, 1.5, 1.5, 0), _Rates(1.6, 1, 20, 0.75, 0.15, 10, 500, 3.3, 3.3, 0)
+_NARROW = _Rates(1, 0, 17, 1.55, 2.6, 0, 100, 1.4, 2.2, 35), _Rates(1.6, 1.2, 17, 3.7, 3.9, 0, 1800, 4.15, 5.6, 110)
+
+
+def _rates(kernel: Kernel) -> _Rates:
+    return (_WIDE if kernel.wide else _NARROW)[kernel.backward]
 
 
 @dataclass(frozen=True)
@@ -80,13 +106,11 @@ def _cost(cuts: tuple[_Cut, ...], kernel: Kernel) -> float:
         gathered *= c.queries
     live += gathered * kernel.lanes / 2  # the last vector of a row is half empty
     masks = sum(c.masked for c in cuts[lead + 1 :])
-    per_pair = (width + 20 + 6 * masks) / kernel.lanes
-    cost = live * per_pair + packed * width * 0.35 + gathered * width * 0.15 + tiles * 500 + gathered / kernel.rows * 60
+    r = _rates(kernel)
+    cost = (live * (r.product * width + r.weight + 6 * masks) + r.box * boxes * width) / kernel.lanes
+    cost += (r.key * packed + r.query * gathered) * width + r.row * gathered + r.tile * tiles
     chunks = -(-packed // (tiles * kernel.keys)) if tiles else 1.0
-    cost += (chunks - 1) * gathered * (width * 0.5 + 40)
-    if kernel.backward:
-        cost += (boxes + live * 0.6) * width / kernel.lanes + packed * width * 0.4
-    return cost
+    return cost + (chunks - 1) * gathered * (width * 0.5 + 40)
 
 
 def band_elements(geo: Geometry, lanes: int) -> int:
@@ -100,8 +124,18 @@ def band_elements(geo: Geometry, lanes: int) -> int:
 
 def _band_cost(geo: Geometry, kernel: Kernel) -> float:
     """Cycles of one (batch, head), roughly."""
-    per_vector = (kernel.dim + kernel.value_dim) * (3.3 if kernel.backward else 1.5)
-    return band_elements(geo, kernel.lanes) / kernel.lanes * per_vector
+    *others, x = geo.axes
+    lo, hi = ends(x)
+    easy = blocks = 0
+    for r in range(x.split):
+        n = -(-(x.queries - r) // x.split)
+        for j in range(0, n, kernel.lanes):
+            blocks += 1
+            easy += bool(j + kernel.lanes <= n and (np.diff(lo[r, j : j + kernel.lanes]) == 1).all())
+    rates, keys = _rates(kernel), int((hi - lo + 1).max(initial=0))
+    pairs = keys * math.prod(a.pairs() for a in others)
+    per_channel = pairs * (easy * rates.easy + (blocks - easy) * rates.hard)
+    return (per_channel + math.prod(a.queries for a in others) * blocks * rates.turn) * (kernel.dim + kernel.value_dim)
 
 
 @lru_cache(maxsize=256)
