@@ -29,8 +29,8 @@ MEANINGS = {
     "neighborhood(7, dilation=3)": "The neighbourhood among tokens 3 apart (DiNAT).",
     "neighborhood(7, stride=4)": "Groups of 4 queries share the window of their middle one (GNA).",
     "neighborhood(7, causal=True)": "The last 7 keys up to the query, on every axis.",
-    "sliding_window(5, 2)": "The taps of a dilated convolution: at the borders the window stays where it is (TiC keeps the zeros there as keys, by `pad=`).",
-    "inward_window((2, 4))": 'Windows of 5 x 9 keys, pushed back inside at the borders (FreeSwim, in every frame by `.on("y", "x")`).',
+    "sliding_window(5, 2)": "The taps of a dilated convolution, those inside the grid; TiC keeps the zeros outside as keys, by `pad=`.",
+    "inward_window((2, 4))": 'Windows of 5 x 9 keys, pushed inside at the borders (FreeSwim, by `.on("y", "x")`).',
     "cross_scale(5)": "The 5 keys per axis around a query's place on a coarser grid of keys (pooled keys), kept inside it.",
     "cross_scale(2)": "On a grid of keys twice as fine: the 2 keys per axis under the query.",
 }
