@@ -29,6 +29,8 @@ MEANINGS = {
     "neighborhood(7, dilation=3)": "The neighbourhood among tokens 3 apart (DiNAT).",
     "neighborhood(7, stride=4)": "Groups of 4 queries share the window of their middle one (GNA).",
     "neighborhood(7, causal=True)": "The last 7 keys up to the query, on every axis.",
+    "sliding_window(5, 2)": "The taps of a dilated convolution, those inside the grid; TiC keeps the zeros outside as keys, by `pad=`.",
+    "inward_window((2, 4))": 'Windows of 5 x 9 keys, pushed inside at the borders (FreeSwim, by `.on("y", "x")`).',
     "cross_scale(5)": "The 5 keys per axis around a query's place on a coarser grid of keys (pooled keys), kept inside it.",
     "cross_scale(2)": "On a grid of keys twice as fine: the 2 keys per axis under the query.",
 }
@@ -42,6 +44,8 @@ SHOWN: list[tuple[str, Any, dict[str, Any]]] = [
     ("neighborhood(7, dilation=3)", patterns.neighborhood(7, dilation=3), {}),
     ("neighborhood(7, stride=4)", patterns.neighborhood(7, stride=4), {}),
     ("neighborhood(7, causal=True)", patterns.neighborhood(7, causal=True), {}),
+    ("inward_window((2, 4))", patterns.inward_window((2, 4)), {}),
+    ("sliding_window(5, 2)", patterns.sliding_window(5, 2), {}),
     ("dilated(5, 2)", patterns.dilated(5, 2), {}),
     ("dilated_blocks(4, 3)", patterns.dilated_blocks(4, 3), {}),
     ("grid(7)", patterns.grid(7), {}),
@@ -66,6 +70,7 @@ SCORES: list[tuple[str, Any]] = [
     ("gaussian_mixture(kernels, of, vanish=)", patterns.gaussian_mixture),
     ("polyline(of, corner=)", patterns.polyline),
     ("positional(of)", patterns.positional),
+    ("reversed_attention(of)", patterns.reversed_attention),
 ]
 
 # grids of models, and what is asked of the waste: GPU, CPU
@@ -118,6 +123,7 @@ Each takes a pattern `of` (every key where it is left out) and changes its score
 |---|---|
 | `at_least(length, of)` | {at_least} |
 | `outlook(size, stride=, padding=)` | {outlook} |
+| `taps(size, dilation)` | {taps} |
 
 ## Mechanisms
 
@@ -202,9 +208,10 @@ def main() -> None:
     rows = "".join(row(*each) for each in SHOWN)
     channel = sentence(inspect.getdoc(patterns.channel) or "")
     scores = "".join(f"| `{call}` | {paragraphs(inspect.getdoc(f) or '')} |\n" for call, f in SCORES)
-    at_least, outlook = (paragraphs(inspect.getdoc(f) or "") for f in (patterns.at_least, patterns.outlook))
+    others = (patterns.at_least, patterns.outlook, patterns.taps)
+    at_least, outlook, taps = (paragraphs(inspect.getdoc(f) or "") for f in others)
     wasted = "".join(waste(*each) for each in WASTE)
-    told = {"channel": channel, "scores": scores, "at_least": at_least, "outlook": outlook, "waste": wasted}
+    told = {"channel": channel, "scores": scores, "at_least": at_least, "outlook": outlook, "taps": taps, "waste": wasted}
     tail = TAIL.format(**told, heads=HEADS, dim=DIM)
     text = HEAD.format(grid="x".join(map(str, GRID))) + rows + tail
     (HERE / "patterns.md").write_text(text, encoding="utf-8")

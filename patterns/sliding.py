@@ -20,7 +20,7 @@ def sliding_window(size: Size, dilation: Size = 1, *, pooled: int = 1, bias: Bia
     """Keys q + dilation * (u - size // 2) for u = 0 .. size - 1, size odd; those outside the grid are missing, the window stays.
 
     With ``pad=((r, r), ...)``, r = dilation * (size // 2), the keys outside exist as rows of zeros, which take their share of the
-    softmax, as a convolution's padding does (TiC). `pooled`: keys lie on a grid that many times coarser (`kv_grid=`, padded alike),
+    softmax, as a convolution's padding does (TiC). `pooled`: keys lie on a grid that many times coarser (`kv_grid=`, also padded),
     the window around the key above the query. A relative bias has 2 size - 1 entries per axis, at size - 1 + query - key.
     """
     if not isinstance(pooled, int) or isinstance(pooled, bool) or pooled < 1:

@@ -258,6 +258,11 @@ TRAPS: dict[str, Body] = {
     "negative numerators": lambda q, k: (q.x - 9) // 4 == (k.x - 9) // 4,
     "falling windows": lambda q, k: (9 - q.x) // 4 == (9 - k.x) // 4,
     "falling windows, one side": lambda q, k: (9 - q.x) // 4 == k.x // 4,
+    "a clamp as a difference": lambda q, k: k.x <= q.x - attnc.max(q.x - 5, 0),
+    "two clamps as differences": lambda q, k: k.x + attnc.max(q.x - 7, 0) <= 2 * q.x - attnc.min(q.x, 4),
+    "a difference that falls": lambda q, k: k.x <= q.x - 2 * attnc.max(q.x - 5, 0),
+    "a difference that falls at first": lambda q, k: k.x >= q.x - 2 * attnc.min(q.x, 4),
+    "a difference of the size": lambda q, k: k.x >= q.x - 2 - attnc.max(q.x + 3 - q.size.x, 0),
 }
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 12, 13, 19)
 
@@ -289,10 +294,14 @@ def test_traps_are_never_misread(name: str) -> None:
 def test_what_is_no_interval_stays_a_predicate() -> None:
     for name in ("reversed", "falling upper end", "another residue", "a product", "far instead of near", "a modulus that reads q"):
         assert not proven(TRAPS[name]), name
+    for name in ("a difference that falls", "a difference that falls at first"):
+        assert not proven(TRAPS[name]), name
 
 
 def test_what_is_one_does_not_need_a_predicate() -> None:
     for name in ("a rising quotient", "some empty rows", "two residues", "a residue and a window", "key only", "a far end"):
+        assert proven(TRAPS[name]), name
+    for name in ("a clamp as a difference", "two clamps as differences", "a difference of the size"):
         assert proven(TRAPS[name]), name
 
 
@@ -317,6 +326,8 @@ FORMS: dict[str, attnc.Pattern] = {
     "dilated causal": patterns.causal().dilate(2),
     "shifted neighborhood": patterns.neighborhood(3).shift(1),
     "window and band": patterns.window(4) & patterns.band(1, 1),
+    "inward window": patterns.inward_window(2),
+    "sliding window": patterns.sliding_window(5, 2),
 }
 
 
@@ -363,6 +374,10 @@ def loops(name: str, length: int) -> np.ndarray[Any, Any]:
         if name == "shifted neighborhood":
             start = max(min(i - 1 - 1, length - 3), 0)
             return start <= j - 1 < start + 3
+        if name == "inward window":
+            return i - 2 - max(2 + i - length + 1, 0) <= j <= i + 2 + max(2 - i, 0)
+        if name == "sliding window":
+            return j - i in (-4, -2, 0, 2, 4)
         if name == "window and band":
             return i // 4 == j // 4 and abs(i - j) <= 1
         return True

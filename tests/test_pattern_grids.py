@@ -110,6 +110,10 @@ def halo(s: int, kv: int) -> Ends:
     return keys
 
 
+def taps(s: int, d: int) -> Ends:
+    return lambda a, n, m: {a + d * (u - s // 2) for u in range(s)} & set(range(m))
+
+
 def scaled(s: int) -> Ends:
     def keys(a: int, n: int, m: int) -> set[int]:
         middle = math.floor((a + 0.5) * m / n + 1e-9)  # of the query, in cells of the keys' grid
@@ -138,7 +142,8 @@ CASES: dict[str, tuple[attnc.Pattern, tuple[Ends, ...], tuple[int, ...], tuple[i
         VIDEO,
         None,
     ),
-    "FreeSwim: inward windows, all frames": (patterns.neighborhood((3, 3)).on("y", "x"), (FULL, near(3), near(3)), VIDEO, None),
+    "inward windows, all frames": (patterns.inward_window((1, 1)).on("y", "x"), (FULL, near(3), near(3)), VIDEO, None),
+    "taps of a convolution": (patterns.sliding_window((3, 5), (2, 1)), (taps(3, 2), taps(5, 1)), (7, 9), None),
     "along time": (patterns.axial("t"), (FULL, POINT, POINT), VIDEO, None),
     "every frame by itself": (patterns.window((1, 9, 9)), (POINT, FULL, FULL), VIDEO, None),
     "strips of time": (patterns.strip("t", 2), (FULL, window(2), window(2)), VIDEO, None),
@@ -259,9 +264,39 @@ def test_bands_with_virtual_keys_are_tics_unfold() -> None:
 
     score = (q[..., None, :] * taps(k)).sum(-1) * q.shape[-1] ** -0.5
     wanted = (score.softmax(-1)[..., None] * taps(v)).sum(-2)
-    p = patterns.band((kh // 2, kw // 2), (kh // 2, kw // 2)).dilate(d)
-    out = attnc.compile(p, grid=grid, pad=((ph, ph), (pw, pw)), backend="torch")(q, k, v)
-    torch.testing.assert_close(out, wanted)
+    for p in (patterns.sliding_window((kh, kw), d), patterns.band((kh // 2, kw // 2), (kh // 2, kw // 2)).dilate(d)):
+        out = attnc.compile(p, grid=grid, pad=((ph, ph), (pw, pw)), backend="torch")(q, k, v)
+        torch.testing.assert_close(out, wanted)
+
+
+def test_sliding_windows_over_pooled_keys() -> None:
+    """Around the key above the query, padded with zeros; the relative bias is that of the distance in pooled keys."""
+    q, (_, k, v) = tensors(35)[0].detach(), (t.detach() for t in tensors(12))
+    bias = torch.randn(2, 5, 5, dtype=DOUBLE)
+    p = patterns.sliding_window(3, pooled=2, bias="relative")
+    out = attnc.compile(p, grid=(5, 7), kv_grid=(3, 4), pad=((1, 1), (1, 1)), backend="torch")(q, k, v, bias=bias)
+    keys, values = (functional.pad(t.view(2, 2, 3, 4, -1), (0, 0, 1, 1, 1, 1)) for t in (k, v))
+    for y, x in itertools.product(range(5), range(7)):
+        box = (slice(None), slice(None), slice(y // 2, y // 2 + 3), slice(x // 2, x // 2 + 3))
+        around = bias[:, 1:4, 1:4].flip(1, 2).reshape(2, 1, 9)
+        scores = q[:, :, y * 7 + x, None] @ keys[box].flatten(2, 3).mT * q.shape[-1] ** -0.5 + around
+        torch.testing.assert_close(out[:, :, y * 7 + x], (scores.softmax(-1) @ values[box].flatten(2, 3))[:, :, 0])
+
+
+def test_taps_give_the_scores_of_a_window() -> None:
+    """Head m sees tap m alone: its lse is the score there, 0 on the padding; without padding there is no key, and -inf."""
+    q, k, v = (t.detach() for t in tensors(42))
+    q, k, v = q[:, :1].expand(-1, 15, -1, -1), k[:, :1], v[:, :1]
+    p = patterns.taps((5, 3), 2)
+    padded = attnc.compile(p, grid=(6, 7), pad=((4, 4), (2, 2)), backend="torch")
+    bare = attnc.compile(p, grid=(6, 7), backend="torch")
+    (_, scores), (_, inside) = (op(q, k, v, scale=1.0, return_lse=True) for op in (padded, bare))
+    for tap, y, x in itertools.product(range(15), range(6), range(7)):
+        row, column = y + 2 * (tap // 3) - 4, x + 2 * (tap % 3) - 2
+        here = 0 <= row < 6 and 0 <= column < 7
+        wanted = (q[:, 0, y * 7 + x] * k[:, 0, row * 7 + column]).sum(-1) if here else torch.zeros(2, dtype=DOUBLE)
+        torch.testing.assert_close(scores[:, tap, y * 7 + x], wanted, check_dtype=False, atol=1e-5, rtol=1e-5)
+        assert bool((inside[:, tap, y * 7 + x] > -torch.inf).all()) == here
 
 
 def test_pooled_keys_are_a_grid_of_their_own() -> None:
@@ -301,6 +336,11 @@ def test_what_they_refuse() -> None:
     cases: list[tuple[Any, str]] = [
         (lambda: patterns.overlapping_window(4, 3).trace(("x",)), "kv_size=3 is less than size=4"),
         (lambda: patterns.overlapping_window(0, 3).trace(("x",)), "size=0: a positive int"),
+        (lambda: patterns.sliding_window(4).trace(("x",)), "a window of 4 has no middle"),
+        (lambda: patterns.sliding_window(3, pooled=0), "pooled=0"),
+        (lambda: patterns.sliding_window(3, bias="absolute"), "windows slide"),
+        (lambda: patterns.inward_window(3, bias="absolute"), "windows slide"),
+        (lambda: patterns.inward_window(-1).trace(("x",)), "reach=-1"),
         (lambda: patterns.cross_scale((1, 2)).trace(("x",), same_grid=False), r"size=\(1, 2\)"),
     ]
     for make, message in cases:
