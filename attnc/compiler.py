@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 
-import torch
 from torch import Tensor
 
 from attnc import ir
@@ -191,9 +190,9 @@ class Operator:
 
         sizes: int [B, rank], where batch item b is an image of lengths sizes[b] in the low corner of the grid; without a grid int
         [images, rank], where the one batch item holds the tokens of all images one after the other. With a grid of keys, a pair.
-        dropout_p: each weight is kept with probability 1 - p and then divided by it, lse and sums being those of all weights; which
-        ones is decided by `seed` (any 64-bit integer) and logical indices alone, see `attnc.analysis.dropout`. Without a seed one is
-        drawn from torch's default generator.
+        dropout_p: each weight is kept with probability 1 - p and then divided by it, lse and sums being those of all weights;
+        which ones is decided by `seed` (any 64-bit integer) and logical indices alone, see `attnc.analysis.dropout`. Without a
+        seed one is drawn from torch's default generator.
         """
         name = self.source.name
         sized = None if sizes is None else sizes_of(sizes, self.source, self.same_grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import attnc
 from attnc import patterns
 from attnc.errors import ShapeError, UnsupportedError
+from attnc.patterns.relation import rescored
 from attnc.runtime import regions
 
 GRID = (7, 8)
@@ -25,6 +27,12 @@ OPS = torch.ops.attnc
 def images(p: attnc.Pattern, **options: Any) -> Problem:
     given: dict[str, Any] = {"batch": 6, "heads": 4, "kv_heads": 2, "d": 8, "dv": 5, "reach": 5, "sizes": SIZES}
     return Problem(p, options.pop("grid", GRID), **(given | options))
+
+
+def turned(p: attnc.Pattern) -> attnc.Pattern:
+    """With rotary rows."""
+    rotary = attnc.rotary(100.0)
+    return rescored("turned", p, lambda q, k, s: replace(s, q_map=rotary, k_map=rotary))
 
 
 @attnc.pattern
@@ -57,6 +65,10 @@ WEIGHTS: dict[str, Problem] = {
     "over queries": images(weighted(patterns.window(3), "queries with a sink"), prefix=1),
     "a line": images(patterns.neighborhood(3), grid=(9,), sizes=((9,), (4,), (0,), (5,), (5,), (1,))),
     "a volume": images(patterns.window(2), grid=(3, 4, 5), batch=3, sizes=((3, 4, 5), (2, 3, 4), (3, 1, 2))),
+    "dropout": images(patterns.neighborhood(3, bias="relative"), dropout=0.4),
+    "dropout beside a prefix": images(patterns.per_head([patterns.window(2), patterns.full()]), dropout=0.4, prefix=2),
+    "rotary": images(turned(patterns.window(3)), pad=((1, 0), (0, 2)), d=16),
+    "rotary beside a prefix": images(turned(patterns.window(3)), prefix=2, d=16, dropout=0.4),
     **{f"strides: {s}": images(patterns.window(3), strides=s) for s in draws.STRIDES},
 }
 
@@ -71,7 +83,9 @@ def test_with_everything_else(name: str) -> None:
     hold(WEIGHTS[name], "torch")
 
 
-@pytest.mark.parametrize("name", ["the batch index", "a table by batch item", "sink", "over queries", "prefix", "pad"])
+@pytest.mark.parametrize(
+    "name", ["the batch index", "a table by batch item", "sink", "over queries", "rotary beside a prefix", "pad"]
+)
 def test_the_meaning_too(name: str) -> None:
     hold(WEIGHTS[name] if name in WEIGHTS else images(PATTERNS[name]), "eager")
 
@@ -83,7 +97,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 BUILT = {
     "neighborhood": images(patterns.neighborhood(3, bias="relative"), dv=8),
-    "prefix": images(patterns.window(3), prefix=2, dtype=torch.bfloat16, strides="packed"),
+    "prefix": images(patterns.window(3), prefix=2, dtype=torch.bfloat16, strides="packed", dropout=0.3),
 }
 
 
@@ -140,6 +154,19 @@ def test_packed_images_have_numbers_of_their_own() -> None:
     torch.testing.assert_close(found, one_by_one(draws.per_item(), LENGTHS, *tensors, 0, item=item))
     with pytest.raises(ShapeError, match=r"'item' has shape \(4, 4\); its dimension 0 counts images, of which this call has 5"):
         attnc.compile(draws.per_item(), backend="torch")(*tensors, item=item[:4], sizes=torch.tensor(LENGTHS))
+
+
+def test_packed_images_are_turned_and_dropped_as_regions_are() -> None:
+    """One number of an image, one place of a token, wherever the tokens lie."""
+    sizes = torch.tensor(SIZES)
+    rows = [torch.randn(6, h, 58, 16, dtype=DOUBLE) for h in (4, 2, 2)]
+    there = regions.inside(sizes, GRID, 2)
+    flat = [torch.cat([t[b : b + 1, :, there[b]] for b in range(6)], 2) for t in rows]
+    drop: dict[str, Any] = {"dropout_p": 0.4, "seed": 11}
+    for backend in ("torch", "eager"):
+        region = attnc.compile(turned(patterns.neighborhood(3)), grid=GRID, prefix=2, backend=backend)(*rows, sizes=sizes, **drop)
+        packed = attnc.compile(turned(patterns.neighborhood(3)), prefix=2, backend=backend)(*flat, sizes=sizes, **drop)
+        torch.testing.assert_close(packed, torch.cat([region[b : b + 1, :, there[b]] for b in range(6)], 2))
 
 
 def test_packed_layout_and_a_single_image() -> None:
