@@ -43,20 +43,21 @@ from attnc.lang.symbols import Table
 
 if TYPE_CHECKING:
     from attnc import compat
-    from attnc.compiler import Operator, compile, mask, reference
+    from attnc.compiler import Operator, compile, reference
     from attnc.models.accelerate import accelerate
     from attnc.report.draw import draw
     from attnc.report.emit import emit
     from attnc.report.explain import explain
     from attnc.report.inspect import inspect
+    from attnc.report.mask import mask
     from attnc.tuning import Shape, Tuning, export_winners, import_winners, tune
 
 __version__ = "0.1.0"
 _LAZY = {
-    **dict.fromkeys(("compile", "reference", "mask", "Operator"), "attnc.compiler"),
+    **dict.fromkeys(("compile", "reference", "Operator"), "attnc.compiler"),
     **dict.fromkeys(("Shape", "Tuning", "export_winners", "import_winners", "tune"), "attnc.tuning"),
     "accelerate": "attnc.models.accelerate",
-    **{name: f"attnc.report.{name}" for name in ("explain", "draw", "emit", "inspect")},
+    **{name: f"attnc.report.{name}" for name in ("explain", "draw", "emit", "inspect", "mask")},
 }
 __all__ = [
     "BATCH",

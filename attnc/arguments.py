@@ -1,4 +1,4 @@
-"""What users pass as `grid=` and `pad=`, read and checked."""
+"""What users pass to an operator and to its calls, read and checked."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from torch import Tensor
 from attnc import ir
 from attnc.analysis.dropout import kept_words
 from attnc.errors import DeclarationError, ShapeError, UnsupportedError
+from attnc.lang.mechanism import Mechanism
+from attnc.lang.pattern import Pattern
 from attnc.runtime.layout import Layout
+from attnc.runtime.operator import TableSpec
 
 GridLike = int | Sequence[int | None] | Mapping[str, int | None] | None
 PadLike = Literal["multiple"] | Sequence[tuple[int, int]] | None
+SizesLike = Tensor | tuple[Tensor, Tensor] | None
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def axes_and_sizes(grid: GridLike, layout: Layout | None) -> tuple[tuple[str, ...] | None, tuple[int | None, ...] | None]:
@@ -100,3 +105,100 @@ def seed_table(p: float, seed: int | None, device: torch.device) -> Tensor:
         return torch.cat((torch.randint(-(2**31), 2**31, (2,), device=device), kept))
     halves = [(seed // 2 ** (32 * i) + 2**31) % 2**32 - 2**31 for i in range(2)]
     return torch.cat((torch.tensor(halves, device=device), kept))
+
+
+def sizes_of(sizes: Tensor | tuple[Tensor, Tensor], source: Pattern | Mechanism, same_grid: bool) -> Tensor:
+    """One int tensor [images, rank] (where keys have a grid of their own, [images, 2 rank]) of what a call gives as `sizes=`."""
+    name = source.name
+    if isinstance(source, Mechanism):
+        raise UnsupportedError(f"mechanism {name}: sizes= belongs to patterns: its tokens have no grid")
+    given: tuple[Any, ...] = (sizes,) if same_grid else sizes if isinstance(sizes, tuple) else ()
+    if not given or len(given) != (1 if same_grid else 2):
+        raise ShapeError(f"{name}: keys have a grid of their own: sizes= is a pair of int tensors, of queries and of keys")
+    for t in given:
+        if not isinstance(t, Tensor):
+            raise ShapeError(
+                f"{name}: sizes= holds a {type(t).__name__}, expected an int tensor [images, rank]: torch.tensor(sizes)"
+            )
+        if t.dim() != 2 or t.shape[1] == 0 or t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+            raise ShapeError(f"{name}: sizes= is {t.dtype} {tuple(t.shape)}, expected an int tensor [images, rank]")
+    if same_grid:
+        only: Tensor = given[0]
+        return only
+    if given[0].shape != given[1].shape:
+        raise ShapeError(
+            f"{name}: sizes= of queries is {tuple(given[0].shape)}, of keys {tuple(given[1].shape)}; both have one shape"
+        )
+    return torch.cat(given, 1)
+
+
+def packs(name: str, images: int, rank: int, q: Tensor, axes: tuple[str, ...] | None, told: bool) -> bool:
+    """Whether sizes= says how packed tokens fall into images: where nothing told a grid.
+
+    On one axis the tokens are a grid of their own; they are packed where the images are not as many as the batch items.
+    """
+    if told or (rank == 1 and images == q.shape[0]):
+        return False
+    if axes is not None and len(axes) != rank:
+        raise ShapeError(f"{name}: sizes= has {rank} columns for each grid, the axes are ({', '.join(axes)})")
+    if q.shape[0] != 1:
+        raise ShapeError(
+            f"{name}: sizes= without a grid is for packed images, one after the other in a batch of 1; here q has shape "
+            f"{tuple(q.shape)}: give grid= for images in the low corners of a grid, one for each batch item"
+        )
+    return True
+
+
+def check_rows(name: str, heads: int | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ShapeError where q, k and v, [B, H, N, D] or [B, H, *grid, D], do not fit together. heads: the operator's, if known."""
+    if not (q.shape[0] == k.shape[0] == v.shape[0]):
+        raise ShapeError(f"{name}: batch sizes differ: {_shapes(q, k, v)}")
+    if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ShapeError(f"{name}: {q.shape[1]} query heads over {k.shape[1]} key and {v.shape[1]} value heads: {_shapes(q, k, v)}")
+    if heads is not None and q.shape[1] != heads:
+        raise ShapeError(f"{name}: compiled for heads={heads}, called with {q.shape[1]}: {_shapes(q, k, v)}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ShapeError(f"{name}: head dimensions of q and k differ: {_shapes(q, k, v)}")
+    if k.shape[2:-1] != v.shape[2:-1]:
+        raise ShapeError(f"{name}: k and v have different tokens: {_shapes(q, k, v)}")
+    for what, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
+        if not 1 <= d <= 256:
+            raise ShapeError(f"{name}: {what} = {d}; head dimensions go from 1 to 256")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
+        raise ShapeError(
+            f"{name}: dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v share one of float32, float16, bfloat16, float64"
+        )
+    if not (q.device == k.device == v.device):
+        raise ShapeError(f"{name}: devices {q.device}, {k.device}, {v.device} differ")
+
+
+def check_tables(name: str, specs: tuple[TableSpec, ...], given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ShapeError where the tables of a call are not those that the statement reads, by name, rank, kind and device."""
+    names = [s.name for s in specs]
+    for n in given:
+        if n not in names:
+            raise ShapeError(f"{name}: unknown table {n!r} (it reads: {', '.join(names) or 'none'})")
+    for s in specs:
+        n, t = s.name, given.get(s.name)
+        if t is not None and not isinstance(t, Tensor):
+            raise ShapeError(f"{name}: the table {n!r} is a {type(t).__name__}, not a tensor")
+        if n in ("pad_k", "pad_v"):
+            width = (k if n == "pad_k" else v).shape[-1]
+            if t is None:
+                continue
+            if t.dim() != 2 or t.shape[0] not in (1, k.shape[1]) or t.shape[1] != width:
+                raise ShapeError(f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {width}]")
+        elif t is None:
+            raise ShapeError(f"{name}: the table {n!r} is missing: pass {n}=tensor with {s.rank} dimensions")
+        elif t.dim() != s.rank:
+            raise ShapeError(f"{name}: the table {n!r} has shape {tuple(t.shape)}, the pattern indexes {s.rank} dimensions")
+        if s.integer and (t.is_floating_point() or t.is_complex()):
+            raise ShapeError(f"{name}: the table {n!r} is read by the relation and holds integers, not {t.dtype}")
+        if not s.integer and not t.is_floating_point():
+            raise ShapeError(f"{name}: the table {n!r} enters the score and holds floating-point numbers, not {t.dtype}")
+        if t.device != q.device:
+            raise ShapeError(f"{name}: the table {n!r} is on {t.device}, q on {q.device}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [B, H, N, D] or [B, H, *grid, D])"

@@ -7,24 +7,35 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 
-import torch
 from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.dropout import TABLE
-from attnc.arguments import GridLike, PadLike, axes_and_sizes, call_sizes, check_dropout, pad_of, seed_table
+from attnc.arguments import (
+    GridLike,
+    PadLike,
+    SizesLike,
+    axes_and_sizes,
+    call_sizes,
+    check_dropout,
+    check_rows,
+    check_tables,
+    packs,
+    pad_of,
+    seed_table,
+    sizes_of,
+)
 from attnc.codegen import around
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
-from attnc.runtime import direct, operator
+from attnc.runtime import direct, operator, regions
 from attnc.runtime import layout as layouts
 from attnc.runtime.traced import Traced
 from attnc.schedule import bounds
 
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TUNED = ("cpp", "triton")  # backends with a tuner
 
 
@@ -40,7 +51,7 @@ class Accepted:
     scale: float  # the default
     backend: str
     layout: layouts.Layout
-    q_grid: tuple[int, ...]
+    q_grid: tuple[int, ...]  # zeros where images are packed
     k_grid: tuple[int, ...]
     traced: Traced | None
 
@@ -178,22 +189,21 @@ class Operator:
         scale: float | None = None,
         return_lse: bool = False,
         grid: GridLike = None,
-        sizes: Tensor | None = None,
+        sizes: SizesLike = None,
         dropout_p: float = 0.0,
         seed: int | None = None,
         **tables: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """out, in q's dtype and layout; with return_lse also lse float32 [B, Hq, Nq] (natural log, -inf for a row without keys).
 
-        dropout_p: each weight is kept with probability 1 - p and then divided by it, lse and sums being those of all weights; which
-        ones is decided by `seed` (any 64-bit integer) and logical indices alone, see `attnc.analysis.dropout`. Without a seed one is
-        drawn from torch's default generator.
+        sizes: int [B, rank], where batch item b is an image of lengths sizes[b] in the low corner of the grid; without a grid int
+        [images, rank], where the one batch item holds the tokens of all images one after the other. With a grid of keys, a pair.
+        dropout_p: each weight is kept with probability 1 - p and then divided by it, lse and sums being those of all weights;
+        which ones is decided by `seed` (any 64-bit integer) and logical indices alone, see `attnc.analysis.dropout`. Without a
+        seed one is drawn from torch's default generator.
         """
         name = self.source.name
-        if sizes is not None:
-            raise UnsupportedError(
-                f"{name}: sizes= (a valid region per batch item) is not lowered by any backend yet; mask in the pattern"
-            )
+        sized = None if sizes is None else sizes_of(sizes, self.source, self.same_grid)
         if dropout_p or seed is not None:
             check_dropout(name, dropout_p, seed)
         for what, t in (("q", q), ("k", k), ("v", v)):
@@ -205,8 +215,8 @@ class Operator:
                 "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
             )
         rows = self._rows(q, k, v)
-        past = direct.alone(rows) and direct.alone(tables.values())
-        accepted = self._accepted(rows, grid, tables, past)
+        past = direct.alone(rows) and direct.alone(tables.values()) and (sized is None or direct.alone((sized,)))
+        accepted = self._accepted(rows, grid, tables, sized, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):
             if return_lse or dropout_p:
@@ -228,28 +238,35 @@ class Operator:
             tables = {**tables, TABLE: seed_table(dropout_p, seed, rows[0].device)}
         ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
         run = self._run if traced.core is None or accepted.backend == "eager" else self._surrounded
-        out, lse = run(past, rows, ordered, scale, accepted)
+        out, lse = run(past, rows, ordered, scale, accepted, sized)
         shaped = layouts.from_rows(out, accepted.layout)
         return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
-    def _accepted(self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], past: bool) -> Accepted:
+    def _accepted(
+        self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], sizes: Tensor | None, past: bool
+    ) -> Accepted:
         """What a call comes to, its tensors checked: once for all calls that look alike, where nobody traces."""
         if not past:
-            return self._accept(rows, grid, tables)
+            return self._accept(rows, grid, tables, sizes)
         given = grid if grid is None or isinstance(grid, int | tuple) else str(grid)
-        key = given, *[(t.shape, t.dtype, t.device) for t in rows], *[(n, t.shape, t.dtype, t.device) for n, t in tables.items()]
+        key = (
+            given,
+            None if sizes is None else sizes.shape,
+            *[(t.shape, t.dtype, t.device) for t in rows],
+            *[(n, t.shape, t.dtype, t.device) for n, t in tables.items()],
+        )
         found = self._seen.get(key)
         if found is None:
             if len(self._seen) >= 4096:
                 self._seen.clear()
-            found = self._seen[key] = self._accept(rows, grid, tables)
+            found = self._seen[key] = self._accept(rows, grid, tables, sizes)
         return found
 
-    def _accept(self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor]) -> Accepted:
+    def _accept(self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], sizes: Tensor | None) -> Accepted:
         q, k, v = _three(rows)
         name = self.source.name
-        self._check(q, k, v)
+        check_rows(name, self.heads, q, k, v)
         backend = self._backend(q.device.type)
         if self.tune and backend not in TUNED:
             raise UnsupportedError(f"{name}: tune=True: {_untuned(backend)}")
@@ -265,15 +282,27 @@ class Operator:
                 shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
                 raise ShapeError(f"mechanism {name}: q, k and v have the same heads, tokens and channels, here {shapes}")
             return Accepted(scale, backend, self._layouts[min(self._layouts)], (), (), None)
-        q_grid, k_grid = self._grids(q, k, grid)
+        rank = None if sizes is None else sizes.shape[1] // (1 if self.same_grid else 2)
+        told = grid is not None or q.dim() > 4 or any(n is not None for n in self.grid or ())
+        if sizes is not None and rank is not None and packs(name, sizes.shape[0], rank, q, self.axes, told):
+            q_grid = k_grid = (0,) * rank
+        else:
+            q_grid, k_grid = self._grids(q, k, grid, rank)
+            if sizes is not None and (sizes.shape[0], rank) != (q.shape[0], len(q_grid)):
+                raise ShapeError(
+                    f"{name}: sizes= has shape {(sizes.shape[0], rank)}, expected {(q.shape[0], len(q_grid))}: a row for each "
+                    "batch item; packed images, one after the other in a batch of 1, are what a call without any grid= takes"
+                )
         traced = self._traced(len(q_grid))
-        self._check_tables(traced.tables, tables, q, k, v)
+        check_tables(name, traced.tables, tables, q, k, v)
         sink = traced.attend.normalizer.sink
         if sink is not None:
             bounds.check_sink(traced.attend, tables[sink].shape, q.shape[1])
         maps = [m for m in (traced.attend.q_map, traced.attend.k_map) if m is not None and m.kind == "rotary"]
         if maps and q.shape[-1] < 2 * len(q_grid):
-            raise ShapeError(f"{name}: rotary over {len(q_grid)} axes turns {2 * len(q_grid)} channels or more, and D is {q.shape[-1]}")
+            raise ShapeError(
+                f"{name}: rotary over {len(q_grid)} axes turns {2 * len(q_grid)} channels or more, and D is {q.shape[-1]}"
+            )
         if traced.attend.k_map in maps and "pad_k" in tables and backend != "eager":
             raise UnsupportedError(
                 f"{name}: pad_k= together with rotary keys: one row for all virtual keys cannot turn by their places; leave it out "
@@ -282,30 +311,46 @@ class Operator:
         return Accepted(scale, backend, self._layouts[len(q_grid)], q_grid, k_grid, traced)
 
     def _run(
-        self, past: bool, rows: tuple[Tensor, ...], tables: list[Tensor], scale: float, call: Accepted
+        self,
+        past: bool,
+        rows: tuple[Tensor, ...],
+        tables: list[Tensor],
+        scale: float,
+        call: Accepted,
+        sizes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         assert call.traced is not None
         args = rows, tables, scale, call.q_grid, call.k_grid, call.traced.text
         if self.fallback is None or call.backend in ("torch", "eager"):
-            return direct.attend(past, *args, call.backend, self.tune)
+            return direct.attend(past, *args, call.backend, self.tune, sizes)
         try:
-            return direct.attend(past, *args, call.backend, self.tune)
+            return direct.attend(past, *args, call.backend, self.tune, sizes)
         except UnsupportedError as e:
             if not self._warned:
                 warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
                 self._warned = True
-            return direct.attend(past, *args, "torch", False)
+            return direct.attend(past, *args, "torch", False, sizes)
 
     def _surrounded(
-        self, past: bool, rows: tuple[Tensor, ...], tables: list[Tensor], scale: float, call: Accepted
+        self,
+        past: bool,
+        rows: tuple[Tensor, ...],
+        tables: list[Tensor],
+        scale: float,
+        call: Accepted,
+        sizes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The kernels of the statement's core, with row maps before them and the sink after."""
         assert call.traced is not None and call.traced.core is not None
         core, inner = call.traced.core, replace(call, traced=call.traced.core)
         named = {s.name: t for s, t in zip(call.traced.tables, tables, strict=True)}
-        return around.surround(
-            call.traced.program, (call.q_grid, call.k_grid), _three(rows), named, lambda r, t: self._run(past, r, [t[s.name] for s in core.tables], scale, inner)
-        )
+        grids, qkv = (call.q_grid, call.k_grid), _three(rows)
+        known = None if sizes is None else regions.known(sizes, core.program, grids, qkv)
+
+        def run(r: tuple[Tensor, ...], t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            return self._run(past, r, [t[s.name] for s in core.tables], scale, inner, sizes)
+
+        return around.surround(call.traced.program, grids, qkv, named, run, *(known or ()))
 
     def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
         """q, k and v as rows, or the three of them in one tensor."""
@@ -342,31 +387,8 @@ class Operator:
             out.append(layouts.to_rows(t, self.layout, heads, what))
         return tuple(out)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        name = self.source.name
-        if not (q.shape[0] == k.shape[0] == v.shape[0]):
-            raise ShapeError(f"{name}: batch sizes differ: {_shapes(q, k, v)}")
-        if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
-            raise ShapeError(
-                f"{name}: {q.shape[1]} query heads over {k.shape[1]} key and {v.shape[1]} value heads: {_shapes(q, k, v)}"
-            )
-        if self.heads is not None and q.shape[1] != self.heads:
-            raise ShapeError(f"{name}: compiled for heads={self.heads}, called with {q.shape[1]}: {_shapes(q, k, v)}")
-        if q.shape[-1] != k.shape[-1]:
-            raise ShapeError(f"{name}: head dimensions of q and k differ: {_shapes(q, k, v)}")
-        if k.shape[2:-1] != v.shape[2:-1]:
-            raise ShapeError(f"{name}: k and v have different tokens: {_shapes(q, k, v)}")
-        for what, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
-            if not 1 <= d <= 256:
-                raise ShapeError(f"{name}: {what} = {d}; head dimensions go from 1 to 256")
-        if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
-            raise ShapeError(
-                f"{name}: dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v share one of float32, float16, bfloat16, float64"
-            )
-        if not (q.device == k.device == v.device):
-            raise ShapeError(f"{name}: devices {q.device}, {k.device}, {v.device} differ")
-
-    def _grids(self, q: Tensor, k: Tensor, grid: GridLike) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _grids(self, q: Tensor, k: Tensor, grid: GridLike, rank: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths of the axes of queries and keys. rank: of the grid, where sizes= tells."""
         name = self.source.name
         given = call_sizes(grid, self.axes, name)
         if q.dim() > 4 or (self.layout is not None and self.layout.separate):
@@ -386,7 +408,7 @@ class Operator:
             if fixed is not None and None not in fixed:
                 given = tuple(n for n in fixed if n is not None)
             elif self.axes is None or len(self.axes) == 1:
-                if self.axes is None:
+                if self.axes is None and rank != 1:
                     raise ShapeError(
                         f"{name}: compiled without a grid: pass grid=(height, width) with the call, or to attnc.compile"
                     )
@@ -416,34 +438,6 @@ class Operator:
                 raise ShapeError(f"{name}: {what} has {tokens} tokens, the grid {g}{beside} make {expected + p}")
         return given, kv
 
-    def _check_tables(
-        self, specs: tuple[operator.TableSpec, ...], given: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor
-    ) -> None:
-        name, names = self.source.name, [s.name for s in specs]
-        for n in given:
-            if n not in names:
-                raise ShapeError(f"{name}: unknown table {n!r} (it reads: {', '.join(names) or 'none'})")
-        for s in specs:
-            n, t = s.name, given.get(s.name)
-            if t is not None and not isinstance(t, Tensor):
-                raise ShapeError(f"{name}: the table {n!r} is a {type(t).__name__}, not a tensor")
-            if n in ("pad_k", "pad_v"):
-                width = (k if n == "pad_k" else v).shape[-1]
-                if t is None:
-                    continue
-                if t.dim() != 2 or t.shape[0] not in (1, k.shape[1]) or t.shape[1] != width:
-                    raise ShapeError(f"{name}: {n} has shape {tuple(t.shape)}, expected [{k.shape[1]} or 1, {width}]")
-            elif t is None:
-                raise ShapeError(f"{name}: the table {n!r} is missing: pass {n}=tensor with {s.rank} dimensions")
-            elif t.dim() != s.rank:
-                raise ShapeError(f"{name}: the table {n!r} has shape {tuple(t.shape)}, the pattern indexes {s.rank} dimensions")
-            if s.integer and (t.is_floating_point() or t.is_complex()):
-                raise ShapeError(f"{name}: the table {n!r} is read by the relation and holds integers, not {t.dtype}")
-            if not s.integer and not t.is_floating_point():
-                raise ShapeError(f"{name}: the table {n!r} enters the score and holds floating-point numbers, not {t.dtype}")
-            if t.device != q.device:
-                raise ShapeError(f"{name}: the table {n!r} is on {t.device}, q on {q.device}")
-
     def _backend(self, device: str) -> str:
         if self.backend != "auto":
             return self.backend
@@ -465,10 +459,6 @@ def _no_pad(name: str, rows: tuple[Tensor, ...]) -> Tensor:
     """The row of virtual keys where a call gives none."""
     t = rows[0] if len(rows) == 1 else rows[1 if name == "pad_k" else 2]
     return t.new_zeros(1, t.shape[-1])
-
-
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
-    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [B, H, N, D] or [B, H, *grid, D])"
 
 
 def compile(
@@ -508,29 +498,3 @@ def compile(
 def reference(p: Pattern | Mechanism, **options: Any) -> Operator:
     """The same operator evaluated eagerly from the statement, float64-capable: the meaning every backend is held to."""
     return compile(p, **options, backend="eager")
-
-
-def mask(p: Pattern, *, grid: GridLike, kv_grid: GridLike = None, heads: int = 1) -> Tensor:
-    """bool [heads, Nq, Nk]: the relation on a grid, for looking at and for tests (N x N on purpose)."""
-    from attnc.analysis.evaluate import evaluate
-
-    op = compile(p, grid=grid, kv_grid=kv_grid)
-    if not op.grid or None in op.grid:
-        raise ShapeError(f"{p.name}: mask needs a grid with known lengths, not {grid!r}")
-    q_grid = tuple(n for n in op.grid if n is not None)
-    k_grid = q_grid if op.kv_grid is None else tuple(n for n in op.kv_grid if n is not None)
-    attend = op.program(len(q_grid)).attend
-    assert isinstance(attend, ir.Attend)
-    if attend.int_tables:
-        raise UnsupportedError(f"{p.name}: the relation reads the runtime tables {attend.int_tables}; it has no mask without them")
-    leaves: dict[ir.Expr, Any] = {ir.HEAD: torch.arange(heads)[:, None, None], ir.HEADS: heads}
-    points = {"q": (q_grid, (slice(None), None)), "k": (k_grid, (None, slice(None)))}
-    for role, (sizes, view) in points.items():
-        coords = torch.meshgrid(*[torch.arange(n) for n in sizes], indexing="ij")
-        for i, c in enumerate(coords):
-            leaves[ir.coord(role, i)] = c.flatten()[view]  # type: ignore[arg-type]
-            leaves[ir.size(role, i)] = sizes[i]  # type: ignore[arg-type]
-    relation = ir.flatten_index(attend.relation, len(q_grid), op.same_grid)
-    found = torch.as_tensor(evaluate(relation, leaves, torch))
-    n_q, n_k = (int(torch.tensor(g).prod()) for g in (q_grid, k_grid))
-    return found.expand(heads, n_q, n_k).clone()

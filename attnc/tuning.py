@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnc.arguments import GridLike, PadLike
-from attnc.compiler import DTYPES, Operator, compile
+from attnc.arguments import DTYPES, GridLike, PadLike
+from attnc.compiler import Operator, compile
 from attnc.errors import DeclarationError, ShapeError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern

@@ -58,6 +58,7 @@ class Kept:
         fields = dict(self.problem)
         fields["dtype"] = getattr(torch, fields["dtype"])
         fields["grid"], fields["pad"] = tuple(fields["grid"]), fields["pad"] and tuple(map(tuple, fields["pad"]))
+        fields["sizes"] = fields.get("sizes") and tuple(map(tuple, fields["sizes"]))
         fields["tables"] = {n: tuple(s) for n, s in fields["tables"].items()}
         return Problem(pattern, **fields)
 

@@ -232,7 +232,9 @@ def weights(rank: int) -> st.SearchStrategy[attnc.Pattern]:
     """Relations, scores and unions with every other normaliser, post-factors and row maps."""
     plain, own, kinds = relations(rank), scored(rank), st.sampled_from(("softmax", *NORMALIZERS))
     of = st.one_of(plain, own, st.builds(lambda a, b: a | b, plain, plain), st.builds(lambda a, b: a & b, own, plain))
-    return st.builds(lambda p, kind, post, maps: weighted(p, kind, post=post, maps=maps), of, kinds, st.booleans(), st.sampled_from(MAPS))
+    return st.builds(
+        lambda p, kind, post, maps: weighted(p, kind, post=post, maps=maps), of, kinds, st.booleans(), st.sampled_from(MAPS)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- problems
@@ -254,11 +256,12 @@ class Problem:
     strides: str = "plain"
     seed: int = 0
     reach: int = 16
+    sizes: tuple[tuple[int, ...], ...] | None = None
     tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dropout: float = 0.0
 
     def __repr__(self) -> str:
-        keys = ("batch", "heads", "kv_heads", "d", "dv", "dtype", "prefix", "pad", "scale", "strides", "seed", "dropout")
+        keys = ("batch", "heads", "kv_heads", "d", "dv", "dtype", "prefix", "pad", "scale", "strides", "seed", "sizes", "dropout")
         return f"Problem({self.pattern.name}, {self.grid}, {', '.join(f'{k}={getattr(self, k)}' for k in keys)})"
 
     @property
@@ -342,10 +345,11 @@ def problems(
     pattern = draw(made(rank))
     map_of = pattern.trace(ir.AXES[rank]).q_map
     widths = (1, 3, 8, 16, 33) if map_of is None or map_of.kind == "l2norm" else (8, 15, 16, 33)
+    batch = draw(st.sampled_from((1, 2)))
     return Problem(
         pattern,
         tuple(sizes),
-        batch=draw(st.sampled_from((1, 2))),
+        batch=batch,
         heads=kv_heads * draw(st.sampled_from((1, 2))),
         kv_heads=kv_heads,
         d=draw(st.sampled_from(widths)),
@@ -357,7 +361,13 @@ def problems(
         strides=draw(st.sampled_from(STRIDES)),
         seed=draw(st.integers(0, 1000)),
         dropout=draw(st.sampled_from((0.0, 0.0, 0.1, 0.6))),
+        sizes=draw(st.one_of(*[st.none()] * 3, images(tuple(sizes), batch))),
     )
+
+
+def images(grid: tuple[int, ...], batch: int) -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
+    """Sizes of a batch's images in a grid, empty ones too."""
+    return st.tuples(*[st.tuples(*[st.integers(0, n) for n in grid])] * batch)
 
 
 # --------------------------------------------------------------------------------------------------------------------- reference
@@ -384,8 +394,10 @@ def dense(
     scale: float,
     tables: dict[str, Tensor],
     dropout: tuple[float, int] = (0.0, 0),
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the book: every pair at once, differentiable, in the inputs' dtype. [B, H, N, D] tensors; dropout: p and seed."""
+    """Attention by the book: every pair at once, differentiable, in the inputs' dtype. [B, H, N, D] tensors; dropout: p and seed;
+    first: number of the first batch item."""
     a = program.attend
     assert isinstance(a, ir.Attend)
     nothing = ((0, 0),) * a.rank
@@ -414,7 +426,7 @@ def dense(
 
     leaves: dict[ir.Expr, Any] = {ir.HEADS: q.shape[1]}
     leaves[ir.HEAD] = torch.arange(q.shape[1]).view(-1, 1, 1)
-    leaves[ir.BATCH] = torch.arange(q.shape[0]).view(-1, 1, 1, 1)
+    leaves[ir.BATCH] = torch.arange(first, first + q.shape[0]).view(-1, 1, 1, 1)
     for i in range(a.rank):
         leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = q_at[i][:, None], k_at[i][None, :]
         leaves[ir.size("q", i)] = q_grid[i] + sum(pads[0][i])
@@ -459,8 +471,33 @@ def dense(
         post = torch.as_tensor(evaluate(ir.flatten_index(a.post, a.rank, same), leaves, torch, load, real)).to(raw.dtype)
         weight = weight * torch.where(beside, 1.0, post)
     if dropout[0]:
-        weight = weight * by_the_book.dropout(*dropout, q.shape[0], q.shape[1], q_number, k_number).to(raw.dtype)
+        kept = by_the_book.dropout(*dropout, first + q.shape[0], q.shape[1], q_number, k_number)[first:]
+        weight = weight * kept.to(raw.dtype)
     return weight.expand(raw.shape) @ v, lse
+
+
+def dense_by_size(
+    program: ir.Program,
+    grid: tuple[int, ...],
+    sizes: tuple[tuple[int, ...], ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    tables: dict[str, Tensor],
+    dropout: tuple[float, int] = (0.0, 0),
+) -> tuple[Tensor, Tensor]:
+    """`dense` of each batch item's image, the low corner of its grid; zeros and -inf elsewhere."""
+    out, lse = q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], float("-inf"))
+    numbers = torch.arange(torch.Size(grid).numel()).view(grid)
+    for b, size in enumerate(sizes):
+        image = numbers[tuple(slice(n) for n in size)].flatten()
+        at = torch.cat([torch.arange(program.queries.prefix), image + program.queries.prefix])
+        if len(at):
+            rows = (t[b : b + 1, :, at] for t in (q, k, v))
+            o, s = dense(program, size, size, *rows, scale, tables, dropout, b)
+            out[b, :, at], lse[b, :, at] = o[0], s[0]
+    return out, lse
 
 
 Results = dict[str, Tensor]
@@ -491,11 +528,12 @@ def run_operator(p: Problem, backend: str, *, lse: bool = True, op: attnc.Operat
     op = op or p.compile(backend)
     rows, tables = p.inputs()
     drop: dict[str, Any] = {"dropout_p": p.dropout, "seed": p.seed * 2**29} if p.dropout else {}
+    sizes = None if p.sizes is None else torch.tensor(p.sizes)
 
     def run(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if not has_lse(p):
-            return op(q, k, v, scale=p.scale, **drop, **t), torch.zeros(())
-        return op(q, k, v, scale=p.scale, return_lse=True, **drop, **t)
+            return op(q, k, v, scale=p.scale, sizes=sizes, **drop, **t), torch.zeros(())
+        return op(q, k, v, scale=p.scale, sizes=sizes, return_lse=True, **drop, **t)
 
     return _differentiate(run, rows, tables, p.seed, lse)
 
@@ -513,7 +551,10 @@ def run_dense(p: Problem, dtype: torch.dtype, *, lse: bool = True) -> Results:
     scale = p.d**-0.5 if p.scale is None else p.scale
 
     def run(q: Tensor, k: Tensor, v: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return dense(program, p.grid, p.grid, q, k, v, scale, t, (p.dropout, p.seed * 2**29))
+        drop = (p.dropout, p.seed * 2**29)
+        if p.sizes is not None:
+            return dense_by_size(program, p.grid, p.sizes, q, k, v, scale, t, drop)
+        return dense(program, p.grid, p.grid, q, k, v, scale, t, drop)
 
     return _differentiate(run, rows, tables, p.seed, lse)
 

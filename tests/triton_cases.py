@@ -209,6 +209,7 @@ SIMULATED["relu"] = Case(
 
 # problems for operators, which put row maps and sinks around the kernels
 REST: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 16, "dv": 5, "batch": 1}
+IMAGES: dict[str, Any] = {"batch": 3, "sizes": ((4, 5), (2, 3), (2, 3)), "kv_heads": 1, "d": 16}
 BIASED = {"neighborhood": patterns.neighborhood(3, bias="relative"), "window": patterns.window(3, bias="relative")}
 HELD: dict[str, dict[str, Problem]] = {
     "no sum": {
@@ -236,6 +237,11 @@ HELD: dict[str, dict[str, Problem]] = {
         "neighborhood": Problem(weighted(patterns.neighborhood(3), "queries with a sink", post=True), (5, 6), **REST),
         "prefix": Problem(weighted(patterns.window(3), "queries", maps=True), (4, 5), prefix=2, **REST),
         "causal": Problem(weighted(patterns.causal(), "queries"), (3, 6), **REST),
+    },
+    "sizes": {
+        "window": Problem(BIASED["window"], (4, 5), **IMAGES),
+        "neighborhood": Problem(patterns.neighborhood(3, 2), (4, 5), strides="packed", **IMAGES),
+        "prefix": Problem(patterns.full(), (4, 5), prefix=1, **IMAGES),
     },
 }
 

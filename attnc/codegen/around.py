@@ -88,9 +88,11 @@ def first_places(tokens: ir.Tokens) -> tuple[int, ...]:
     return tuple(before for before, _ in tokens.pad) if tokens.pad is not None else (0,) * len(tokens.grid)
 
 
-def _mapped(rows: Tensor, m: ir.RowMap, tokens: ir.Tokens, grid: tuple[int, ...]) -> Tensor:
+def _mapped(rows: Tensor, m: ir.RowMap, tokens: ir.Tokens, grid: tuple[int, ...], places: list[Tensor] | None) -> Tensor:
     if m.kind == "l2norm":
         return unit_rows(rows, m.eps)
+    if places is not None:
+        return turned_channels(rows, places, m.base, m.interleaved)
     return rotated_rows(rows, grid, first_places(tokens), tokens.prefix, m.base, m.interleaved)
 
 
@@ -100,17 +102,31 @@ def surround(
     rows: tuple[Tensor, Tensor, Tensor],
     tables: dict[str, Tensor],
     run: Callable[[tuple[Tensor, ...], dict[str, Tensor]], tuple[Tensor, Tensor]],
+    there: tuple[Tensor, ...] | None = None,
+    places: tuple[list[Tensor], ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of the statement. run: those of its core, from q, k, v and the tables by name."""
+    """out and lse of the statement. run: those of its core, from q, k, v and the tables by name.
+
+    there: bool [B, N], queries and keys that exist, where not all do; the others may hold anything. places: coordinates int [N] of
+    queries and of keys, one for each axis, where they do not follow from the grids (images are packed).
+    """
     q, k, v = rows
+    if there is not None:
+        q, k = (torch.where(x.view(len(x), 1, *t.shape[2:-1], 1), t, 0.0) for x, t in zip(there, (q, k), strict=True))
     a = p.attend
     assert isinstance(a, ir.Attend)
-    q, k = (t if m is None else _mapped(t, m, *where) for t, m, *where in zip((q, k), (a.q_map, a.k_map), (p.queries, p.keys), grids))
+    q, k = (
+        t if m is None else _mapped(t, m, *where)
+        for t, m, *where in zip((q, k), (a.q_map, a.k_map), (p.queries, p.keys), grids, places or (None, None), strict=True)
+    )
     if a.k_map is not None and a.k_map.kind == "l2norm" and "pad_k" in tables:  # virtual keys are keys (rotary ones: zeros)
         tables = {**tables, "pad_k": unit_rows(tables["pad_k"], a.k_map.eps)}
     out, lse = run((q, k, v), tables)
     sink = a.normalizer.sink if a.normalizer.over == "keys" else None
-    return (out, lse) if sink is None else join_sink(out, lse, tables[sink])
+    if sink is None:
+        return out, lse
+    out, joined = join_sink(out, lse, tables[sink])
+    return out, joined if there is None else torch.where(there[0][:, None], joined, -float("inf"))
 
 
 MAPS: dict[str, tuple[Callable[..., Tensor], ...]] = {"l2norm": (unit_rows,), "rotary": (turned_channels, rotated_rows)}
@@ -133,9 +149,7 @@ def texts(a: ir.Attend) -> list[str]:
     return [inspect.getsource(f) for f in (*wanted, *((join_sink,) if a.normalizer.sink is not None else ()))]
 
 
-def lines(
-    p: ir.Program, a: ir.Attend, grids: tuple[tuple[int, ...], tuple[int, ...]] | None, call: str, table: str
-) -> list[str]:
+def lines(p: ir.Program, a: ir.Attend, grids: tuple[tuple[int, ...], tuple[int, ...]] | None, call: str, table: str) -> list[str]:
     """Lines that end a module's `attention`: the row maps, the kernels (`call` gives out, or out and lse for a sink), the sink.
 
     p: the kernels' program; a: the whole statement; table: how a table is spelt, "{}" standing for its name.
@@ -150,7 +164,9 @@ def lines(
             out += [f"{n} = unit_rows({n}, {m.eps!r})" for n in names]
             continue
         if padded and name == "k":
-            raise UnsupportedError("a stand-alone module of rotary keys together with pad=: each virtual key turns by its own place")
+            raise UnsupportedError(
+                "a stand-alone module of rotary keys together with pad=: each virtual key turns by its own place"
+            )
         assert grids is not None
         where = f"{grids[i]!r}, {first_places(tokens)!r}, {tokens.prefix}"
         out.append(f"{name} = rotated_rows({name}, {where}, {m.base!r}, {m.interleaved!r})")

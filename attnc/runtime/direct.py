@@ -69,7 +69,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        *rows, tables, _, _, _, _, _, _ = operator.attend_gradient(ctx, grad_out, grad_lse, alone=_alone_once)
+        *rows, tables, _, _, _, _, _, _, _ = operator.attend_gradient(ctx, grad_out, grad_lse, alone=_alone_once)
         return None, None, *rows, *tables
 
 

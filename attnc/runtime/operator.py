@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnc import ir
 from attnc.analysis.structure import keep_proofs
 from attnc.errors import UnsupportedError
-from attnc.runtime import over_queries, proofs, tuner
+from attnc.runtime import over_queries, proofs, regions, tuner
 from attnc.runtime.call import Call, empty_like_order, in_order, lse_like
 from attnc.schedule import bounds
 from attnc.schedule.geometry import Geometry, geometry
@@ -41,7 +41,7 @@ keep_proofs(proofs.kept)
 _library: Any = torch.library.Library("attnc", "DEF")  # type: ignore[no-untyped-call]
 _ROWS, _PACKED = "Tensor q, Tensor k, Tensor v", "Tensor qkv"
 _SAVED = "Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse"
-_REST = "float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend, bool tune"
+_REST = "float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend, bool tune, Tensor? sizes=None"
 _library.define(f"attend({_ROWS}, Tensor[] tables, {_REST}) -> (Tensor, Tensor)")
 _library.define(f"attend_packed({_PACKED}, Tensor[] tables, {_REST}) -> (Tensor, Tensor)")
 _library.define(f"attend_backward({_ROWS}, Tensor[] tables, {_SAVED}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor[])")
@@ -185,6 +185,12 @@ def _exchange(
     return over_queries.Exchange(_attend, _opaque(_attend_backward), p, named, scale, (*grids, program, backend, tune))
 
 
+def _by_size(tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, *rest: Any) -> regions.BySize:
+    *options, sizes = rest
+    p, after = program_of(program), (q_grid, k_grid, program, *options)
+    return regions.BySize(_attend, _attend_backward, p, table_names(p), tables, scale, after, sizes)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -196,19 +202,24 @@ def _attend(
     program: str,
     backend: str,
     tune: bool = False,
+    sizes: Tensor | None = None,
+    *,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if sizes is not None:
+        return _by_size(tables, scale, q_grid, k_grid, program, backend, tune, sizes).forward(q, k, v)
     exchange = _exchange(q, k, tables, scale, q_grid, k_grid, program, backend, tune)
     if exchange is not None:
         return exchange.forward(q, k, v)
     module = backend_module(backend)
     named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
     if len(parts) == 1:
-        return _run(module, parts[0].calls(named, scale), (q, k, v), None, tune)
-    out, lse = empty_like_order(q, v.shape[-1]), lse_like(q)
+        return _run(module, parts[0].calls(named, scale), (q, k, v), into, tune)
+    out, lse = into or (empty_like_order(q, v.shape[-1]), lse_like(q))
     for p in parts:
-        into = out[:, p.heads], lse[:, p.heads]
-        made = _run(module, p.calls(named, scale), (q[:, p.heads], k[:, p.key_heads], v[:, p.key_heads]), into, tune)
-        for place, found in zip(into, made, strict=True):
+        mine = out[:, p.heads], lse[:, p.heads]
+        made = _run(module, p.calls(named, scale), (q[:, p.heads], k[:, p.key_heads], v[:, p.key_heads]), mine, tune)
+        for place, found in zip(mine, made, strict=True):
             if found is not place:
                 place.copy_(found)
     return out, lse
@@ -257,16 +268,7 @@ def _add(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _attend_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: list[Tensor],
-    scale: float,
-    q_grid: Any,
-    k_grid: Any,
-    program: str,
-    backend: str,
-    tune: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     return empty_like_order(q, v.shape[-1]), lse_like(q, k if _over_queries(program) else q)
 
@@ -286,11 +288,16 @@ def _attend_backward(
     program: str,
     backend: str,
     tune: bool = False,
+    sizes: Tensor | None = None,
     *,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    exchange = _exchange(q, k, tables, scale, q_grid, k_grid, program, backend, tune)
-    if exchange is None:
+    exchange = None if sizes is not None else _exchange(q, k, tables, scale, q_grid, k_grid, program, backend, tune)
+    if sizes is not None:
+        images = _by_size(tables, scale, q_grid, k_grid, program, backend, tune, sizes)
+        named = dict(zip(images.names, tables, strict=True))
+        dq, dk, dv, sums = images.backward(q, k, v, out, lse, grad_out, grad_lse, into)
+    elif exchange is None:
         module = backend_module(backend)
         named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
         runs = [(p, p.calls(named, scale)) for p in parts]
@@ -377,24 +384,24 @@ def _table_gradients_fake(tables: list[Tensor]) -> list[Tensor]:
 
 def attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """What a backward needs, kept."""
-    *rows, tables, scale, q_grid, k_grid, program, backend, tune = inputs
+    *rows, tables, scale, q_grid, k_grid, program, backend, tune, sizes = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *rows, *tables)
+    ctx.save_for_backward(*output, *rows, *tables, sizes)
     ctx.count, ctx.rest = len(rows), (scale, q_grid, k_grid, program, backend, tune)
 
 
 def attend_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *, alone: Alone = None) -> tuple[Any, ...]:
     """Gradients in the order of the operator's arguments. alone: whether tensors may be taken past the dispatcher."""
-    out, lse, *saved = ctx.saved_tensors
+    out, lse, *saved, sizes = ctx.saved_tensors
     rows, tables = saved[: ctx.count], saved[ctx.count :]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     backward: Any = BACKWARD[ctx.count]
-    if alone is None or not alone((out, lse, *saved, grad_out, *(() if grad_lse is None else (grad_lse,)))):
+    if alone is None or not alone(tuple(t for t in (out, lse, *saved, grad_out, grad_lse, sizes) if t is not None)):
         backward = torch.ops.attnc.attend_backward if ctx.count == 3 else torch.ops.attnc.attend_packed_backward
-    *gradients, parts = backward(*rows, tables, out, lse, grad_out, grad_lse, *ctx.rest)
+    *gradients, parts = backward(*rows, tables, out, lse, grad_out, grad_lse, *ctx.rest, sizes)
     learned = [g if t.is_floating_point() else None for g, t in zip(parts, tables, strict=True)]
-    return *gradients, learned, *(None for _ in ctx.rest)
+    return *gradients, learned, *(None for _ in ctx.rest), None
 
 
 def channel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:

@@ -105,8 +105,8 @@ def _key_heads(first: int, last: int, group: int) -> tuple[int, int] | None:
     return (a, b) if aligned or b - a == 1 else None
 
 
-def _tables_by_head(a: ir.Attend) -> tuple[tuple[str, int], ...]:
-    """(table, dimension) where every element read has the bare head as that index."""
+def tables_by(a: ir.Attend, leaf: ir.Expr) -> tuple[tuple[str, int], ...]:
+    """(table, dimension) where every element read has the bare leaf (the head, or the batch item) as that index."""
     reads: dict[str, list[tuple[ir.Expr, ...]]] = {}
     for e in (a.relation, a.score, a.post):
         for n in ir.walk(e) if e is not None else ():
@@ -114,13 +114,16 @@ def _tables_by_head(a: ir.Attend) -> tuple[tuple[str, int], ...]:
                 reads.setdefault(n.args[0], []).append(n.children)
     found = []
     for name, each in reads.items():
-        dims = [d for d in range(len(each[0])) if all(i[d] == ir.HEAD for i in each)]
+        dims = [d for d in range(len(each[0])) if all(i[d] == leaf for i in each)]
         found += [(name, dims[0])] if dims else []
     return tuple(found)
 
 
-def _shift_heads(e: ir.Expr, first: int, heads: int, cut: tuple[tuple[str, int], ...]) -> ir.Expr:
-    """The expression for a run of heads that starts at `first` and counts from 0."""
+def shifted(e: ir.Expr, leaf: ir.Expr, first: ir.Expr, cut: tuple[tuple[str, int], ...]) -> ir.Expr:
+    """The expression where the leaf (the head, or the batch item) counts from 0 what starts at `first`.
+
+    cut: tables whose dimension the leaf alone selects, which get their part.
+    """
     dims = dict(cut)
 
     def rule(n: ir.Expr) -> ir.Expr | None:
@@ -128,7 +131,7 @@ def _shift_heads(e: ir.Expr, first: int, heads: int, cut: tuple[tuple[str, int],
             kept = dims[n.args[0]]
             indices = tuple(i if d == kept else ir.rewrite(i, rule) for d, i in enumerate(n.children))
             return ir.load(n.args[0], indices, n.kind)
-        return ir.make("add", n, ir.const(first)) if n == ir.HEAD else ir.const(heads) if n == ir.HEADS else None
+        return ir.make("add", n, first) if n == leaf else None
 
     return ir.rewrite(e, rule)
 
@@ -140,15 +143,18 @@ def split(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...],
     a = program.attend
     if not isinstance(a, ir.Attend) or not any(_about_heads(n) for n in ir.walk(a.relation) if n.kind == "bool"):
         return whole
-    runs, cut = [], _tables_by_head(a)
+    runs, cut = [], tables_by(a, ir.HEAD)
     for relation, members in groupby(enumerate(_on_heads(a.relation, heads)), key=lambda pair: pair[1]):
         at = [h for h, _ in members]
         first, last = at[0], at[-1] + 1
         keys = _key_heads(first, last, heads // kv_heads)
         if keys is None:
             return whole
-        own_relation, score = (_shift_heads(e, first, heads, cut) for e in (relation, a.score))
-        post, dropout = (None if e is None else _shift_heads(e, first, heads, cut) for e in (a.post, a.dropout))
+        own_relation, score, post, dropout = (
+            None if e is None else shifted(ir.substitute(e, {ir.HEADS: ir.const(heads)}), ir.HEAD, ir.const(first), cut)
+            for e in (relation, a.score, a.post, a.dropout)
+        )
+        assert own_relation is not None and score is not None
         own = replace(a, relation=own_relation, score=score, post=post, dropout=dropout)
         parts = () if relation == ir.FALSE else _union(replace(program, attend=own), q_grid, k_grid)
         runs.append(HeadRun(first, last, *keys, parts, cut))
