@@ -1,4 +1,4 @@
-"""Counts a run of generated kernels by the interpreter itself: `TRITON_INTERPRET=1 python tests/counted_run.py`, one JSON line a case.
+"""Runs of generated kernels, counted by the interpreter itself: `TRITON_INTERPRET=1 python tests/counted_run.py`, JSON lines.
 
 The interpreter's own products, loads and stores are counted as they happen: multiply-adds of every `tl.dot`, score elements (the
 first product of a chunk), and bytes of rows, which are those loads and stores whose last dimension is a head's channels.

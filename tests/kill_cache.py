@@ -171,7 +171,9 @@ def attack(root: Path, times: int, workers: int, seed: int = 0, *, real: bool = 
         while not all(log.exists() and log.stat().st_size for log in logs):  # all of them have begun
             assert all(p.is_alive() for p in running), "a worker died by itself"
             time.sleep(0.002)
-        time.sleep(chance.uniform(0.0, 8.0 if real else 0.1))
+        while real and not any("kept" in log.read_text() for log in logs):
+            time.sleep(0.01)  # building takes most of the time: half of the kills fall into it all the same
+        time.sleep(chance.uniform(0.0, 6.0 if real else 0.1))
         for p in chance.sample(running, len(running)):
             os.kill(p.pid, signal.SIGKILL)
         for p in running:

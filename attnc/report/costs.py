@@ -77,14 +77,13 @@ def section(s: Subject) -> list[str]:
     lines = [f"Cost on GPUs at {size}, {heads} of {DIM}, batch 1, {DTYPE}: a model, not a measurement"]
     for m in by_chip[0]:
         least, moved, flops = (sum(float(getattr(w, n)) for w in m.works) for n in ("least", "loaded", "flops"))
-        lines.append(
-            f"  {m.direction:11} {_si(flops)}FLOP on {sum(w.issued for w in m.works):,} score elements; {_si(least)}B if each tensor"
-        )
-        lines.append(f"  {'':11} moves once, {_si(moved)}B as programs load rows; {flops / least:.0f} FLOP a byte")
+        elements = sum(w.issued for w in m.works)
+        lines.append(f"  {m.direction:11} {_si(flops)}FLOP on {elements:,} score elements; {_si(least)}B if each tensor moves")
+        lines.append(f"  {'':11} once, {_si(moved)}B as programs load rows; {flops / least:.0f} FLOP a byte")
         for w in m.works:
             shown = f"{'x'.join(map(str, w.tile.rows))} rows, chunks of {'x'.join(map(str, w.tile.chunk))}"
             warps = f"{w.tile.warps} warp{'s' * (w.tile.warps > 1)}"
-            lines.append(f"  {'':11} {w.programs:,} programs of {shown}, {warps}, {w.shared / 1024:.0f} KiB shared")
+            lines.append(f"  {'':11} {w.programs:,} programs of {shown}, {warps}, about {w.shared / 1024:.0f} KiB shared")
     for both in by_chip:
         told = ", ".join(f"{m.direction} {_si(m.time.seconds)}s ({m.time.bound}, {m.time.waves:.2g} waves)" for m in both)
         lines.append(f"  {both[0].chip.target:11} {told}")

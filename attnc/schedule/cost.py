@@ -77,8 +77,8 @@ _PRODUCTS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2), "fused": (3, 2)}
 _ROWS = {"forward": (1, 0), "dq": (1, 2), "dkv": (1, 1), "fused": (1, 1)}
 _COLUMNS = {"forward": (1, 1), "dq": (1, 1), "dkv": (1, 1), "fused": (1, 1)}
 _WRITES = {"forward": (0, 1), "dq": (1, 0), "dkv": (1, 1), "fused": (2, 1)}
-# instructions of a backward kernel over those of a forward of the same tile, about (compiled for sm_90, see docs/tuning.md)
-_HEAVIER = {"forward": 1.0, "dq": 1.3, "dkv": 1.7, "fused": 2.2}
+# instructions of a kernel over the count of `tiles.instructions`, which ranks tiles of one kernel: counted for sm_90 (docs/tuning.md)
+_HEAVIER = {"forward": 1.35, "dq": 1.35, "dkv": 1.55, "fused": 1.7}
 
 
 def work(
@@ -99,7 +99,9 @@ def work(
     heavier = _HEAVIER[kind]
     instructions = heavier * per * schedule.instructions(tile, s.width, chunks, programs, exact)
     shared_kind: Kind = "forward" if kind == "forward" else "dq" if kind == "dq" else "dkv"
-    shared = 0 if tile.warps == 1 else schedule.shared_bytes(shared_kind, tile, s.width, s.itemsize, target)
+    shared = schedule.shared_bytes(shared_kind, tile, s.width, s.itemsize, target)
+    if tile.warps == 1:  # its columns stay in registers
+        shared = s.itemsize * tile.bm * (tile.bn + s.width * (1 if kind == "forward" else 2))
     launched = each * programs if tile.batch == 1 else _packed(each * programs, tile, s.batch, lanes)
     return Work(
         shared_kind, tile, launched, per * chunks * tile.bm * tile.bn, flops, s.itemsize * loaded, s.itemsize * stored,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import sympy as sp
@@ -37,11 +39,11 @@ def axis_counts(
     nq, nk = (symbol(ir.size(role, axis)) for role in ("q", "q" if same_grid else "k"))
     size, other = (nq, nk) if side == "q" else (nk, nq)
     try:
-        split, shift = to_sympy(form.split), to_sympy(form.shift)
-        block = None if form.block is None else to_sympy(form.block)
+        split, shift = _sympy(form.split), _sympy(form.shift)
+        block = None if form.block is None else _sympy(form.block)
         columns = side == "k" and form.inverse_lo is None
         ends = (form.lo, form.hi) if side == "q" or columns else (form.inverse_lo, form.inverse_hi)
-        lo, hi = (to_sympy(e).xreplace({symbol(I): symbol(J)}) for e in ends if e is not None)
+        lo, hi = (_sympy(e).xreplace({symbol(I): symbol(J)}) for e in ends if e is not None)
     except NotAlgebraic as e:
         raise UnsupportedError(f"pattern {name}: axis {axis} has no closed form to count with ({e}); count it at a size") from e
     j, r = symbol(J), symbol(R)
@@ -64,29 +66,52 @@ def axis_counts(
     return tiles * classes, steps
 
 
+def _sympy(e: ir.Expr) -> sp.Expr:
+    """As `to_sympy`, with the choices that inverse ends make."""
+    chosen: dict[ir.Expr, ir.Expr] = {}
+
+    def place(n: ir.Expr) -> ir.Expr | None:
+        return chosen.setdefault(n, ir.var(f"choice{len(chosen)}")) if n.op == "where" else None
+
+    out = to_sympy(ir.rewrite(e, place))
+    for n, v in chosen.items():
+        test, a, b = n.children
+        if test.op != "le":
+            raise NotAlgebraic(ir.show(n))
+        t = _sympy(test.children[0]) - _sympy(test.children[1])
+        out = out.xreplace({symbol(v): Choice(t, _sympy(a), _sympy(b))})
+    return out
+
+
 def _ceil(a: Any, b: Any) -> Any:
     return -FloorDiv(-a, sp.sympify(b))
 
 
 def value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int:
     """An expression of `counts` at concrete sizes: sums are summed, nothing is guessed."""
-    if e.is_Integer:
-        return int(e)
+    found = _value(e, sizes)
+    assert found == int(found), e
+    return int(found)
+
+
+def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int | Fraction:
+    if e.is_Rational:
+        return int(e) if e.is_Integer else Fraction(int(e.p), int(e.q))
     if e.is_Symbol:
         return sizes[e]
     if isinstance(e, sp.Sum):
-        inner, (x, a, b) = e.args[0], e.args[1]
-        return sum(value(inner, {**sizes, x: n}) for n in range(value(a, sizes), value(b, sizes) + 1))
+        *limits, (x, a, b) = e.limits  # the last is the outermost
+        inner = sp.Sum(e.function, *limits) if limits else e.function
+        return sum(_value(inner, {**sizes, x: n}) for n in range(value(a, sizes), value(b, sizes) + 1))
     if isinstance(e, Choice):
-        return value(e.args[1 if value(e.args[0], sizes) <= 0 else 2], sizes)
-    found = [value(a, sizes) for a in e.args]
+        return _value(e.args[1 if _value(e.args[0], sizes) <= 0 else 2], sizes)
+    found = [_value(a, sizes) for a in e.args]
     if e.is_Add:
         return sum(found)
     if e.is_Mul:
-        out = 1
-        for n in found:
-            out *= n
-        return out
+        return math.prod(found)
+    if e.is_Pow:
+        return Fraction(found[0]) ** int(found[1])
     if isinstance(e, sp.Min | sp.Max):
         return (min if isinstance(e, sp.Min) else max)(found)
     if isinstance(e, FloorDiv | FloorMod):
