@@ -1,7 +1,7 @@
 """How a call on the CPU runs: the sides of its query tiles, and whether its rows are walked as bands. Candidates with a cost each.
 
-The cost is a model, in cycles of one (batch, head); its constants were fitted to measured calls, those of AVX-512 and of 16 registers
-apart. `attnc.tune` measures the best of the candidates instead.
+The cost is a model, in cycles of one (batch, head); its constants were fitted to measured calls, with AVX-512 and with 16 registers
+of 8 lanes. `attnc.tune` measures the best of the candidates instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def bucket(n: int, steps: int = 4) -> int:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Cycles, of one direction. A pair is a vector of them: `lanes` keys of a query in a tile, one key of `lanes` queries in a band."""
+    """Cycles, of one direction. Pairs come as vectors: `lanes` keys of a query in a tile, one key of `lanes` queries in a band."""
 
     product: float  # of a pair and a channel, while only live vectors are computed
     box: float  # of a pair and a channel of the tile's whole box (a backward's sums over queries)
