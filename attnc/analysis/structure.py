@@ -107,5 +107,5 @@ def analyse(a: ir.Attend, same_grid: bool, padded: bool = False) -> Structure:
     forms, unknown = _recognise([tuple(terms) for terms in per_axis], roles)
     follow = frozenset(e for _, e in shadows)
     residual += [e for left in unknown for e in left if e not in follow]
-    spoken = tuple(tuple(terms) for terms in per_axis)
-    return Structure(tuple(forms), ir.all_of(tuple(residual)), flat, spoken, follow, tuple(unknown))
+    alone = tuple(tuple(terms) for terms in per_axis)
+    return Structure(tuple(forms), ir.all_of(tuple(residual)), flat, alone, follow, tuple(unknown))

@@ -11,7 +11,8 @@ from torch import Tensor
 import attnc
 from attnc.models.accelerate.operators import packed_tokens, project
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
-from attnc.models.convit import GPSA, map_operators
+from attnc.models.blocks.tokens import map_operator
+from attnc.models.convit import GPSA, position_operator
 
 
 @replaces(convit.GPSA)
@@ -23,7 +24,7 @@ class AcceleratedGPSA(Accelerated, convit.GPSA):
     rel_indices: Tensor
 
     def build(self) -> tuple[attnc.Operator, ...]:
-        self.content, self.position = map_operators(self.attnc_backend)
+        self.content, self.position = map_operator(self.attnc_backend), position_operator(self.attnc_backend)
         return self.content, self.position
 
     def remark(self) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 import attnc
 from attnc.models.accelerate.operators import project
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
-from attnc.models.volo import class_operator
+from attnc.models.blocks.tokens import cross_operator
 
 
 @replaces(crossvit.CrossAttention)
@@ -18,7 +18,7 @@ class AcceleratedCrossAttention(Accelerated, crossvit.CrossAttention):
     attend: attnc.Operator
 
     def build(self) -> tuple[attnc.Operator, ...]:
-        self.attend = class_operator(self.attnc_backend)
+        self.attend = cross_operator(self.attnc_backend)
         return (self.attend,)
 
     def remark(self) -> str:

@@ -9,6 +9,7 @@ import attnc
 from attnc.models import volo as ours
 from attnc.models.accelerate.operators import project
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
+from attnc.models.blocks.tokens import cross_operator
 
 
 @replaces(volo.OutlookAttention)
@@ -60,7 +61,7 @@ class AcceleratedClassAttention(Accelerated, volo.ClassAttention):
     attend: attnc.Operator
 
     def build(self) -> tuple[attnc.Operator, ...]:
-        self.attend = ours.class_operator(self.attnc_backend)
+        self.attend = cross_operator(self.attnc_backend)
         return (self.attend,)
 
     def remark(self) -> str:
