@@ -132,7 +132,7 @@ CALL: list[tuple[Callable[[], Any], type[AttncError], str]] = [
     (lambda: compiled()(x, x.to("meta"), x), ShapeError, "devices cpu, meta, cpu differ"),
     (lambda: compiled()(x, x, x, scale=torch.ones(())), ShapeError, "scale= is a number, .* make it a table of the pattern"),
     (lambda: compiled()(x, x, x, sizes=torch.ones(1, 2)), UnsupportedError, r"window\(2\): sizes= .* mask in the pattern"),
-    (lambda: compiled()(x, x, x, dropout_p=0.1), UnsupportedError, "dropout_p= is not lowered"),
+    (lambda: compiled()(x, x, x, dropout_p=1.0), ShapeError, "dropout_p=1.0: the probability of dropping a weight"),
     (
         lambda: compiled(sigmoid())(x, x, x, return_lse=True),
         ShapeError,
