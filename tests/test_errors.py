@@ -136,7 +136,7 @@ CALL: list[tuple[Callable[[], Any], type[AttncError], str]] = [
         ShapeError,
         r"window\(2\): sizes= is torch.float32 \(1, 2\), expected an int",
     ),
-    (lambda: compiled()(x, x, x, dropout_p=0.1), UnsupportedError, "dropout_p= is not lowered"),
+    (lambda: compiled()(x, x, x, dropout_p=1.0), ShapeError, "dropout_p=1.0: the probability of dropping a weight"),
     (
         lambda: compiled(sigmoid())(x, x, x, return_lse=True),
         ShapeError,
