@@ -6,12 +6,15 @@ backend loads the same text with sizes as arguments.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import textwrap
 from dataclasses import replace
 
 from attnc import ir
 from attnc.analysis.structure import analyse
 from attnc.codegen import around
+from attnc.codegen.triton_face import PLACE
 from attnc.codegen.triton_host import Host
 from attnc.codegen.triton_kernels import Kernel, can_fuse
 from attnc.codegen.triton_plan import Spec, check, dense_spec, tile_text
@@ -58,7 +61,7 @@ def make_spec(
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     structure = analyse(program.attend, program.same_grid, padded)
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
-    return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part)
+    return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize)
 
 
 def kernels_of(spec: Spec, module: Module, fuse: bool | None = None) -> tuple[list[Kernel], list[Kernel]]:
@@ -124,7 +127,9 @@ def source(
     texts += extra
     texts += [k.text(static=False) for k in flat]
     texts.append(host_text)
-    return "\n\n".join(p.strip("\n") + "\n" for p in texts)
+    text = "\n\n".join(p.strip("\n") + "\n" for p in texts)
+    slug = re.sub(r"\W+", "_", spec.attend.name).strip("_").lower()[:40]
+    return text.replace(PLACE, f"{slug}_{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
 def docstring(

@@ -1,19 +1,16 @@
-"""Prints the host side of a module: launches, checks, and the differentiable `attention`."""
+"""Prints the host side of a module: what it allocates and launches."""
 
 from __future__ import annotations
 
 import textwrap
 
-import numpy as np
-
 from attnc import ir
-from attnc.analysis.evaluate import evaluate
 from attnc.codegen import around, triton_expr
+from attnc.codegen.triton_face import Face
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
 from attnc.codegen.triton_shapes import Module
 from attnc.codegen.triton_tables import bias_kernel, table_names, table_sizes
-from attnc.schedule.geometry import Geometry
 
 STRIDES = '''\
 def strides(t, grid):
@@ -46,8 +43,8 @@ def table_lengths(t):
 '''
 
 
-class Host:
-    """Text of the functions that launch a module's kernels."""
+class Host(Face):
+    """Text of the functions that launch a module's kernels, and of those around them."""
 
     def __init__(
         self, spec: Spec, kernels: list[Kernel], flat: list[Kernel], module: Module, whole: ir.Attend | None = None
@@ -207,7 +204,9 @@ class Host:
             parts.append(TABLE_STRIDES)
         if any(k.tiled for h in self.hosts for k in h.kernels.values()):
             parts.append(TABLE_LENGTHS)
-        parts += [self.forward(), self.backward(), *around.texts(self.whole), self.function(), self.attention()]
+        parts += [self.forward(), self.backward(), *around.texts(self.whole)]
+        parts += [self.operator()] if spec.geometry is not None else []
+        parts += [self.function(), self.attention()]
         return "\n\n".join(p.strip("\n") + "\n" for p in parts)
 
     def signature(self, start: str) -> str:
@@ -381,123 +380,6 @@ class Host:
         out += [f'found["{name}"] = (d_{name}.double() / unit).float()' for name in names]
         return out
 
-    def function(self) -> str:
-        """The autograd function."""
-        grids = [] if self.spec.geometry is not None else ["grid"] + ([] if self.spec.program.same_grid else ["kv_grid"])
-        names = [*self.tables, *self.pads]
-        rest = ["scale", *grids]
-        args = "".join(f", {x}" for x in (*rest, *names))
-        named = f"dict({', '.join(f'{n}={n}' for n in names)})"
-        tail = "".join(f", {g}" for g in grids)
-        gradients = "".join(f', found.get("{n}")' for n in names)
-        saved = "".join(f", {n}" for n in names)
-        lse = ", lse" if self.sink else ""
-        cotangents = ("grad_out, grad_lse", "grad_lse.contiguous()") if self.sink else ("grad_out", "None")
-        return f"""\
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v{args}):
-        out, lse = run_forward(q, k, v, {named}, scale{tail})
-        ctx.save_for_backward(q, k, v, out, lse{saved})
-        ctx.rest = ({", ".join(rest)},)
-        return out{lse}
-
-    @staticmethod
-    def backward(ctx, {cotangents[0]}):
-        q, k, v, out, lse{saved} = ctx.saved_tensors
-        dq, dk, dv, {"found" if names else "_"} = run_backward(q, k, v, out, lse, grad_out, {cotangents[1]}, {named}, *ctx.rest)
-        return dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}
-"""
-
-    def attention(self) -> str:
-        spec = self.spec
-        known = spec.geometry is not None
-        same = spec.program.same_grid
-        grids = [] if known else ["grid"] + ([] if same else ["kv_grid"])
-        sink = [self.sink] if self.sink else []
-        keywords = ["scale=None", *grids, *self.tables, *sink, *[f"{p}=None" for p in self.pads]]
-        d, dv = spec.head_dim, spec.value_dim
-        grid = "GRID" if known else "grid"
-        kv = grid if same else "KV_GRID" if known else "kv_grid"
-        pq, pk = spec.program.queries.prefix, spec.program.keys.prefix
-        n_q = f"math.prod({grid})" + (f" + {pq}" if pq else "")
-        n_k = f"math.prod({kv})" + (f" + {pk}" if pk else "")
-        lines = [f"def attention(q, k, v, *, {', '.join(keywords)}):"]
-        lines.append(
-            f'    """out [B, H, N, {dv}] of q [B, H, N, {d}], k [B, HK, M, {d}] and v [B, HK, M, {dv}] (N may be *grid)."""'
-        )
-        lines.append(f'    for name, t, n, width in (("q", q, {n_q}, {d}), ("k", k, {n_k}, {d}), ("v", v, {n_k}, {dv})):')
-        lines.append("        if t.dim() < 4 or math.prod(t.shape[2:-1]) != n or t.shape[-1] != width:")
-        lines.append('            raise ValueError(f"{name} has shape {tuple(t.shape)}; this module wants [B, H, {n}, {width}]")')
-        lines.append(
-            "    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[0] > 65535:"
-        )
-        text = "q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one batch (at most 65535) and matching heads are wanted"
-        lines.append(f'        raise ValueError(f"{text}")')
-        lines.append("    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):")
-        lines.append(
-            '        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; this module wants float16, bfloat16 or float32")'
-        )
-        lines.append(f"    scale = {d} ** -0.5 if scale is None else float(scale)")
-        if spec.plain and spec.bias is not None:
-            lines.append("    if not scale > 0:")
-            lines.append('        raise ValueError(f"scale={scale}; this module wants a positive one")')
-        for name in self.tables:
-            lines += self.table_checks(name)
-        for name, width in (("pad_k", d), ("pad_v", dv)) if self.pads else ():
-            lines.append(f"    if {name} is None:")
-            lines.append(f"        {name} = q.new_zeros(k.shape[1], {width})")
-            lines.append(f"    if {name}.dim() != 2 or {name}.shape[0] not in (1, k.shape[1]) or {name}.shape[1] != {width}:")
-            lines.append(
-                f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [HK or 1, {width}]")'
-            )
-        for name in sink:
-            lines.append(f"    if {name}.dim() != 1 or {name}.shape[0] not in (1, q.shape[1]):")
-            lines.append(f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [H or 1]")')
-        rest = "".join(f", {n}" for n in (*grids, *self.tables, *self.pads))
-        lines += [
-            f"    {line}" for line in around.lines(spec.program, self.whole, grids_of(spec), f"_Attention.apply(q, k, v, scale{rest})", "{}")
-        ]
-        return "\n".join(lines)
-
-    def table_checks(self, name: str) -> list[str]:
-        spec = self.spec
-        rank = spec.attend.table_rank(name)
-        node = next(
-            (
-                n
-                for e in (spec.score, spec.residual, *([spec.post] if spec.post else []))
-                for n in ir.walk(e)
-                if n.op == "load" and n.args[0] == name
-            ),
-            None,
-        )
-        tests, wants = [f"{name}.dim() != {rank}"], ["?"] * rank
-        if node is not None:
-            for d, e in enumerate(node.children):
-                if e == ir.HEAD:
-                    tests.append(f"{name}.shape[{d}] not in (1, q.shape[1])")
-                    wants[d] = "H or 1"
-                elif spec.geometry is not None:
-                    least = longest_index(spec.geometry, e)
-                    if least is not None:
-                        tests.append(
-                            f"{name}.shape[{d}] != 1 and {name}.shape[{d}] < {least}"
-                            if len(tests) == 0
-                            else f"1 < {name}.shape[{d}] < {least}"
-                        )
-                        wants[d] = f">= {least}"
-        text = f"    if {' or '.join(tests)}:"
-        return [
-            text,
-            f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [{", ".join(wants)}]")',
-        ]
-
-
-def grids_of(spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The grids of queries and keys, where they are known."""
-    return None if spec.geometry is None else (spec.geometry.q_grid, spec.geometry.k_grid)
-
 
 def without_repeats(lines: list[str], start: str) -> list[str]:
     """Lines without assignments that would assign the same value again."""
@@ -508,20 +390,3 @@ def without_repeats(lines: list[str], start: str) -> list[str]:
         last = line if line.startswith(start) else last
         out.append(line)
     return out
-
-
-def longest_index(g: Geometry, e: ir.Expr) -> int | None:
-    """The length a table's dimension needs, where its index depends on one axis: the greatest index over allowed pairs, plus 1."""
-    axes = {n.args[1] for n in ir.walk(e) if n.op == "coord"}
-    if len(axes) != 1 or any(n.op in ("load", "batch", "head") for n in ir.walk(e)):
-        return None
-    (axis,) = axes
-    a = g.axes[axis]
-    most = -1
-    for c in range(a.before_queries, a.before_queries + a.real_queries):
-        r, j = c % a.split, c // a.split
-        keys = np.arange(a.lo[r, j], a.hi[r, j] + 1) * a.split + r
-        if keys.size:
-            leaves = {**g.sizes, ir.coord("q", axis): c, ir.coord("k", axis): keys}
-            most = max(most, int(np.max(evaluate(e, leaves, np))))
-    return most + 1 if most >= 0 else None

@@ -44,6 +44,7 @@ class Spec:
     plain: bool = True  # scale > 0, so that the maximum may be taken before it multiplies
     part: bool = False  # one of several statements that share their queries: a group does not hold all keys of a row
     suffix: str = ""  # of the names of its kernels, where one module holds several statements
+    itemsize: int = 2  # bytes of an element that tiles were chosen for
     adds: bool = False  # its kernels go on from the output, LSE and gradients of an earlier part
 
     @property

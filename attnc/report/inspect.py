@@ -18,7 +18,7 @@ import torch
 from attnc import ir
 from attnc.codegen.around import core_program
 from attnc.codegen.triton import make_spec, part_specs, printed, source
-from attnc.codegen.triton_host import longest_index
+from attnc.codegen.triton_face import longest_index
 from attnc.codegen.triton_plan import Spec
 from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism

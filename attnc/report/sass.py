@@ -63,9 +63,8 @@ def nvidia(cubin: bytes, shared: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        listing = _run(_tool("cuobjdump"), "-sass", f.name)
-        usage = _run(_tool("cuobjdump"), "-res-usage", f.name)
-    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        listing = _run(_tool("cuobjdump"), "-sass", "-res-usage", f.name)
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
     ops: list[tuple[int, str, str]] = []
     for line in listing.splitlines():
         m = _LINE.match(line)

@@ -1,0 +1,213 @@
+"""Prints what a module shows: its operators, the differentiable `attention`, and the refusal of tensors that do not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attnc import ir
+from attnc.analysis.evaluate import evaluate
+from attnc.codegen import around
+from attnc.codegen.triton_plan import Spec
+from attnc.schedule.geometry import Geometry
+
+PLACE = "@@NAME@@"  # of the operator's name in a module's text, until the text is known
+
+
+class Face:
+    """The functions of a module that its users call."""
+
+    spec: Spec
+    whole: ir.Attend  # with the row maps and the sink that surround the kernels
+    sink: str | None
+    tables: tuple[str, ...]
+    pads: tuple[str, ...]
+
+    def operator(self) -> str:
+        """Registration of the forward and the backward as operators, which torch.compile and torch.export see as they are."""
+        names = [*self.tables, *self.pads]
+        learned = [*dict.fromkeys(n.args[0] for n in self.spec.learned), *self.pads]
+        out = "torch.empty_like(q)" if self.spec.head_dim == self.spec.value_dim else f"like(q, {self.spec.value_dim})"
+        more = ", ".join(f"torch.empty_like(tables[{names.index(n)}], dtype=torch.float32)" for n in learned)
+        tables, found = f"dict(zip({names!r}, tables))", "{}[n]"
+        return f'''\
+def _forward(q, k, v, tables, scale):
+    return run_forward(q, k, v, {tables}, scale)
+
+
+def _backward(q, k, v, out, lse, grad_out, grad_lse, tables, scale):
+    dq, dk, dv, found = run_backward(q, k, v, out, lse, grad_out, grad_lse, {tables}, scale)
+    return dq, dk, dv, [{found.format("found")} for n in {learned!r}]
+
+
+def _forward_like(q, k, v, tables, scale):
+    return {out}, q.new_empty(q.shape[0], q.shape[1], math.prod(q.shape[2:-1]), dtype=torch.float32)
+
+
+def _backward_like(q, k, v, out, lse, grad_out, grad_lse, tables, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), [{more}]
+
+
+NAME = "{PLACE}"
+if not hasattr(torch.ops.attnc_emitted, NAME):  # a second import of the same module finds its operator
+    for name, schema, run, like_it in (
+        (NAME, "(Tensor q, Tensor k, Tensor v, Tensor[] tables, float scale) -> (Tensor, Tensor)", _forward, _forward_like),
+        (
+            NAME + "_backward",
+            "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, Tensor[] tables, float scale)"
+            " -> (Tensor, Tensor, Tensor, Tensor[])",
+            _backward,
+            _backward_like,
+        ),
+    ):
+        torch.library.define(f"attnc_emitted::{{name}}", schema)
+        torch.library.impl(f"attnc_emitted::{{name}}", "default", run)
+        torch.library.register_fake(f"attnc_emitted::{{name}}", like_it)
+'''
+
+    def function(self) -> str:
+        """The autograd function."""
+        grids = [] if self.spec.geometry is not None else ["grid"] + ([] if self.spec.program.same_grid else ["kv_grid"])
+        names = [*self.tables, *self.pads]
+        rest = ["scale", *grids]
+        args = "".join(f", {x}" for x in (*rest, *names))
+        named = f"dict({', '.join(f'{n}={n}' for n in names)})"
+        tail = "".join(f", {g}" for g in grids)
+        gradients = "".join(f', found.get("{n}")' for n in names)
+        saved = "".join(f", {n}" for n in names)
+        lse = ", lse" if self.sink else ""
+        cotangents = ("grad_out, grad_lse", "grad_lse.contiguous()") if self.sink else ("grad_out", "None")
+        given = f"[{', '.join(names)}]"
+        forward = f"run_forward(q, k, v, {named}, scale{tail})"
+        backward = f"run_backward(q, k, v, out, lse, grad_out, {cotangents[1]}, {named}, *ctx.rest)"
+        if not grids:
+            forward = f"getattr(torch.ops.attnc_emitted, NAME)(q, k, v, {given}, scale)"
+            name = 'getattr(torch.ops.attnc_emitted, NAME + "_backward")'
+            backward = f"{name}(q, k, v, out, lse, grad_out, {cotangents[1]}, {given}, *ctx.rest)"
+            learned = [*dict.fromkeys(n.args[0] for n in self.spec.learned), *self.pads]
+            gradients = "".join(f", found[{learned.index(n)}]" if n in learned else ", None" for n in names)
+        return f"""\
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v{args}):
+        out, lse = {forward}
+        ctx.save_for_backward(q, k, v, out, lse{saved})
+        ctx.rest = ({", ".join(rest)},)
+        return out{lse}
+
+    @staticmethod
+    def backward(ctx, {cotangents[0]}):
+        q, k, v, out, lse{saved} = ctx.saved_tensors
+        dq, dk, dv, {"found" if names else "_"} = {backward}
+        return dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}
+"""
+
+    def attention(self) -> str:
+        spec = self.spec
+        known = spec.geometry is not None
+        same = spec.program.same_grid
+        grids = [] if known else ["grid"] + ([] if same else ["kv_grid"])
+        sink = [self.sink] if self.sink else []
+        keywords = ["scale=None", *grids, *self.tables, *sink, *[f"{p}=None" for p in self.pads]]
+        d, dv = spec.head_dim, spec.value_dim
+        grid = "GRID" if known else "grid"
+        kv = grid if same else "KV_GRID" if known else "kv_grid"
+        pq, pk = spec.program.queries.prefix, spec.program.keys.prefix
+        n_q = f"math.prod({grid})" + (f" + {pq}" if pq else "")
+        n_k = f"math.prod({kv})" + (f" + {pk}" if pk else "")
+        lines = [f"def attention(q, k, v, *, {', '.join(keywords)}):"]
+        lines.append(
+            f'    """out [B, H, N, {dv}] of q [B, H, N, {d}], k [B, HK, M, {d}] and v [B, HK, M, {dv}] (N may be *grid)."""'
+        )
+        lines.append(f'    for name, t, n, width in (("q", q, {n_q}, {d}), ("k", k, {n_k}, {d}), ("v", v, {n_k}, {dv})):')
+        lines.append("        if t.dim() < 4 or math.prod(t.shape[2:-1]) != n or t.shape[-1] != width:")
+        lines.append('            raise ValueError(f"{name} has shape {tuple(t.shape)}; this module wants [B, H, {n}, {width}]")')
+        lines.append(
+            "    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[0] > 65535:"
+        )
+        text = "q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one batch (at most 65535) and matching heads are wanted"
+        lines.append(f'        raise ValueError(f"{text}")')
+        kinds = {4: ["float32"], 2: ["float16", "bfloat16"]}[spec.itemsize] if known else ["float16", "bfloat16", "float32"]
+        shown = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+        listed = ", ".join(f"torch.{k}" for k in kinds) + ("," if len(kinds) == 1 else "")
+        lines.append(f"    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in ({listed}):")
+        lines.append(f'        raise ValueError(f"dtypes {{q.dtype}}, {{k.dtype}}, {{v.dtype}}; this module wants {shown}")')
+        others = "".join(f", {n}" for n in (*self.tables, *sink))
+        lines.append(f"    if any(t.device != q.device for t in (k, v{others})) or not (q.is_cuda or INTERPRETED.value):")
+        lines.append('        where = ", ".join(sorted({str(t.device) for t in (q, k, v' + others + ")}))")
+        lines.append(
+            '        raise ValueError(f"tensors on {where}; this module wants all of them on one GPU (TRITON_INTERPRET=1 serves a CPU)")'
+        )
+        lines.append(f"    scale = {d} ** -0.5 if scale is None else float(scale)")
+        if spec.plain and spec.bias is not None:
+            lines.append("    if not scale > 0:")
+            lines.append('        raise ValueError(f"scale={scale}; this module wants a positive one")')
+        for name in self.tables:
+            lines += self.table_checks(name)
+        for name, width in (("pad_k", d), ("pad_v", dv)) if self.pads else ():
+            lines.append(f"    if {name} is None:")
+            lines.append(f"        {name} = q.new_zeros(k.shape[1], {width})")
+            lines.append(f"    if {name}.dim() != 2 or {name}.shape[0] not in (1, k.shape[1]) or {name}.shape[1] != {width}:")
+            lines.append(
+                f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [HK or 1, {width}]")'
+            )
+        for name in sink:
+            lines.append(f"    if {name}.dim() != 1 or {name}.shape[0] not in (1, q.shape[1]):")
+            lines.append(f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [H or 1]")')
+        rest = "".join(f", {n}" for n in (*grids, *self.tables, *self.pads))
+        g = spec.geometry
+        sizes = None if g is None else (g.q_grid, g.k_grid)
+        lines += [
+            f"    {line}"
+            for line in around.lines(spec.program, self.whole, sizes, f"_Attention.apply(q, k, v, scale{rest})", "{}")
+        ]
+        return "\n".join(lines)
+
+    def table_checks(self, name: str) -> list[str]:
+        spec = self.spec
+        rank = spec.attend.table_rank(name)
+        node = next(
+            (
+                n
+                for e in (spec.score, spec.residual, *([spec.post] if spec.post else []))
+                for n in ir.walk(e)
+                if n.op == "load" and n.args[0] == name
+            ),
+            None,
+        )
+        tests, wants = [f"{name}.dim() != {rank}"], ["?"] * rank
+        if node is not None:
+            for d, e in enumerate(node.children):
+                if e == ir.HEAD:
+                    tests.append(f"{name}.shape[{d}] not in (1, q.shape[1])")
+                    wants[d] = "H or 1"
+                elif spec.geometry is not None:
+                    least = longest_index(spec.geometry, e)
+                    if least is not None:
+                        tests.append(
+                            f"{name}.shape[{d}] != 1 and {name}.shape[{d}] < {least}"
+                            if len(tests) == 0
+                            else f"1 < {name}.shape[{d}] < {least}"
+                        )
+                        wants[d] = f">= {least}"
+        text = f"    if {' or '.join(tests)}:"
+        return [
+            text,
+            f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [{", ".join(wants)}]")',
+        ]
+
+
+def longest_index(g: Geometry, e: ir.Expr) -> int | None:
+    """The length a table's dimension needs, where its index depends on one axis: the greatest index over allowed pairs, plus 1."""
+    axes = {n.args[1] for n in ir.walk(e) if n.op == "coord"}
+    if len(axes) != 1 or any(n.op in ("load", "batch", "head") for n in ir.walk(e)):
+        return None
+    (axis,) = axes
+    a = g.axes[axis]
+    most = -1
+    for c in range(a.before_queries, a.before_queries + a.real_queries):
+        r, j = c % a.split, c // a.split
+        keys = np.arange(a.lo[r, j], a.hi[r, j] + 1) * a.split + r
+        if keys.size:
+            leaves = {**g.sizes, ir.coord("q", axis): c, ir.coord("k", axis): keys}
+            most = max(most, int(np.max(evaluate(e, leaves, np))))
+    return most + 1 if most >= 0 else None
