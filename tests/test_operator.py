@@ -56,7 +56,7 @@ def test_opcheck_of_the_operators(how: str, backend: str) -> None:
     q, k, v = (LAYOUTS[how](t) for t in rows())
     op = compiled(patterns.neighborhood(3, bias="relative"))
     text, bias = op._traced(2).text, torch.randn(2, 5, 5)
-    out, lse = OPS.attend(q, k, v, [bias], 0.3, (4, 5), (4, 5), text, backend, False)
+    out, lse = OPS.attend(q, k, v, [bias], 0.3, (4, 5), (4, 5), text, backend, False, None)
     g, gl = torch.randn_like(out), torch.randn_like(lse)
 
     def leaf(t: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def test_opcheck_of_the_operators(how: str, backend: str) -> None:
     # the AOT check is slow: two layouts have it
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     every = (*names, "test_aot_dispatch_dynamic") if how in ("plain", "packed") and backend == "torch" else names
-    attend = (leaf(q), leaf(k), leaf(v), [leaf(bias)], 0.3, (4, 5), (4, 5), text, backend, False)
+    attend = (leaf(q), leaf(k), leaf(v), [leaf(bias)], 0.3, (4, 5), (4, 5), text, backend, False, None)
     torch.library.opcheck(OPS.attend.default, attend, test_utils=every)
-    backward = (q, k, v, [bias], out, lse, g, gl, 0.3, (4, 5), (4, 5), text, backend, False)
+    backward = (q, k, v, [bias], out, lse, g, gl, 0.3, (4, 5), (4, 5), text, backend, False, None)
     torch.library.opcheck(OPS.channel.default, (leaf(q), leaf(k), leaf(v), 0.3, backend), test_utils=every)
     torch.library.opcheck(OPS.attend_backward.default, backward, test_utils=every)
     qkv = torch.stack((q, k, v), int(how == "packed")).movedim(int(how == "packed"), 0)
@@ -92,11 +92,11 @@ def test_backwards_change_and_alias_nothing() -> None:
     q, k, v = rows()
     bias, op = torch.randn(2, 5, 5), compiled(patterns.neighborhood(3, bias="relative"))
     text = op._traced(2).text
-    out, lse = OPS.attend(q, k, v, [bias], 0.3, (4, 5), (4, 5), text, "torch", False)
+    out, lse = OPS.attend(q, k, v, [bias], 0.3, (4, 5), (4, 5), text, "torch", False, None)
     inputs = [q, k, v, bias, out, lse, torch.randn_like(out), torch.randn_like(lse)]
     before = [t.clone() for t in inputs]
     q, k, v, bias, out, lse, g, gl = inputs
-    found = OPS.attend_backward(q, k, v, [bias], out, lse, g, gl, 0.3, (4, 5), (4, 5), text, "torch", False)
+    found = OPS.attend_backward(q, k, v, [bias], out, lse, g, gl, 0.3, (4, 5), (4, 5), text, "torch", False, None)
     results = [*found[:3], *found[3], *OPS.channel_backward(q, k, v, g, 0.3, "torch")]
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
     assert len({t.untyped_storage().data_ptr() for t in (*inputs, *results)}) == len(inputs) + len(results)
@@ -126,7 +126,7 @@ def test_opcheck_of_integer_tables_and_pads() -> None:
     ordered = [tables[s.name] for s in op._traced(2).tables]
     torch.library.opcheck(
         OPS.attend.default,
-        (q, k, v, ordered, 0.3, (4, 5), (4, 5), op._traced(2).text, "torch", False),
+        (q, k, v, ordered, 0.3, (4, 5), (4, 5), op._traced(2).text, "torch", False, None),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -239,9 +239,8 @@ HELD: dict[str, dict[str, Problem]] = {
         "causal": Problem(weighted(patterns.causal(), "queries"), (3, 6), **REST),
     },
     "sizes": {
-        "window": Problem(BIASED["window"], (4, 5), **IMAGES),
-        "neighborhood": Problem(patterns.neighborhood(3, 2), (4, 5), strides="packed", **IMAGES),
-        "prefix": Problem(patterns.full(), (4, 5), prefix=1, **IMAGES),
+        "window": Problem(BIASED["window"], (4, 5), dropout=0.3, **IMAGES),
+        "prefix": Problem(patterns.neighborhood(3), (4, 5), prefix=1, strides="packed", **IMAGES),
     },
 }
 

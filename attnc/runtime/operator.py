@@ -41,7 +41,7 @@ keep_proofs(proofs.kept)
 _library: Any = torch.library.Library("attnc", "DEF")  # type: ignore[no-untyped-call]
 _ROWS, _PACKED = "Tensor q, Tensor k, Tensor v", "Tensor qkv"
 _SAVED = "Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse"
-_REST = "float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend, bool tune, Tensor? sizes=None"
+_REST = "float scale, SymInt[] q_grid, SymInt[] k_grid, str program, str backend, bool tune, Tensor? sizes"
 _library.define(f"attend({_ROWS}, Tensor[] tables, {_REST}) -> (Tensor, Tensor)")
 _library.define(f"attend_packed({_PACKED}, Tensor[] tables, {_REST}) -> (Tensor, Tensor)")
 _library.define(f"attend_backward({_ROWS}, Tensor[] tables, {_SAVED}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor[])")
