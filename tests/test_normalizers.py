@@ -192,7 +192,7 @@ def test_queries_and_keys_on_grids_of_their_own(backend: str) -> None:
 def test_opcheck_of_softmax_over_queries(backend: str) -> None:
     """The fake kernels know that there is one lse per key."""
     op, rows, sink = over_a_grid_of_its_own(backend)
-    rest = (0.3, (4, 5), (2, 3), op._traced(2).text, backend, False)
+    rest = (0.3, (4, 5), (2, 3), op._traced(2).text, backend, False, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.attnc.attend.default, (*rows, [sink], *rest), test_utils=tests)
     plain = [t.detach() for t in (*rows, sink)]
