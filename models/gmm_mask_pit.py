@@ -50,7 +50,7 @@ class PiT(PatchClassifier):
         num_classes: logits; 0 leaves the normalised features.
         dim: channels of the first stage, doubled by each pooling.
         depth, heads: layers and heads per stage.
-        mlp_dim_ratio, num_kernals, channels, dim_head, stochastic_depth, is_GMM, backend: see `gmm_mask.ViT`.
+        mlp_dim_ratio, num_kernals, channels, dim_head, stochastic_depth, is_GMM, is_SLM, backend: see `gmm_mask.ViT`.
         features_only, out_indices, grad_checkpointing: see `Staged`.
 
     Raises:
@@ -71,6 +71,7 @@ class PiT(PatchClassifier):
         dim_head: int = 48,
         stochastic_depth: float = 0.0,
         is_GMM: bool = True,
+        is_SLM: bool = False,
         *,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
@@ -106,7 +107,7 @@ class PiT(PatchClassifier):
             sides.append(side)
             branches = []
             for _ in range(count):
-                attention = Attention(width, 1 + side**2, h, dim_head, is_GMM, num_kernals, prefix=1, backend=backend)
+                attention = Attention(width, 1 + side**2, h, dim_head, is_GMM, num_kernals, is_SLM, prefix=1, backend=backend)
                 branches.append((PreNorm(width, attention), PreNorm(width, FeedForward(width, int(width * mlp_dim_ratio)))))
             self.layers.append(Transformer(branches, stochastic_depth))
         # frozen, one per stage, as in the official code; what they say is computed from coordinates here

@@ -117,6 +117,36 @@ def test_talking_heads_without_a_mask() -> None:
     torch.testing.assert_close(block(x, context), block.to_out((weights @ v).transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_simple_mask_multiplies_the_scores_of_all_heads(prefix: int) -> None:
+    torch.manual_seed(0)
+    attention = Attention(6, prefix + 16, 2, 3, is_GMM=False, is_SLM=True, prefix=prefix, backend="torch").double()
+    assert attention.mask is not None
+    assert [(n, tuple(p.shape)) for n, p in attention.mask.named_parameters()] == [("mask", (16, 16))]
+    assert not bool(attention.mask.mask.any())
+    nn.init.normal_(attention.mask.mask)
+    x = torch.randn(2, prefix + 16, 6, dtype=torch.float64)
+    q, k, v = attention.to_qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    factor = F.pad(attention.mask.mask, (prefix, 0, prefix, 0), value=1.0)
+    weights = (factor * (q @ k.mT * 3**-0.5)).softmax(-1)
+    expected = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+    found, wanted = (torch.autograd.grad(out.square().sum(), attention.mask.mask)[0] for out in (attention(x), expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("host", ["gmm_mask_vit", "gmm_mask_cait", "gmm_mask_pit", "gmm_mask_t2t"])
+def test_hosts_of_the_simple_mask(host: str) -> None:
+    model = small(host, is_GMM=False, is_SLM=True, backend="torch")
+    learned = [p for name, p in model.named_parameters() if name.endswith("mask.mask")]
+    assert learned
+    model(checks.image(16, 16)).square().sum().backward()
+    # what patches say to each other in PiT's last block does not reach its class token
+    assert all(p.grad is not None for p in learned)
+    assert sum(bool(p.grad.any()) for p in learned) >= len(learned) - (host == "gmm_mask_pit")
+    assert getattr(model, "cls_token", None) is None or host != "gmm_mask_vit"
+
+
 def test_layer_scales_shrink_with_depth() -> None:
     assert [LayerScale(3, nn.Identity(), depth).scale.flatten()[0].item() for depth in (1, 18, 19, 24, 25)] == pytest.approx(
         [0.1, 0.1, 1e-5, 1e-5, 1e-6]
