@@ -205,6 +205,65 @@ def test_load_official_repeats_the_base_mask(host: str, module: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("host", "module", "more", "names", "buffers"),
+    [
+        (
+            "gmm_mask_pit",
+            "pit.PiT",
+            {"mlp_dim_ratio": 2, "is_GMM": True, "dropout": 0.1, "emb_dropout": 0.1},
+            {
+                "to_patch_embedding.0.weight",
+                "layers.0.mask",
+                "layers.0.layers.0.0.fn.mask.sigma",
+                "layers.0.layers.0.1.fn.net.3.bias",
+                "layers.1.downsample.net.0.weight",
+                "layers.1.cls_ff.bias",
+                "layers.2.mask",
+                "layers.2.layers.0.0.norm.weight",
+                "mlp_head.1.weight",
+            },
+            (),
+        ),
+        (
+            "gmm_mask_swin",
+            "swin.SwinTransformer",
+            {"mlp_ratio": 2.0, "is_GMM": True, "drop_rate": 0.1},
+            {
+                "mask",
+                "absolute_pos_embed",
+                "patch_embed.norm.weight",
+                "layers.0.blocks.1.attn.mask.alpha",
+                "layers.0.blocks.0.attn.relative_position_bias_table",
+                "layers.0.downsample.reduction.weight",
+                "layers.1.blocks.0.mlp.fc2.bias",
+                "head.bias",
+            },
+            ("layers.0.blocks.0.attn.relative_position_index", "layers.0.blocks.1.attn_mask"),
+        ),
+    ],
+)
+def test_official_names_of_other_hosts(host: str, module: str, more: Any, names: set[str], buffers: tuple[str, ...]) -> None:
+    model = small(host, num_classes=10, backend="torch").eval()
+    state = model.state_dict()
+    assert names <= set(state)
+    aliases = {key.replace(".sigma", ".mask"): torch.zeros(1) for key in state if key.endswith("mask.sigma")}
+    aliases |= {key: torch.zeros(1) for key in buffers}
+    common = {key: value for key, value in SMALL.items() if key in TAKES.get(host, SMALL)}
+    config = {**common, **HOSTS[host], "num_classes": 10, **more}
+    loaded = load_official("gmm-mask", module, config, state | aliases, backend="torch")
+    torch.testing.assert_close(loaded(checks.image(16, 16)), model(checks.image(16, 16)))
+    with pytest.raises(ShapeError, match="is not one of its keys"):
+        load_official("gmm-mask", module, config, state | {"stray": torch.zeros(1)})
+
+
+def test_patches_of_pit_are_a_convolution() -> None:
+    model = small("gmm_mask_pit", backend="torch").eval()
+    rows = model.to_patch_embedding(checks.image(16, 16))
+    conv = model.to_patch_embedding[0]
+    torch.testing.assert_close(rows, F.conv2d(checks.image(16, 16), conv.weight, conv.bias, stride=4).flatten(2).mT)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_training_lowers_the_loss(host: str) -> None:
     target = torch.randn(8, 10, generator=torch.Generator().manual_seed(3))
