@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,19 @@ from attnc.models.official import official
 from attnc.models.registry import variants
 
 VANISH = 104  # the official base mask is sqrt(exp(-d^2)) in float32, which is 0 from this d^2 on
+MaskKind = int | Literal["learned"]  # how many Gaussians are mixed (0: there is no mask), or a mask that is learned pair by pair
 
 
 @cache  # layers share operators
-def masked_operator(kernels: int, prefix: int, heads: int, backend: str) -> attnc.Operator:
-    """Attention of a square grid under a mixture of `kernels` (0: none), on packed ``[B, prefix + N, 3 h d]``.
+def masked_operator(mask: MaskKind, prefix: int, heads: int, backend: str) -> attnc.Operator:
+    """Attention of a square grid under a mask of this kind, on packed ``[B, prefix + N, 3 h d]``.
 
     Scores from and to prefix tokens stay as they are.
     """
-    pattern = attnc.patterns.gaussian_mixture(kernels, vanish=VANISH) if kernels else attnc.patterns.full()
+    if mask == "learned":
+        pattern = attnc.patterns.learned_mask()
+    else:
+        pattern = attnc.patterns.gaussian_mixture(mask, vanish=VANISH) if mask else attnc.patterns.full()
     return attnc.compile(pattern, prefix=prefix, layout="b (y x) (three h d)", heads=heads, backend=backend)
 
 
@@ -77,6 +81,31 @@ class GaussianMixtureMask(nn.Module):
         return x * self.dense(side_of(x.shape[-1]))
 
 
+class SimpleMask(nn.Module):
+    """A learned mask ``[N, N]`` of all pairs of patches, the same for every head, which begins at zero (SLM officially)."""
+
+    def __init__(self, num_patches: int) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.zeros(num_patches, num_patches))
+
+    def tables(self) -> dict[str, Tensor]:
+        """`mask`, as the operator takes it."""
+        return {"mask": self.mask}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores ``[B, h, N, N]`` times the mask."""
+        return x * self.mask
+
+
+def made_mask(
+    heads: int, num_patches: int, num_kernals: int, is_GMM: bool, is_SLM: bool
+) -> tuple[GaussianMixtureMask | SimpleMask | None, MaskKind]:
+    """The mask of an attention, a mixture or else a learned one or else none, and its kind."""
+    if is_GMM:
+        return GaussianMixtureMask(heads, num_kernals), num_kernals
+    return (SimpleMask(num_patches), "learned") if is_SLM else (None, 0)
+
+
 def _projection(dim: int, heads: int, dim_head: int) -> nn.Module:
     """The last layer of attention, which one head of the whole width does not have."""
     if heads == 1 and dim_head == dim:
@@ -91,7 +120,7 @@ class Attention(nn.Module):
         dim: channels C.
         num_patches: tokens, `prefix` ones included.
         heads, dim_head: heads and their width d.
-        is_GMM: whether there is a mask.
+        is_GMM, is_SLM: whether there is a Gaussian mixture; whether there is a learned mask where there is none.
         num_kernals: Gaussians of the mixture.
         prefix: tokens before the grid, whose scores are not masked.
         backend: of the attnc operator.
@@ -108,6 +137,7 @@ class Attention(nn.Module):
         dim_head: int = 64,
         is_GMM: bool = True,
         num_kernals: int = 3,
+        is_SLM: bool = False,
         *,
         prefix: int = 0,
         backend: str = "auto",
@@ -116,8 +146,8 @@ class Attention(nn.Module):
         self.side = side_of(num_patches - prefix)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = _projection(dim, heads, dim_head)
-        self.mask = GaussianMixtureMask(heads, num_kernals) if is_GMM else None
-        self.attend = masked_operator(num_kernals if is_GMM else 0, prefix, heads, backend)
+        self.mask, kind = made_mask(heads, num_patches - prefix, num_kernals, is_GMM, is_SLM)
+        self.attend = masked_operator(kind, prefix, heads, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, C] -> [B, N, C]``."""
@@ -312,7 +342,7 @@ class ViT(PatchBlocks):
         num_kernals: Gaussians per head.
         channels: of the image.
         stochastic_depth: probability of dropping a branch, the same for all; officially 0.1.
-        is_GMM: with the mask there is no class token, and the head takes the mean over tokens; without it, the class token.
+        is_GMM, is_SLM: see `Attention`. With a mask there is no class token, and the head takes the mean over tokens.
         features_only, out_indices, grad_checkpointing: see `PatchBlocks`.
         backend: of the attnc operators.
 
@@ -334,13 +364,14 @@ class ViT(PatchBlocks):
         dim_head: int = 16,
         stochastic_depth: float = 0.0,
         is_GMM: bool = True,
+        is_SLM: bool = False,
         *,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        prefix = 0 if is_GMM else 1
+        prefix = 0 if is_GMM or is_SLM else 1
         super().__init__(
             img_size,
             patch_size,
@@ -358,7 +389,7 @@ class ViT(PatchBlocks):
 
         def layer() -> tuple[nn.Module, nn.Module]:
             count = prefix + self.num_patches
-            attention = Attention(dim, count, heads, dim_head, is_GMM, num_kernals, prefix=prefix, backend=backend)
+            attention = Attention(dim, count, heads, dim_head, is_GMM, num_kernals, is_SLM, prefix=prefix, backend=backend)
             return PreNorm(dim, attention), PreNorm(dim, FeedForward(dim, int(dim * mlp_dim_ratio)))
 
         self.transformer = Transformer([layer() for _ in range(depth)], stochastic_depth)
@@ -381,6 +412,7 @@ IGNORED = ("dropout", "emb_dropout", "layer_dropout", "grid", "is_LSA", "is_SPT"
 BASE = ("mask", "*mask.mask")
 
 official("gmm-mask", "Gaussian_Mixture_Mask", ignores=IGNORED, derived=BASE)(GaussianMixtureMask)
+official("gmm-mask", "Simple_Mask", ignores=(*IGNORED, "num_heads"))(SimpleMask)
 official("gmm-mask", "vit.Attention", ignores=IGNORED, derived=BASE)(Attention)
 official("gmm-mask", "vit.ViT", ignores=IGNORED, derived=BASE)(ViT)
 
@@ -393,8 +425,9 @@ def _pit_attention(
     dim_head: int = 64,
     is_GMM: bool = True,
     num_kernals: int = 3,
+    is_SLM: bool = False,
     *,
     backend: str = "auto",
 ) -> nn.Module:
     """PiT's, whose class token is one of the `num_patches`."""
-    return Attention(dim, num_patches, heads, dim_head, is_GMM, num_kernals, prefix=1, backend=backend)
+    return Attention(dim, num_patches, heads, dim_head, is_GMM, num_kernals, is_SLM, prefix=1, backend=backend)

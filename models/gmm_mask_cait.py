@@ -19,11 +19,11 @@ from attnc.models.gmm_mask import (
     TINY_IMAGENET,
     VIT,
     FeedForward,
-    GaussianMixtureMask,
     PatchBlocks,
     PreNorm,
     Transformer,
     last_of,
+    made_mask,
     side_of,
 )
 from attnc.models.official import official
@@ -59,7 +59,7 @@ class TalkingHeads(nn.Module):
     Args:
         dim, num_patches, heads, dim_head, num_kernals, backend: see `gmm_mask.Attention`.
         if_patch_attn: whether this is a block of patches, which alone are masked.
-        is_GMM: whether those are.
+        is_GMM, is_SLM: whether those are, and by what.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class TalkingHeads(nn.Module):
         if_patch_attn: bool = False,
         is_GMM: bool = True,
         num_kernals: int = 3,
+        is_SLM: bool = False,
         *,
         backend: str = "auto",
     ) -> None:
@@ -81,7 +82,7 @@ class TalkingHeads(nn.Module):
         self.mix_heads_pre_attn = nn.Parameter(torch.randn(heads, heads))
         self.mix_heads_post_attn = nn.Parameter(torch.randn(heads, heads))
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim))
-        self.mask = GaussianMixtureMask(heads, num_kernals) if is_GMM and if_patch_attn else None
+        self.mask = made_mask(heads, num_patches, num_kernals, is_GMM, is_SLM)[0] if if_patch_attn else None
         if self.mask is not None:
             side_of(num_patches)
         self.attend = dense_operator(backend) if self.mask is None else given_operator(backend)
@@ -102,7 +103,7 @@ class TalkingHeads(nn.Module):
         return self.attend(weighted, k[:, None], v[:, None], scale=q.shape[-1] ** -0.5)
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = cast(GaussianMixtureMask, self.mask)
+        mask = cast(nn.Module, self.mask)
         products = torch.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k.view(*k.shape[:2], self.heads, -1))
         scores = torch.einsum("bhnm,hg->bgnm", mask(products), self.mix_heads_pre_attn)
         nothing = q.new_zeros(()).expand(q.shape[0], self.heads, q.shape[1], 1)
@@ -138,7 +139,7 @@ class CaiT(PatchBlocks):
     """Image classifier: layers of masked patches, then layers in which a class token reads them.
 
     Args:
-        img_size, patch_size, num_classes, dim, heads, dim_head, num_kernals, channels, stochastic_depth, is_GMM,
+        img_size, patch_size, num_classes, dim, heads, dim_head, num_kernals, channels, stochastic_depth, is_GMM, is_SLM,
             features_only, out_indices, grad_checkpointing, backend: see `gmm_mask.ViT`.
         depth, cls_depth: layers of patches and of the class token.
         mlp_dim: hidden width of the feed-forward layers.
@@ -162,6 +163,7 @@ class CaiT(PatchBlocks):
         dim_head: int = 64,
         stochastic_depth: float = 0.0,
         is_GMM: bool = True,
+        is_SLM: bool = False,
         *,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
@@ -185,7 +187,9 @@ class CaiT(PatchBlocks):
         def layers(count: int, patches: bool) -> Transformer:
             built: list[tuple[nn.Module, nn.Module]] = []
             for i in range(1, count + 1):
-                attention = TalkingHeads(dim, self.num_patches, heads, dim_head, patches, is_GMM, num_kernals, backend=backend)
+                attention = TalkingHeads(
+                    dim, self.num_patches, heads, dim_head, patches, is_GMM, num_kernals, is_SLM, backend=backend
+                )
                 branches = (PreNorm(dim, attention), PreNorm(dim, FeedForward(dim, mlp_dim)))
                 built.append((LayerScale(dim, branches[0], i), LayerScale(dim, branches[1], i)))
             return Transformer(built, stochastic_depth)

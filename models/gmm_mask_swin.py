@@ -1,6 +1,7 @@
 """Swin under Gaussian-mixture masks, a host of the paper of `gmm_mask` (Li et al. 2023, arXiv:2309.05375), for small images.
 
-Swin (Liu et al. 2021) attends in windows; its relative bias is added after the mask has multiplied the scores.
+Swin (Liu et al. 2021) attends in windows; its relative bias is added after the mask has multiplied the scores. Names
+are those of the official code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.relative_window import check_heads, check_multiple, fitted_window, relative_table
 from attnc.models.blocks.staged import Staged
-from attnc.models.gmm_mask import GaussianMixtureMask, base_mask
+from attnc.models.gmm_mask import BASE, GaussianMixtureMask, base_mask
+from attnc.models.official import official
 from attnc.models.registry import variants
 
 
@@ -226,3 +228,30 @@ class SwinTransformer(Staged):
         """The mean of the normalised tokens of ``[B, C, H', W']``, and the classifier unless `pre_logits`."""
         x = self.norm(x.permute(0, 2, 3, 1)).mean((1, 2))
         return x if pre_logits else cast(Tensor, self.head(x))
+
+
+# dropouts, which mean nothing in evaluation mode, what is always so here, and what follows from the sizes
+IGNORED = ("drop_rate", "attn_drop_rate", "norm_layer", "use_checkpoint")
+DERIVED = (*BASE, "*.relative_position_index", "*.attn_mask")
+
+
+@official("gmm-mask", "swin.SwinTransformer", ignores=IGNORED, derived=DERIVED)
+def _official_swin(
+    img_size: int = 224,
+    patch_size: int = 4,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    embed_dim: int = 96,
+    depths: Sequence[int] = (2, 2, 6, 2),
+    num_heads: Sequence[int] = (3, 6, 12, 24),
+    window_size: int = 7,
+    mlp_ratio: float = 4.0,
+    drop_path_rate: float = 0.1,
+    is_GMM: bool = False,
+    num_kernals: int = 5,
+    *,
+    backend: str = "auto",
+) -> nn.Module:
+    """With the official defaults."""
+    shape = (img_size, patch_size, in_chans, num_classes, embed_dim, depths, num_heads, window_size, mlp_ratio)
+    return SwinTransformer(*shape, drop_path_rate, is_GMM, num_kernals, backend=backend)

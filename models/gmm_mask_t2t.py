@@ -20,7 +20,7 @@ from attnc.models.blocks.isotropic import Isotropic
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.relative_window import check_heads
-from attnc.models.gmm_mask import BASE, GaussianMixtureMask, base_mask, masked_operator, side_of
+from attnc.models.gmm_mask import BASE, base_mask, made_mask, masked_operator, side_of
 from attnc.models.official import official
 from attnc.models.registry import variants
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         num_patches: tokens, a square grid of them.
         qkv_bias: whether ``qkv`` has a bias.
         qk_scale: factor of q . k, (dim / h)^-1/2 where it is None (by the input's channels, as in the official code).
-        is_GMM, num_kernals: whether there is a mask, and its Gaussians.
+        is_GMM, is_SLM, num_kernals: whether there is a Gaussian mixture, or else a learned mask, and the mixture's Gaussians.
         proj_drop: dropout after ``proj``.
         backend: of the attnc operator.
 
@@ -55,6 +55,7 @@ class Attention(nn.Module):
         num_patches: int = 0,
         is_GMM: bool = False,
         num_kernals: int = 5,
+        is_SLM: bool = False,
         proj_drop: float = 0.0,
         *,
         backend: str = "auto",
@@ -68,8 +69,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * in_dim, bias=qkv_bias)
         self.proj = nn.Linear(in_dim, in_dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.mask = GaussianMixtureMask(num_heads, num_kernals) if is_GMM else None
-        self.attend = masked_operator(num_kernals if is_GMM else 0, 0, num_heads, backend)
+        self.mask, kind = made_mask(num_heads, num_patches, num_kernals, is_GMM, is_SLM)
+        self.attend = masked_operator(kind, 0, num_heads, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, dim] -> [B, N, in_dim]``."""
@@ -99,6 +100,7 @@ class TokenTransformer(nn.Module):
         num_patches: int = 0,
         is_GMM: bool = False,
         num_kernals: int = 5,
+        is_SLM: bool = False,
         *,
         backend: str = "auto",
     ) -> None:
@@ -107,7 +109,7 @@ class TokenTransformer(nn.Module):
         # frozen; what it says is computed from coordinates here
         self.mask = nn.Parameter(base_mask(side_of(num_patches)), requires_grad=False)
         self.attn = Attention(
-            dim, num_heads, in_dim, qkv_bias, qk_scale, num_patches, is_GMM, num_kernals, proj_drop=drop, backend=backend
+            dim, num_heads, in_dim, qkv_bias, qk_scale, num_patches, is_GMM, num_kernals, is_SLM, drop, backend=backend
         )
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(in_dim)
@@ -131,12 +133,12 @@ class TokensToToken(nn.Module):
     """
 
     def __init__(
-        self, img_size: int, in_chans: int, embed_dim: int, token_dim: int, is_GMM: bool, num_kernals: int, *, backend: str
+        self, img_size: int, in_chans: int, embed_dim: int, token_dim: int, masks: dict[str, Any], *, backend: str
     ) -> None:
         super().__init__()
 
         def transformer(dim: int, side: int) -> TokenTransformer:
-            return TokenTransformer(dim, token_dim, 1, num_patches=side**2, is_GMM=is_GMM, num_kernals=num_kernals, backend=backend)
+            return TokenTransformer(dim, token_dim, 1, num_patches=side**2, **masks, backend=backend)
 
         self.side = img_size // (8 if img_size == 64 else 4)
         self.attention1 = transformer(9 * in_chans, img_size // 2)
@@ -183,7 +185,7 @@ class T2TViT(Isotropic):
         token_dim: channels of the tokens between the splits.
         drop_rate: dropout after the positions, after each attention and in the MLPs.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0; officially 0.1.
-        is_GMM, num_kernals: whether there are masks, and their Gaussians.
+        is_GMM, is_SLM, num_kernals: see `Attention`.
         backend: of the attnc operators.
 
     Raises:
@@ -206,6 +208,7 @@ class T2TViT(Isotropic):
         token_dim: int = 64,
         is_GMM: bool = False,
         num_kernals: int = 5,
+        is_SLM: bool = False,
         *,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
@@ -213,7 +216,8 @@ class T2TViT(Isotropic):
         backend: str = "auto",
     ) -> None:
         self.check(img_size > 0 and img_size % 4 == 0, f"{img_size=} is no multiple of 4")
-        split = TokensToToken(img_size, in_chans, embed_dim, token_dim, is_GMM, num_kernals, backend=backend)
+        masks: dict[str, Any] = {"is_GMM": is_GMM, "is_SLM": is_SLM, "num_kernals": num_kernals}
+        split = TokensToToken(img_size, in_chans, embed_dim, token_dim, masks, backend=backend)
         side = split.side
         super().__init__(
             embed_dim,
@@ -234,7 +238,7 @@ class T2TViT(Isotropic):
 
         def block(rate: float) -> PreNormBlock:
             attn = Attention(
-                embed_dim, num_heads, embed_dim, qkv_bias, qk_scale, side**2, is_GMM, num_kernals, drop_rate, backend=backend
+                embed_dim, num_heads, embed_dim, qkv_bias, qk_scale, side**2, proj_drop=drop_rate, **masks, backend=backend
             )
             return PreNormBlock(embed_dim, attn, mlp_ratio=mlp_ratio, drop=drop_rate, drop_path=rate)
 

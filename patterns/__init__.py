@@ -10,7 +10,7 @@ from attnc.patterns.cosine import cosine, head_scale
 from attnc.patterns.cross_scale import cross_scale
 from attnc.patterns.decay import alibi, decay
 from attnc.patterns.dilated import dilated, dilated_blocks
-from attnc.patterns.gaussian import gaussian_mixture
+from attnc.patterns.gaussian import gaussian_mixture, learned_mask
 from attnc.patterns.grid import grid
 from attnc.patterns.inward import inward_window
 from attnc.patterns.neighborhood import neighborhood
@@ -44,6 +44,7 @@ __all__ = [
     "grid",
     "head_scale",
     "inward_window",
+    "learned_mask",
     "neighborhood",
     "outlook",
     "overlapping_window",

@@ -1,4 +1,4 @@
-"""Gaussian-mixture mask attention (Li et al. 2023)."""
+"""Masks that multiply scores: Gaussian mixtures of the distance, and the simple learned mask beside them (Li et al. 2023)."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def gaussian_mixture(kernels: int, of: Pattern | None = None, *, vanish: int | N
         return replace(s, score=raw(s, SCORE * mask))
 
     return rescored(f"gaussian_mixture({kernels})", of, change)
+
+
+def learned_mask(of: Pattern | None = None) -> Pattern:
+    """SCORE * mask[q.index, k.index], before any bias: a table `mask` [queries, keys] of every pair on the grid, for all heads."""
+    mask = Table("mask")
+
+    def change(q: Point, k: Point, s: Statement) -> Statement:
+        return replace(s, score=raw(s, SCORE * mask[q.index, k.index]))
+
+    return rescored("learned_mask", of, change)

@@ -117,6 +117,36 @@ def test_talking_heads_without_a_mask() -> None:
     torch.testing.assert_close(block(x, context), block.to_out((weights @ v).transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_simple_mask_multiplies_the_scores_of_all_heads(prefix: int) -> None:
+    torch.manual_seed(0)
+    attention = Attention(6, prefix + 16, 2, 3, is_GMM=False, is_SLM=True, prefix=prefix, backend="torch").double()
+    assert attention.mask is not None
+    assert [(n, tuple(p.shape)) for n, p in attention.mask.named_parameters()] == [("mask", (16, 16))]
+    assert not bool(attention.mask.mask.any())
+    nn.init.normal_(attention.mask.mask)
+    x = torch.randn(2, prefix + 16, 6, dtype=torch.float64)
+    q, k, v = attention.to_qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    factor = F.pad(attention.mask.mask, (prefix, 0, prefix, 0), value=1.0)
+    weights = (factor * (q @ k.mT * 3**-0.5)).softmax(-1)
+    expected = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+    found, wanted = (torch.autograd.grad(out.square().sum(), attention.mask.mask)[0] for out in (attention(x), expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("host", ["gmm_mask_vit", "gmm_mask_cait", "gmm_mask_pit", "gmm_mask_t2t"])
+def test_hosts_of_the_simple_mask(host: str) -> None:
+    model = small(host, is_GMM=False, is_SLM=True, backend="torch")
+    learned = [p for name, p in model.named_parameters() if name.endswith("mask.mask")]
+    assert learned
+    model(checks.image(16, 16)).square().sum().backward()
+    # what patches say to each other in PiT's last block does not reach its class token
+    assert all(p.grad is not None for p in learned)
+    assert sum(bool(p.grad.any()) for p in learned) >= len(learned) - (host == "gmm_mask_pit")
+    assert getattr(model, "cls_token", None) is None or host != "gmm_mask_vit"
+
+
 def test_layer_scales_shrink_with_depth() -> None:
     assert [LayerScale(3, nn.Identity(), depth).scale.flatten()[0].item() for depth in (1, 18, 19, 24, 25)] == pytest.approx(
         [0.1, 0.1, 1e-5, 1e-5, 1e-6]
@@ -173,6 +203,65 @@ def test_load_official_repeats_the_base_mask(host: str, module: str) -> None:
     torch.testing.assert_close(
         load_official("gmm-mask", module, config, state | aliases)(checks.image(16, 16)), model(checks.image(16, 16))
     )
+
+
+@pytest.mark.parametrize(
+    ("host", "module", "more", "names", "buffers"),
+    [
+        (
+            "gmm_mask_pit",
+            "pit.PiT",
+            {"mlp_dim_ratio": 2, "is_GMM": True, "dropout": 0.1, "emb_dropout": 0.1},
+            {
+                "to_patch_embedding.0.weight",
+                "layers.0.mask",
+                "layers.0.layers.0.0.fn.mask.sigma",
+                "layers.0.layers.0.1.fn.net.3.bias",
+                "layers.1.downsample.net.0.weight",
+                "layers.1.cls_ff.bias",
+                "layers.2.mask",
+                "layers.2.layers.0.0.norm.weight",
+                "mlp_head.1.weight",
+            },
+            (),
+        ),
+        (
+            "gmm_mask_swin",
+            "swin.SwinTransformer",
+            {"mlp_ratio": 2.0, "is_GMM": True, "drop_rate": 0.1},
+            {
+                "mask",
+                "absolute_pos_embed",
+                "patch_embed.norm.weight",
+                "layers.0.blocks.1.attn.mask.alpha",
+                "layers.0.blocks.0.attn.relative_position_bias_table",
+                "layers.0.downsample.reduction.weight",
+                "layers.1.blocks.0.mlp.fc2.bias",
+                "head.bias",
+            },
+            ("layers.0.blocks.0.attn.relative_position_index", "layers.0.blocks.1.attn_mask"),
+        ),
+    ],
+)
+def test_official_names_of_other_hosts(host: str, module: str, more: Any, names: set[str], buffers: tuple[str, ...]) -> None:
+    model = small(host, num_classes=10, backend="torch").eval()
+    state = model.state_dict()
+    assert names <= set(state)
+    aliases = {key.replace(".sigma", ".mask"): torch.zeros(1) for key in state if key.endswith("mask.sigma")}
+    aliases |= {key: torch.zeros(1) for key in buffers}
+    common = {key: value for key, value in SMALL.items() if key in TAKES.get(host, SMALL)}
+    config = {**common, **HOSTS[host], "num_classes": 10, **more}
+    loaded = load_official("gmm-mask", module, config, state | aliases, backend="torch")
+    torch.testing.assert_close(loaded(checks.image(16, 16)), model(checks.image(16, 16)))
+    with pytest.raises(ShapeError, match="is not one of its keys"):
+        load_official("gmm-mask", module, config, state | {"stray": torch.zeros(1)})
+
+
+def test_patches_of_pit_are_a_convolution() -> None:
+    model = small("gmm_mask_pit", backend="torch").eval()
+    rows = model.to_patch_embedding(checks.image(16, 16))
+    conv = model.to_patch_embedding[0]
+    torch.testing.assert_close(rows, F.conv2d(checks.image(16, 16), conv.weight, conv.bias, stride=4).flatten(2).mT)
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import classifier_checks as checks
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attnc.errors import DeclarationError
@@ -161,7 +163,7 @@ def test_any_size(size: tuple[int, int]) -> None:
 
 
 def test_features_only() -> None:
-    checks.features(lambda **more: small(**more), (32, 44), [(8, 8, 11), (12, 4, 5)])
+    checks.features(lambda **more: small(**more), (32, 40), [(8, 8, 10), (12, 4, 5)])
 
 
 def test_head() -> None:
@@ -215,3 +217,17 @@ def test_depthwise_flavour_is_one_head_per_channel() -> None:
 def test_wrong_arguments(build: Any, message: str) -> None:
     with pytest.raises(DeclarationError, match=message):
         build()
+
+
+def test_a_rest_of_rows_is_left_out() -> None:
+    """Patches are convolutions without padding, and the second stage's have 2 x 2 tokens."""
+    maps = small(features_only=True).eval()(checks.image(33, 46))
+    assert [tuple(m.shape) for m in maps] == [(2, 8, 8, 11), (2, 12, 4, 5)]
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    model = small(pooled=True).eval()
+    save_file(model.state_dict(), tmp_path / "tic.safetensors")
+    other = create_model("tic_tiny", **SMALL, pooled=True).eval()
+    other.load_state_dict(load_file(tmp_path / "tic.safetensors"))
+    assert torch.equal(other(checks.image(16, 16)), model(checks.image(16, 16)))
