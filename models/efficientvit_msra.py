@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnc
-from attnc.errors import DeclarationError
+from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.conv_norm import ConvNorm, FeedForward, PatchMerging, Residual, depthwise
 from attnc.models.blocks.conv_stages import STRIDE, ConvStages, stage_names
 from attnc.models.official import official
@@ -78,7 +78,17 @@ class CascadedGroupAttention(nn.Module):
         self.attend = window_operator(resolution, backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W] -> [B, C, H, W]``, in windows of `resolution` whose last ones reach over no border."""
+        """``[B, C, H, W] -> [B, C, H, W]``, in windows of `resolution`; a map no larger than one is a window.
+
+        Raises:
+            ShapeError: a larger map has a rest.
+        """
+        side = self.resolution
+        if max(x.shape[2:]) > side and (x.shape[2] % side or x.shape[3] % side):
+            raise ShapeError(
+                f"CascadedGroupAttention: a map of {x.shape[2]}x{x.shape[3]} has no whole windows of {side}: "
+                "LocalWindowAttention pads it"
+            )
         steps = cast(Tensor, self.steps)
         table = self.attention_biases.view(-1, self.resolution, self.resolution)
         bias = table[:, steps[:, None], steps]  # by query minus key

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnc.errors import DeclarationError
+from attnc.errors import DeclarationError, ShapeError
 from attnc.models import create_model, from_timm
 from attnc.models.efficientvit_msra import CascadedGroupAttention, LocalWindowAttention
 
@@ -118,6 +118,11 @@ def test_heads_cascade() -> None:
     changed = [(seen[i] - seen[i + 1]).abs().amax((0, 2, 3)).view(3, 4).amax(1) > 1e-6 for i in (0, 2)]
     assert changed[0].tolist() == [True, True, True]
     assert changed[1].tolist() == [False, False, True]
+
+
+def test_a_map_without_whole_windows() -> None:
+    with pytest.raises(ShapeError, match="a map of 3x8 has no whole windows of 4: LocalWindowAttention pads it"):
+        CascadedGroupAttention(8, 4, 2, 1.0, 4, (3, 3), backend="torch")(torch.randn(1, 8, 3, 8))
 
 
 def test_fused() -> None:

@@ -31,6 +31,9 @@ class Isotropic(Staged):
         patch: rows and columns of a patch.
         num_classes, grad_checkpointing: see `Classifier`.
         features_only, out_indices: see `Staged`, and `last_blocks`.
+
+    Raises:
+        DeclarationError: there is no block, or `out_indices` names one that does not exist.
     """
 
     norm: nn.Module
@@ -47,6 +50,7 @@ class Isotropic(Staged):
         grad_checkpointing: bool,
         stages: str = "blocks",
     ) -> None:
+        self.check(depth > 0, f"{depth=}: at least one block")
         super().__init__(
             [dim] * depth,
             [max(patch)] * depth,
