@@ -35,7 +35,8 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) tools/typecheck.py
 
-# about twelve minutes on two cores: bench/results/*.json, docs/performance*.md and their pictures
+# about twenty minutes on two cores: bench/results/*.json, docs/performance*.md and their pictures
+# (`make bench ARGS="--twice --compiled"`: whole models also at twice the resolution, and through torch.compile)
 bench: setup
 	$(PY) -m bench $(ARGS)
 

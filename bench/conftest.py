@@ -24,7 +24,7 @@ STANDARD = [
 ]
 REST = [(d, b, t, w) for d in ("float32", "bfloat16") for b in (8, 1) for t in (2, 1) for w in (False, True)]
 OVERHEAD = 1.0  # seconds of a row beside its measured rounds: inputs, masks, the kernel's build or load, slow peers
-OTHERS = {"test_model": 150, "test_costs": 200}  # seconds of the other suites, about
+OTHERS = {"test_model": 150, "test_models": 420, "test_costs": 200}  # seconds of the other suites, about
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attnc bench")
     group.addoption("--name", action="append", default=[], help="rows and costs whose name contains this")
     group.addoption("--everything", action="store_true", help="every dtype, batch and number of threads; FlexAttention everywhere")
+    group.addoption("--twice", action="store_true", help="models also at twice the resolution")
+    group.addoption("--compiled", action="store_true", help="models also through torch.compile, which takes minutes each")
     group.addoption("--quick", action="store_true", help="few rounds: does it run?")
     group.addoption("--seconds", type=float, default=1.2, help="of a row")
     group.addoption("--out", default="", help="folder of the results; none: they are only printed")

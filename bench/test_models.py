@@ -1,0 +1,210 @@
+"""Whole models: timm's (or torchvision's) eager code, `attnc.accelerate` of it, and attnc's own model with the same weights."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.timing import COPIES, Results, interleaved, medians, threads
+
+BATCH, THREADS = 8, 2
+COMPILED = ("swin", "maxvit", "davit")  # compiled against compiled; the others take long and say little
+BAR = {"eager": 0.98, "compiled": 1.1}  # of every model; the windowed ones together are asked for a geometric mean of 1.2
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a library, and ours.
+
+    peer: its name with timm, or with torchvision after "torchvision:". own: our name for it, if there is such a model.
+    settings: of the peer at images of `side` pixels. ours: settings of our model there. windowed: whether it counts among those.
+    """
+
+    family: str
+    peer: str
+    own: str = ""
+    side: int = 224
+    settings: Callable[[int], dict[str, Any]] = lambda side: {}
+    ours: Callable[[int], dict[str, Any]] = lambda side: {}
+    windowed: bool = False
+
+
+def sized(side: int) -> dict[str, Any]:
+    """For models that are made for one size."""
+    return {"img_size": side}
+
+
+MODELS = [
+    Model("davit", "davit_tiny", "davit_tiny", windowed=True),
+    Model("swin", "swin_tiny_patch4_window7_224", settings=sized, windowed=True),
+    Model("swinv2", "swinv2_tiny_window8_256", side=256, settings=sized, windowed=True),
+    Model(
+        "maxvit", "maxvit_tiny_tf_224", "maxvit_tiny", settings=sized, ours=lambda side: {"window_size": side // 32}, windowed=True
+    ),
+    Model(
+        "gcvit",
+        "gcvit_tiny",
+        "gcvit_tiny",
+        settings=sized,
+        ours=lambda side: {"resolution": side, "window_size": tuple(side // r for r in (32, 32, 16, 32))},
+        windowed=True,
+    ),
+    Model("torchvision swin", "torchvision:swin_t", windowed=True),
+    Model("torchvision swin v2", "torchvision:swin_v2_t", side=256, windowed=True),
+    Model(
+        "crossvit",
+        "crossvit_small_240",
+        "crossvit_small",
+        side=240,
+        settings=sized,
+        ours=lambda side: {"img_size": (side, side * 224 // 240)},
+    ),
+    Model("convit", "convit_small", "convit_small", settings=sized, ours=sized),
+    Model("volo", "volo_d1_224", "volo_d1", settings=sized, ours=sized),
+    Model("efficientvit_msra", "efficientvit_m5", "efficientvit_msra_m5"),
+    Model("shvit", "shvit_s4", "shvit_s4", side=256),
+    Model("tnt", "tnt_s_patch16_224", "tnt_s", settings=sized, ours=sized),
+    Model("vit", "vit_small_patch16_224", settings=sized),
+    Model("deit", "deit_tiny_patch16_224", settings=sized),
+]
+# models of papers beside convolutional ones of timm, and what the papers measured: SHViT on a CPU, EfficientViT on a Xeon
+RIVALS = [("shvit_s4", "mobilevitv2_100", 256, 8.1), ("efficientvit_msra_m5", "mobilenetv3_large_100", 224, 1.45)]
+
+
+def peer(model: Model, side: int) -> nn.Module:
+    """The library's model, with random weights."""
+    torch.manual_seed(0)
+    library, _, name = model.peer.rpartition(":")
+    if library:
+        return getattr(pytest.importorskip("torchvision").models, name)().eval()
+    return pytest.importorskip("timm").create_model(model.peer, pretrained=False, **model.settings(side)).eval()
+
+
+def own(model: Model, side: int, weights: dict[str, Tensor]) -> nn.Module | None:
+    """Ours with the same weights, where there is one."""
+    from attnc.models import create_model, from_timm, list_models
+
+    if model.own not in list_models():
+        return None
+    ours = create_model(model.own, **model.ours(side)).eval()
+    ours.load_state_dict(from_timm(model.own, weights), strict=False)  # buffers that follow from the size may differ
+    return ours
+
+
+def images(side: int, batch: int) -> list[Tensor]:
+    """Inputs, taken in turn."""
+    return [torch.randn(batch, 3, side, side) for _ in range(COPIES)]
+
+
+def logits(found: Any) -> Tensor:
+    """The first output of models that have several."""
+    return found[0] if isinstance(found, tuple) else found
+
+
+@contextmanager
+def attention_times(model: nn.Module, paths: list[str]) -> Iterator[list[float]]:
+    """Seconds spent in the modules `paths` beside their layers: attention, partitions and residuals, from qkv to proj."""
+    total = [0.0]
+
+    def timed(module: nn.Module, sign: int) -> None:
+        run = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = run(*args, **kwargs)
+            total[0] += sign * (time.perf_counter() - start)
+            return out
+
+        module.forward = forward  # type: ignore[method-assign]
+        undo.callback(delattr, module, "forward")
+
+    with ExitStack() as undo:
+        for path in paths:
+            block = model.get_submodule(path)
+            timed(block, 1)
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d | nn.GELU | nn.ReLU | nn.SiLU):
+                    timed(layer, -1)
+        yield total
+
+
+def parts(runners: dict[str, nn.Module], paths: list[str], inputs: list[Tensor]) -> dict[str, float]:
+    """Median seconds of the attention part of each model."""
+    found: dict[str, list[float]] = {name: [] for name in runners}
+    for x in inputs * 2:
+        for name, model in runners.items():
+            with attention_times(model, paths) as total:
+                model(x)
+            found[name].append(total[0])
+    return medians(found)
+
+
+def report(results: Results, row: dict[str, Any]) -> None:
+    """Keep a row and print it."""
+    results.add(row)
+    shown = ", ".join(f"{n} {1e3 * t:.1f} ms" for n, t in row["seconds"].items())
+    ratios = ", ".join(f"{n} {r:.2f}x" for n, r in row["ratios"].items())
+    print(f"{row['name']} {row['size']} {row['mode']} b{row['batch']}: {shown}; {ratios}", flush=True)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.family)
+def test_model(
+    model: Model, scale: int, mode: str, request: pytest.FixtureRequest, results: Results, seconds: float, quick: bool
+) -> None:
+    """Forward of the same weights, the same logits, in turns."""
+    import attnc
+
+    if (scale == 2 and not request.config.getoption("twice")) or (mode == "compiled" and not request.config.getoption("compiled")):
+        pytest.skip("not asked for")
+    if mode == "compiled" and model.family not in COMPILED:
+        pytest.skip("compiled rows are for " + ", ".join(COMPILED))
+    side = model.side * scale
+    with threads(THREADS), torch.no_grad():
+        theirs = peer(model, side)
+        changed, found = attnc.accelerate(copy.deepcopy(theirs))
+        ours = own(model, side, theirs.state_dict())
+        models = {"accelerated": changed, "eager": theirs} | ({"attnc": ours} if ours is not None else {})
+        inputs = images(side, 1 if quick else BATCH)
+        expected = logits(theirs(inputs[0]))
+        for other in models.values():
+            torch.testing.assert_close(logits(other(inputs[0])), expected, rtol=1e-3, atol=1e-4)
+        attention = parts({n: models[n] for n in ("accelerated", "eager")}, [r.path for r in found.replaced], inputs)
+        if mode == "compiled":
+            torch._dynamo.reset()
+            models = {name: torch.compile(m, dynamic=False) for name, m in models.items()}
+        start = time.perf_counter()
+        times = medians(interleaved({n: lambda i, m=m: m(inputs[i]) for n, m in models.items()}, 12 * seconds))
+    ratios = {n: times["eager"] / t for n, t in times.items() if n != "eager"}
+    if mode == "eager":
+        ratios["attention part"] = attention["eager"] / attention["accelerated"]
+    row = {"name": model.family, "peer": model.peer, "own": model.own if ours is not None else "", "windowed": model.windowed}
+    row |= {"size": f"{side}x{side}", "mode": mode, "batch": len(inputs[0]), "threads": THREADS, "seconds": times}
+    report(results, row | {"ratios": ratios, "attention": attention, "bar": BAR[mode], "took": time.perf_counter() - start})
+
+
+@pytest.mark.parametrize(("name", "rival", "side", "paper"), RIVALS, ids=[r[0] for r in RIVALS])
+def test_rival(name: str, rival: str, side: int, paper: float, results: Results, seconds: float, quick: bool) -> None:
+    """A paper's model beside the network that the paper measured it against, with random weights."""
+    from attnc.models import create_model, list_models
+
+    timm = pytest.importorskip("timm")
+    if name not in list_models():
+        pytest.skip(f"{name} is not in the model layer")
+    with threads(THREADS), torch.no_grad():
+        models = {"attnc": create_model(name).eval(), rival: timm.create_model(rival, pretrained=False).eval()}
+        inputs = images(side, 1 if quick else BATCH)
+        times = medians(interleaved({n: lambda i, m=m: m(inputs[i]) for n, m in models.items()}, 12 * seconds))
+    row = {"name": name, "peer": rival, "own": name, "size": f"{side}x{side}", "mode": "rival", "batch": len(inputs[0])}
+    report(
+        results, row | {"threads": THREADS, "seconds": times, "ratios": {"attnc": times[rival] / times["attnc"]}, "paper": paper}
+    )
