@@ -215,7 +215,7 @@ class Operator:
                 "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
             )
         rows = self._rows(q, k, v)
-        past = direct.alone(rows) and direct.alone(tables.values()) and (sized is None or direct.alone((sized,)))
+        past = direct.alone((*rows, *tables.values()) if sized is None else (*rows, *tables.values(), sized))
         accepted = self._accepted(rows, grid, tables, sized, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):

@@ -103,7 +103,7 @@ class Spec:
         last = geometry(self.program, grid, grid).axes[-1]
         r, j = np.arange(1024) % last.split, np.arange(1024) // last.split
         width = last.hi[r, j] - last.lo[r, j] + 1
-        if last.block:  # whole blocks see each other: tiles need no permutation
+        if last.block == width[0]:  # blocks see themselves: tiles need no permutation
             return 0
         return int(width[0]) if 1 < width[0] <= LANES + 1 and bool((width == width[0]).all()) else 0
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,13 @@ class Ready:
             a.segment, a.owner = self._array(x["segments"]), self._array(x["owners"])
         return bytes(p)
 
-    def problem(self, scale: float, tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> Any:
+    def problem(self, scale: float, tensors: dict[str, Tensor], tables: dict[str, Tensor], given: int = len(LAYOUTS)) -> Any:
         """The structure of one call. What follows from shapes and strides is filled in once for each combination of them.
 
-        tensors: by the names of `LAYOUTS`, q and k among them; tables in the dtypes that the kernel reads, contiguous.
+        tensors: by the names of `LAYOUTS`, q and k among them; from the strides of the first `given` those of the others follow.
+        tables: in the dtypes that the kernel reads, contiguous.
         """
-        signature = (*[(t.shape, t.stride()) for t in tensors.values()], *[t.shape for t in tables.values()])
+        signature = (*[(t.shape, t.stride()) for t in islice(tensors.values(), given)], *[t.shape for t in tables.values()])
         filled = self.filled.get(signature)
         if filled is None:
             if len(self.filled) >= 256:
@@ -228,12 +230,13 @@ def run_forward(
     into: Any = None, continues: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and lse, `into` these two tensors or new ones. continues: their softmax goes on, over keys that it has not seen."""
+    given = len(LAYOUTS) if into else 3
     if into is None:
         tokens = q.shape[2] if q.dim() == 4 else q.shape[2:-1].numel()
         into = empty_in_order(q, v.shape[-1]), torch.empty((*q.shape[:2], tokens), dtype=real_of(q.dtype))
     out, lse = into
     tables = ready.readable(tables, lse.dtype)
-    p = ready.problem(scale, {"q": q, "k": k, "v": v, "out": out, "lse": lse}, tables)
+    p = ready.problem(scale, {"q": q, "k": k, "v": v, "out": out, "lse": lse}, tables, given)
     p.continues = continues
     if lse.numel():
         run(ctypes.byref(p))

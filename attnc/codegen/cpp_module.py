@@ -26,6 +26,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 

@@ -22,13 +22,15 @@ _OWN = (Tensor, torch.nn.Parameter)
 
 def alone(tensors: Iterable[Tensor]) -> bool:
     """Nothing but autograd would see an operator that is called on these tensors now."""
+    for t in tensors:
+        if type(t) not in _OWN:
+            return False
     return (
         not torch.compiler.is_compiling()
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _ALONE
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
         and forward_ad._current_level < 0
-        and all(type(t) in _OWN for t in tensors)
     )
 
 

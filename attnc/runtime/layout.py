@@ -16,6 +16,9 @@ from torch import Tensor
 from attnc.errors import DeclarationError, ShapeError
 
 
+_AS_THEY_ARE = tuple(tuple(range(n)) for n in range(16))
+
+
 @dataclass(frozen=True)
 class Layout:
     """A parsed layout string. `groups` lists the names of each dimension; `axes` the grid axes in order.
@@ -127,7 +130,8 @@ def to_rows(t: Tensor, layout: Layout, heads: int | None, what: str) -> Tensor:
 def from_rows(out: Tensor, layout: Layout) -> Tensor:
     """The user's layout (without `three`) from [B, H, N, D] or [B, H, *grid, D]."""
     order, counts = layout.outward[out.dim() == 4]
-    out = out.permute(order)
+    if order != _AS_THEY_ARE[len(order)]:  # a view takes as long as a good part of a small call
+        out = out.permute(order)
     if len(counts) == len(order):
         return out
     sizes, at = [], 0
