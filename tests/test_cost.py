@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy as sp
 
 import attnc
 from attnc import ir, patterns
-from attnc.analysis.algebra import symbol
+from attnc.analysis.algebra import FloorDiv, FloorMod, symbol
 from attnc.report import costs, inspect
 from attnc.report.issued import issued
 from attnc.report.subject import subject
@@ -53,6 +54,16 @@ def test_counts_as_functions_of_the_sizes_are_those_of_the_tiling(p: attnc.Patte
             for w in ws:
                 expected = [expected[0] * w.programs, expected[1] * w.steps]
             assert found == expected, (grid, side, tile)
+
+
+def test_a_multiple_is_a_multiple_by_its_factors() -> None:
+    """sympy 1.14 takes Max(0, 6 * z + 2 * n) / 6 for an integer, which it is not at n = 1."""
+    z, n = sp.Symbol("z", integer=True), sp.Symbol("n", integer=True, positive=True)
+    assert (sp.Max(0, 6 * z + 2 * n) / 6).is_integer in (True, None)
+    assert FloorDiv(sp.Max(0, 6 * z + 2 * n), 6).subs({z: 0, n: 1}) == 0
+    assert FloorMod(sp.Max(0, 6 * z + 2 * n), 6).subs({z: 0, n: 1}) == 2
+    assert FloorDiv(6 * z + n, 6) == z + FloorDiv(n, 6)
+    assert FloorDiv(z * n + 1, n) == z + FloorDiv(1, n)
 
 
 def test_the_whole_model_is_a_function_of_the_sizes() -> None:
