@@ -15,7 +15,7 @@ import sympy as sp
 import attnc
 from attnc import ir, patterns
 from attnc.analysis.algebra import FloorDiv, FloorMod, symbol
-from attnc.report import costs, inspect
+from attnc.report import costs, inspect, weigh
 from attnc.report.issued import issued
 from attnc.report.subject import subject
 from attnc.schedule import cost, tiles
@@ -118,7 +118,7 @@ def test_facts_of_gpus() -> None:
     """Every target has a chip with its sources, whose limits are those that tiles are chosen for and occupancy is counted with."""
     assert {c.target for c in chips()} == set(inspect.TARGETS)
     for c in chips():
-        threads, registers, shared, blocks = inspect.LIMITS[c.target]
+        threads, registers, shared, blocks = weigh.LIMITS[c.target]
         assert (c.threads, c.registers, 1024 * c.shared, c.blocks) == (threads, registers, shared, blocks), c.name
         assert tiles.shared_limit(c.target) <= 1024 * c.shared_block <= shared
         assert c.peak["float16"] >= c.peak["float32"] > 0
