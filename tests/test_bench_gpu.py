@@ -72,7 +72,7 @@ def test_what_is_wrong_or_refused_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bench_cases.Case]:
     monkeypatch.setenv("ATTNC_CACHE_DIR", str(tmp_path / "cache"))
     found = [c for c in bench_cases.cases() if c.grid[0] == 14][:2] + [c for c in bench_cases.cases() if c.name == "global 196"]
-    found = [replace(c, peers={n: make for n, make in c.peers.items() if n != "timm"}) for c in found]
+    found = [replace(c, batch=1, peers={n: make for n, make in c.peers.items() if n != "timm"}) for c in found]
     monkeypatch.setattr(bench_cases, "cases", lambda: iter(found))
     monkeypatch.setattr(gpu, "checks", lambda: [gpu.Check("full", patterns.full(), (12,))])
     return found
