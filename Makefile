@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | fuzz | clean       (`make test ARGS="-k cache"` passes arguments to pytest)
+# make setup | demo | test | lint | bench | gpu | fuzz | clean       (`make test ARGS="-k cache"` passes arguments to pytest)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ ARGS   ?=
 # make setup TORCH=torch
 TORCH  ?= torch>=2.11,<2.14
 
-.PHONY: setup demo test lint bench fuzz clean
+.PHONY: setup demo test lint bench gpu fuzz clean
 setup: $(STAMP)
 
 $(STAMP): Makefile pyproject.toml setup.py tools/torchvision_cpu.py
@@ -39,6 +39,11 @@ lint: setup
 # (`make bench ARGS="--twice --compiled"`: whole models also at twice the resolution, and through torch.compile)
 bench: setup
 	$(PY) -m bench $(ARGS)
+
+# within eight minutes on a GPU: every library pattern's correctness, then its speed beside its peers; bench/results/gpu-*.json and
+# docs/performance-gpu-*.md. Status 2 and one line where there is no GPU
+gpu: setup
+	$(PY) -m bench.gpu $(ARGS)
 
 # random programs on every backend against the float64 meaning; what is found wrong becomes a test (tests/fuzzed)
 MINUTES ?= 10

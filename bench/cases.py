@@ -181,10 +181,12 @@ def _dense(n: int, heads: int, *, causal: bool = False, batch: int | None = None
     runs: dict[str, Callable[[], Run | None]] = {"sdpa": lambda: peers.rows(inner, heads)}
     if not causal:
         runs |= {"eager": lambda: peers.rows(peers.eager, heads), "timm": lambda: peers.timm_rows(heads, 64 * heads)}
+    runs["flash attention"] = lambda: peers.flash(heads, causal=causal)
+    slow: dict[str, Callable[[], Run | None]] = {"flex compiled": lambda: peers.rows(peers.causal_flex(n), heads)} if causal else {}
     pairs = n * (n + 1) // 2 if causal else n * n
     name = f"{'causal' if causal else 'global'} {n}"
     family = "causal" if causal else name
-    return Case(family, name, "ViT", (n,), heads, 64, pairs, pattern, runs, batch=batch)
+    return Case(family, name, "ViT", (n,), heads, 64, pairs, pattern, runs, slow_peers=slow, batch=batch)
 
 
 def _channel(n: int, heads: int) -> Case:
@@ -205,7 +207,7 @@ def _neighborhood(side: int, size: int, dilation: int, heads: int) -> Case:
     if n * n <= MASK_MOST:
         mask = partial(peers.neighborhood_mask, grid, size, dilation)
         runs["sdpa mask"] = lambda: peers.rows(partial(peers.sdpa, bias=mask()), heads)
-    slow = {"flex compiled": lambda: peers.rows(peers.flex(grid, size), heads)} if dilation == 1 else {}
+    slow: dict[str, Callable[[], Run | None]] = {"flex compiled": lambda: peers.rows(peers.flex(grid, size, dilation), heads)}
     family = "dilated" if dilation > 1 else "neighbourhood"
     name = f"neighbourhood {size}" + (f" dilated {dilation}" if dilation > 1 else "")
     model = "DiNAT" if dilation > 1 else "NAT"

@@ -24,6 +24,7 @@ import attnc
 from attnc import patterns
 from attnc.errors import AttncError
 from attnc.runtime import device as devices
+from attnc.runtime import winners
 from attnc.runtime.device import Device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,16 +115,19 @@ def correctness(where: Device, check: Check, dtype: str, backend: str = "triton"
     return row | {"ok": ok, "out": ours[0], "eager out": theirs[0], "gradients": max(ours[1:]), "eager gradients": max(theirs[1:])}
 
 
-def speed(where: Device, case: Any, dtype: str, batch: int, backward: bool, runners: dict[str, Any] | None = None) -> dict[str, Any]:
+def speed(where: Device, case: Any, dtype: str, batch: int, backward: bool, makers: dict[str, Any] | None = None) -> dict[str, Any]:
     """One case of the bench beside its peers, in the form of the CPU's rows. A peer that fails is named with its reason."""
     kind = getattr(torch, dtype)
     inputs = tuple(t.to(where.where).requires_grad_(backward) for t in case.inputs(batch, kind))
     failed: dict[str, str] = {}
     measured: dict[str, Callable[[], Any]] = {}
-    for name, run in (runners or case.runners(slow=True)).items():
+    makers = {"attnc": case.ours, **case.peers, **case.slow_peers} if makers is None else makers
+    for name, make in makers.items():
         try:
-            measured[name] = _pass(run, inputs, backward)
-            measured[name]()
+            run = make()
+            if run is not None:
+                measured[name] = _pass(run, inputs, backward)
+                measured[name]()
         except Exception as e:  # a peer that lacks a kernel for this GPU or dtype is no fault of ours; ours fails the run
             if name == "attnc":
                 raise
@@ -137,7 +141,7 @@ def speed(where: Device, case: Any, dtype: str, batch: int, backward: bool, runn
     return {
         "name": case.name, "size": case.size, "family": case.family, "model": case.model, "dtype": dtype, "asked batch": batch,
         "batch": case.batch or batch, "pass": "forward + backward" if backward else "forward", "seconds": times, "failed": failed,
-        "peer": peer, "ratio": theirs.get(peer, float("nan")) / times["attnc"],
+        "peer": peer, "ratio": theirs[peer] / times["attnc"] if theirs else None,
         "share": case.flops(batch, backward) / times["attnc"] / rate,
     }  # fmt: skip
 
@@ -184,9 +188,14 @@ def measure(
                 rows.append(speed(where, case, dtype, batch, backward))
                 r = rows[-1]
                 ms = 1e3 * r["seconds"]["attnc"]
-                say(f"{r['name']:28}{r['size']:14}{dtype:10}b{batch} {r['pass']:20}{ms:9.4f} ms {r['ratio']:6.2f}x {r['peer']}")
-    about = {"gpu": where.name, "target": where.target, "torch": torch.__version__, "seconds": clock() - start}
+                say(f"{r['name']:28}{r['size']:14}{dtype:10}b{batch} {r['pass']:20}{ms:9.4f} ms {_times(r['ratio'])}x {r['peer']}")
+    tuned = sum(k["device"] == {"name": where.name, "target": where.target} for k, _ in winners.every())
+    about = {"gpu": where.name, "target": where.target, "torch": torch.__version__, "seconds": clock() - start, "tuned": tuned}
     return {"machine": about, "correctness": found, "rows": rows, "not measured": skipped}
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the page
@@ -210,8 +219,15 @@ def write(report: dict[str, Any], results: Path, docs: Path) -> Path:
     lines += [f"{m['gpu']} ({m['target']}), torch {m['torch']}; {m['seconds'] / 60:.1f} minutes.", ""]
     lines += ["- **ratio**: the best peer's median time over attnc's, by the GPU's own events, the L2 emptied before each run."]
     lines += ["- **share**: useful operations over the GPU's own 4096^3 product in the same dtype."]
-    lines += [f"- {report['not measured']} rows were not reached in the time.", ""]
-    lines += ["## Correctness", "", f"{len(report['correctness']) - len(wrong)} of {len(report['correctness'])} within the budget."]
+    lines += [
+        f"- {report['not measured']} rows were not reached in the time; {m['tuned']} tuned winners of this GPU lay in the cache."
+    ]
+    lines += [
+        "",
+        "## Correctness",
+        "",
+        f"{len(report['correctness']) - len(wrong)} of {len(report['correctness'])} within the budget.",
+    ]
     head = ("pattern", "grid", "dtype", "error", "eager's", "gradients", "eager's", "")
     cells = []
     for c in report["correctness"]:
@@ -226,15 +242,18 @@ def write(report: dict[str, Any], results: Path, docs: Path) -> Path:
     for (dtype, batch, what), mine in groups.items():
         title = f"{dtype}, batch {batch}, {what}"
         picture = f"performance-{name}-{dtype}-b{batch}-{'training' if '+' in what else 'forward'}.png"
-        page._ratios([r | {"bar": {"ratio": 1.0, "share": None}} for r in mine if r["ratio"] == r["ratio"]], title, docs / "img" / picture)
-        lines += [f"### {title}", "", f"![ratios to the best peer: {title}](img/{picture})"]
+        lines += [f"### {title}", ""]
+        beside = [r | {"bar": {"ratio": 1.0, "share": None}} for r in mine if r["ratio"] is not None]
+        if beside:
+            page._ratios(beside, title, docs / "img" / picture)
+            lines += [f"![ratios to the best peer: {title}](img/{picture})"]
         head = ("pattern", "size", "attnc ms", "best peer", "its ms", "ratio", "share", "others, ms", "did not run")
         body = []
         for r in mine:
             others = {n: t for n, t in r["seconds"].items() if n not in ("attnc", r["peer"])}
             shown = ", ".join(f"{n} {page._ms(t)}" for n, t in others.items()) or "-"
             its = page._ms(r["seconds"][r["peer"]]) if r["peer"] in r["seconds"] else "-"
-            times = (page._ms(r["seconds"]["attnc"]), r["peer"], its, f"{r['ratio']:.2f}", f"{r['share']:.2f}")
+            times = (page._ms(r["seconds"]["attnc"]), r["peer"], its, _times(r["ratio"]), f"{r['share']:.2f}")
             body.append((r["name"], r["size"], *times, shown, ", ".join(r["failed"]) or "-"))
         lines += page._table(head, body)
     out = docs / f"performance-{name}.md"

@@ -220,21 +220,48 @@ class Halo:
         return out.flatten(2, 3)[:, :, self.back]
 
 
-def flex(grid: Grid, size: int) -> Attention:
-    """FlexAttention, compiled, with its block mask built beforehand."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flex(grid: Grid, size: int, dilation: int = 1) -> Attention:
+    """FlexAttention, compiled, with its block mask built beforehand, in a (dilated) neighbourhood."""
+    side, far = grid[1], dilation
 
-    side = grid[1]
+    def near(q: Tensor, k: Tensor, n: int) -> Tensor:
+        groups = (n - q % far + far - 1) // far  # tokens of the query's residue class
+        start = torch.minimum(q // far - size // 2, groups - size).clamp_min(0)
+        return (q % far == k % far) & (k // far >= start) & (k // far < start + size)
 
     def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        y = (q // side - size // 2).clamp(0, grid[0] - size)
-        x = (q % side - size // 2).clamp(0, side - size)
-        return (k // side >= y) & (k // side < y + size) & (k % side >= x) & (k % side < x + size)
+        return near(q // side, k // side, grid[0]) & near(q % side, k % side, side)
 
-    n = math.prod(grid)
-    block_mask = create_block_mask(mod, None, None, n, n, device="cpu")
+    return _flex(mod, math.prod(grid))
+
+
+def causal_flex(n: int) -> Attention:
+    """FlexAttention, compiled, causal."""
+    return _flex(lambda b, h, q, k: q >= k, n)
+
+
+def _flex(mod: Callable[..., Tensor], n: int) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = create_block_mask(mod, None, None, n, n, device=str(torch.get_default_device()))
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+
+
+def flash(heads: int, *, causal: bool = False) -> Runner | None:
+    """FlashAttention's own package, on a GPU and where it is installed."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from flash_attn import flash_attn_qkvpacked_func
+    except ImportError:
+        return None
+
+    def run(qkv: Tensor) -> Tensor:
+        out: Tensor = flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, heads, -1)), causal=causal)
+        return out.flatten(-2)
+
+    return run
 
 
 def natten(heads: int, size: int, dilation: int) -> Runner | None:

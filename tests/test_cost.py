@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy as sp
 
 import attnc
 from attnc import ir, patterns
-from attnc.analysis.algebra import symbol
-from attnc.report import costs, inspect
+from attnc.analysis.algebra import FloorDiv, FloorMod, symbol
+from attnc.report import costs, inspect, weigh
 from attnc.report.issued import issued
 from attnc.report.subject import subject
 from attnc.schedule import cost, tiles
@@ -41,18 +42,30 @@ PATTERNS: list[Any] = [
 def test_counts_as_functions_of_the_sizes_are_those_of_the_tiling(p: attnc.Pattern) -> None:
     """Programs and chunks, symbolic in the lengths, at sizes that no tile divides."""
     program = attnc.compile(p, grid=(None, None)).program(2)
-    for grid in ((13, 8), (20, 31)):
-        g = geometry(program, grid, grid)
-        sizes = {symbol(ir.size("q", i)): a.queries for i, a in enumerate(g.axes)}
-        for side, rows, chunk in (("q", (4, 8), (2, 16)), ("k", (5, 3), (8, 4)), ("q", (6, 1), (6, 3))):
-            n = len(g.axes)
-            tile = tiles.Tile(rows[:n], chunk[:n])
+    for side, rows, chunk in (("q", (4, 8), (2, 16)), ("k", (5, 3), (8, 4)), ("q", (6, 1), (6, 3))):
+        structure = geometry(program, (9, 9), (9, 9)).structure
+        n = len(structure.axes)
+        tile = tiles.Tile(rows[:n], chunk[:n])
+        symbolic = counts(p.name, structure, side, tile)  # type: ignore[arg-type]
+        for grid in ((13, 8), (20, 31), (1, 64)):
+            g = geometry(program, grid, grid)
+            sizes = {symbol(ir.size("q", i)): a.queries for i, a in enumerate(g.axes)}
             ws = tiles.walks(g, side, tile)  # type: ignore[arg-type]
-            found = [value(e, sizes) for e in counts(p.name, g.structure, side, tile)]  # type: ignore[arg-type]
+            found = [value(e, sizes) for e in symbolic]
             expected = [1, 1]
             for w in ws:
                 expected = [expected[0] * w.programs, expected[1] * w.steps]
             assert found == expected, (grid, side, tile)
+
+
+def test_a_multiple_is_a_multiple_by_its_factors() -> None:
+    """sympy 1.14 takes Max(0, 6 * z + 2 * n) / 6 for an integer, which it is not at n = 1."""
+    z, n = sp.Symbol("z", integer=True), sp.Symbol("n", integer=True, positive=True)
+    assert (sp.Max(0, 6 * z + 2 * n) / 6).is_integer in (True, None)
+    assert FloorDiv(sp.Max(0, 6 * z + 2 * n), 6).subs({z: 0, n: 1}) == 0
+    assert FloorMod(sp.Max(0, 6 * z + 2 * n), 6).subs({z: 0, n: 1}) == 2
+    assert FloorDiv(6 * z + n, 6) == z + FloorDiv(n, 6)
+    assert FloorDiv(z * n + 1, n) == z + FloorDiv(1, n)
 
 
 def test_the_whole_model_is_a_function_of_the_sizes() -> None:
@@ -107,7 +120,7 @@ def test_facts_of_gpus() -> None:
     """Every target has a chip with its sources, whose limits are those that tiles are chosen for and occupancy is counted with."""
     assert {c.target for c in chips()} == set(inspect.TARGETS)
     for c in chips():
-        threads, registers, shared, blocks = inspect.LIMITS[c.target]
+        threads, registers, shared, blocks = weigh.LIMITS[c.target]
         assert (c.threads, c.registers, 1024 * c.shared, c.blocks) == (threads, registers, shared, blocks), c.name
         assert tiles.shared_limit(c.target) <= 1024 * c.shared_block <= shared
         assert c.peak["float16"] >= c.peak["float32"] > 0

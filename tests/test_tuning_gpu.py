@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,3 +267,30 @@ def test_without_a_gpu_it_says_so() -> None:
     assert said.exit_code == 2
     assert "no GPU here" in said.stderr
     assert len(said.stderr.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------- in modules
+def test_a_module_carries_what_was_measured_and_runs_it() -> None:
+    """Tuned for H100s: the module emitted for their target has the table and the winner's tile; other targets and dtypes do not."""
+    p = patterns.neighborhood(7)
+    sizes: dict[str, Any] = {"grid": (28, 28), "heads": 2, "head_dim": 32}
+    plain = {d: attnc.emit(p, **sizes, target="cuda:90", dtype=d) for d in ("float16", "float32")}
+    assert "TUNED" not in plain["float16"]
+    trials = attnc.tune(p, SHAPE, fake(Clock())).races[0].trials
+    attnc.tune(p, SHAPE, fake(Clock(fast=next(t.choice for t in trials[1:] if "2 warps" in t.choice))))
+    module = attnc.emit(p, **sizes, target="cuda:90")
+    assert module == attnc.emit(p, **sizes, target="cuda:90")
+    end = module.index("@triton.jit")
+    table = ast.literal_eval(module[module.index("TUNED = ") + len("TUNED = ") : end].strip())
+    assert table == winners.table(call_of(p, (28, 28)).program, "cuda:90")
+    assert {r["device"]["name"] for r in table["winners"]} == {"NVIDIA H100 80GB HBM3"}
+    assert {r["shape"] for r in table["winners"]} == {"28x28, 1x2 heads of 32"}
+    (choice,) = (r["choice"]["forward"] for r in table["winners"] if r["direction"] == "forward")
+    rows, chunk = ("x".join(map(str, choice[n])) for n in ("rows", "chunk"))
+    for text, expected in ((module, True), (plain["float16"], False)):
+        line = next(x for x in text.splitlines() if x.startswith("tile:") and "forward" in x)
+        assert (f"{rows} rows" in line and f"chunks of {chunk}" in line and "2 warps" in line) == expected
+    assert attnc.emit(p, **sizes, target="cuda:80").find("TUNED") == -1
+    wide = attnc.emit(p, **sizes, target="cuda:90", dtype="float32")
+    assert "TUNED" in wide  # the table goes along; its tiles are another dtype's
+    assert wide.split('"""')[1] == plain["float32"].split('"""')[1]

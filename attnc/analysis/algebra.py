@@ -22,7 +22,8 @@ def _parts(a: sp.Expr, b: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
     multiple, rest = sp.Integer(0), sp.Integer(0)
     for term in sp.Add.make_args(sp.expand(a)):
         ratio = term / b
-        if ratio.is_integer:
+        # no denominator may be left: sympy 1.14 takes Max(0, 6 * z + 2 * n) / 6 for an integer
+        if ratio.is_integer and sp.fraction(ratio)[1] == 1:
             multiple += ratio
         elif term.is_Integer and b.is_Integer:
             multiple += term // b

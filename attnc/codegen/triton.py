@@ -7,9 +7,11 @@ backend loads the same text with sizes as arguments.
 from __future__ import annotations
 
 import hashlib
+import pprint
 import re
 import textwrap
 from dataclasses import replace
+from typing import Any
 
 from attnc import ir
 from attnc.analysis.structure import analyse
@@ -100,9 +102,10 @@ def source(
     dtype: str = "",
     target: str = "",
     whole: ir.Attend | None = None,
+    tuned: Any = None,
 ) -> str:
     """The module's text. parts: those of a union, which run one after the other (see `part_specs`). whole: the statement with the
-    row maps and the sink that its `attention` puts around the kernels."""
+    row maps and the sink that its `attention` puts around the kernels. tuned: what was measured of it, data that it carries."""
     module, every = printed(spec, parts)
     hosts = [Host(s, kernels, flat, module, whole) for s, kernels, flat in every]
     kernels, flat = ([k for each in every for k in each[i]] for i in (1, 2))
@@ -119,6 +122,8 @@ def source(
         grids = f"GRID = {spec.geometry.q_grid!r}\n"
         if not spec.program.same_grid:
             grids += f"KV_GRID = {spec.geometry.k_grid!r}\n"
+    if tuned is not None:
+        grids += f"# what was measured, on which devices and at which shapes\nTUNED = {pprint.pformat(tuned, width=124)}\n"
     last = "import triton.language as tl\n"
     head = HEAD.replace(last, last + host.imports)
     texts = [docstring(spec, parts, heads, dtype, target, whole) + "\n\n" + head + grids]
@@ -183,8 +188,11 @@ def emit_triton(
     value_dim: int,
     dtype: str,
     target: str,
+    chosen: Tiles | None = None,
+    tuned: Any = None,
 ) -> str:
-    """The source of a stand-alone module exposing `attention(q, k, v, *, scale=None, **tables)` on this grid."""
+    """The source of a stand-alone module exposing `attention(q, k, v, *, scale=None, **tables)` on this grid. chosen: tiles that
+    were measured, in place of the model's; tuned: the table they come from."""
     if isinstance(program.attend, ir.Channel):
         from attnc.codegen.triton_channel import emit_channel
 
@@ -192,9 +200,9 @@ def emit_triton(
     itemsize = 4 if dtype == "float32" else 2
     core = around.core_program(program)
     sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
-    spec = make_spec(core, q_grid, k_grid, **sizes, target=target)
+    spec = make_spec(core, q_grid, k_grid, **sizes, chosen=chosen, target=target)
     parts = part_specs(core, q_grid, k_grid, heads, **sizes, target=target)
-    return source(spec, parts=parts, heads=heads, dtype=dtype, target=target, whole=program.attend)
+    return source(spec, parts=parts, heads=heads, dtype=dtype, target=target, whole=program.attend, tuned=tuned)
 
 
 def part_specs(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnc import ir
 from attnc.arguments import GridLike, PadLike
 from attnc.compiler import compile
-from attnc.errors import DeclarationError, ShapeError, UnsupportedError
+from attnc.errors import CacheError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
+
+if TYPE_CHECKING:
+    from attnc.schedule.tiles import Tiles
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100", "cpu")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -31,6 +36,9 @@ def emit(
     target: str = "cuda:90",
 ) -> str:
     """The source of a Python module with `attention(q, k, v, *, scale=None, **tables)`, differentiable, that imports no attnc.
+
+    Where the cache holds winners of `attnc.tune` for this statement and target, the module carries them (`TUNED`) and runs the
+    tiles of those that fit its grid, dtype and head dimensions; else the cost model's.
 
     Args:
         p: a pattern, or a mechanism of one channel attention.
@@ -72,7 +80,52 @@ def emit(
     from attnc.codegen.triton import emit_triton
 
     sizes = {"heads": heads, "head_dim": head_dim, "value_dim": values}
-    return emit_triton(program, q_grid, k_grid, **sizes, dtype=text, target=target)
+    chosen, tuned = (
+        (None, None) if isinstance(p, Mechanism) else _tuned(program, q_grid, k_grid, **sizes, dtype=text, target=target)
+    )
+    return emit_triton(program, q_grid, k_grid, **sizes, dtype=text, target=target, chosen=chosen, tuned=tuned)
+
+
+def _tuned(
+    program: ir.Program,
+    q_grid: tuple[int, ...],
+    k_grid: tuple[int, ...],
+    *,
+    heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    target: str,
+) -> tuple[Tiles | None, dict[str, Any] | None]:
+    """What was measured of a statement on a target's devices, and the tiles of those winners that fit: of this dtype, these head
+    dimensions and this grid's bucket, with the most (batch, head) pairs. (None, None) where nothing was."""
+    from attnc.codegen.around import core_program
+    from attnc.runtime import triton_choice, winners
+    from attnc.schedule import tiles
+    from attnc.schedule.choose import bucket
+    from attnc.schedule.cost import Sizes
+    from attnc.schedule.geometry import geometry
+
+    core = core_program(program)
+    try:
+        table = winners.table(core, target)
+    except CacheError:  # a module needs no cache to be printed
+        return None, None
+    if not table["winners"]:
+        return None, None
+    grids = [[bucket(n) for n in grid] for grid in (q_grid, k_grid)]
+    wanted = {"dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+    mine = [r for r in table["winners"] if all(r[n] == x for n, x in wanted.items())]
+    mine = [r for r in mine if [r["bucket"]["grid"], r["bucket"]["kv_grid"]] == grids]
+    g, chosen = geometry(core, q_grid, k_grid), {}
+    for r in sorted(mine, key=lambda r: int(r["bucket"]["items"])):
+        items, backward = int(r["bucket"]["items"]), r["direction"] == "backward"
+        sizes = Sizes(heads, heads, max(1, items // heads), head_dim, value_dim, dtype)
+        for _, c in triton_choice.candidates(g, sizes, backward, target, str(r["device"]["name"])):
+            if c.data() == r["choice"]:
+                chosen |= c.given()
+    own = tiles.tiles(g, head_dim, value_dim, sizes.itemsize, target) if mine else None
+    return None if own is None else replace(own, **chosen), table
 
 
 def _channel(m: Mechanism) -> ir.Program:

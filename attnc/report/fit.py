@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnc.errors import BuildError
-from attnc.report import inspect
+from attnc.report.inspect import compile_module
+from attnc.report.weigh import code_of, occupancy
 from attnc.runtime.call import Call, empty_like_order, lse_like
 from attnc.runtime.triton import text_of
 from attnc.runtime.triton_choice import Choice
@@ -46,17 +47,17 @@ def _flaw(
             module.run_forward(*rows, named, scale, *grids)
 
     try:
-        launches = inspect.compile_module(module, target, launch)
+        launches = compile_module(module, target, launch)
     except BuildError as e:
         return str(e).splitlines()[0]
     most = 1024 * chip(target).shared_block
     for one in launches:
-        code = inspect.code_of(one, target)
+        code = code_of(one, target)
         if code.spill_bytes:
             return f"{one.name} spills {code.spill_bytes} bytes"
         if code.shared_bytes > most:
             return f"{one.name} takes {code.shared_bytes} bytes of shared memory, a block has {most}"
-        share = inspect.occupancy(code, one.warps, target)
+        share = occupancy(code, one.warps, target)
         if share < LEAST:
             return f"{one.name} keeps {share:.1%} of the threads alive"
     return None

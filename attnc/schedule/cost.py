@@ -77,7 +77,7 @@ _PRODUCTS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2), "fused": (3, 2)}
 _ROWS = {"forward": (1, 0), "dq": (1, 2), "dkv": (1, 1), "fused": (1, 1)}
 _COLUMNS = {"forward": (1, 1), "dq": (1, 1), "dkv": (1, 1), "fused": (1, 1)}
 _WRITES = {"forward": (0, 1), "dq": (1, 0), "dkv": (1, 1), "fused": (2, 1)}
-# instructions of a kernel over the count of `tiles.instructions`, which ranks tiles of one kernel: counted for sm_90 (docs/tuning.md)
+# instructions of a kernel over `tiles.instructions`, which ranks the tiles of one kernel: counted for sm_90 (docs/tuning.md)
 _HEAVIER = {"forward": 1.35, "dq": 1.35, "dkv": 1.55, "fused": 1.7}
 
 

@@ -16,6 +16,16 @@ from attnc.analysis.structure import Structure
 from attnc.errors import UnsupportedError
 from attnc.schedule.tiles import Side, Tile
 
+
+class Let(sp.Function):  # type: ignore[misc]
+    """Let(e, x, a): e at x = a, left as it stands (put in, sympy would take seconds to find its maxima)."""
+
+    nargs = (3,)
+
+    def _eval_is_integer(self) -> bool:
+        return True
+
+
 T = sp.Symbol("t", integer=True, nonnegative=True)
 
 
@@ -36,6 +46,7 @@ def axis_counts(
     name: str, form: AxisForm, axis: int, side: Side, rows: int, chunk: int, *, same_grid: bool = True
 ) -> tuple[sp.Expr, sp.Expr]:
     """One axis, of an unpadded statement: tiles begin at block borders, rows past the end see what the last row sees."""
+    j, r = symbol(J), symbol(R) if form.split != ir.ONE else sp.Integer(0)
     nq, nk = (symbol(ir.size(role, axis)) for role in ("q", "q" if same_grid else "k"))
     size, other = (nq, nk) if side == "q" else (nk, nq)
     try:
@@ -43,10 +54,9 @@ def axis_counts(
         block = None if form.block is None else _sympy(form.block)
         columns = side == "k" and form.inverse_lo is None
         ends = (form.lo, form.hi) if side == "q" or columns else (form.inverse_lo, form.inverse_hi)
-        lo, hi = (_sympy(e).xreplace({symbol(I): symbol(J)}) for e in ends if e is not None)
+        lo, hi = (_sympy(e).xreplace({symbol(I): j, symbol(R): r}) for e in ends if e is not None)
     except NotAlgebraic as e:
         raise UnsupportedError(f"pattern {name}: axis {axis} has no closed form to count with ({e}); count it at a size") from e
-    j, r = symbol(J), symbol(R)
     off = FloorMod(-shift, block) if block is not None else sp.Integer(0)
     begin = rows * FloorDiv(off, rows) - off
     tiles = _ceil(_ceil(size, split) - begin, rows)
@@ -54,16 +64,17 @@ def axis_counts(
     last_row = FloorDiv(size - 1 - r, split)
     last = sp.Max(sp.Min(begin + T * rows + rows - 1, last_row), 0)
     first = sp.Min(sp.Max(begin + T * rows, 0), last)
-    left, right = sp.Max(lo.xreplace({j: first}), 0), sp.Min(hi.xreplace({j: last}), length - 1) + 1
+    left = sp.Max(Let(lo, j, first), 0, evaluate=False)
+    right = sp.Min(Let(hi, j, last), length - 1, evaluate=False) + 1
     if columns:
         left, right = sp.Integer(0), length
     classes = sp.Min(split, size)
-    per_tile = sp.Max(_ceil(right - left, chunk), 0)
+    per_tile = sp.Max(_ceil(right - left, chunk), 0, evaluate=False)
     if form.full and form.split == ir.ONE:  # every tile walks the whole axis
         return tiles, tiles * _ceil(other, chunk)
-    steps: Any = sp.Sum(per_tile, (T, 0, tiles - 1))
-    steps = steps.xreplace({r: sp.Integer(0)}) if form.split == ir.ONE else sp.Sum(steps, (r, 0, classes - 1))
-    return tiles * classes, steps
+    if form.split == ir.ONE:
+        return tiles, sp.Sum(per_tile, (T, 0, tiles - 1))
+    return tiles * classes, sp.Sum(per_tile, (T, 0, tiles - 1), (r, 0, classes - 1))
 
 
 def _sympy(e: ir.Expr) -> sp.Expr:
@@ -84,7 +95,7 @@ def _sympy(e: ir.Expr) -> sp.Expr:
 
 
 def _ceil(a: Any, b: Any) -> Any:
-    return -FloorDiv(-a, sp.sympify(b))
+    return -FloorDiv(-a, sp.sympify(b), evaluate=False)
 
 
 def value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int:
@@ -103,6 +114,8 @@ def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int | Fraction:
         *limits, (x, a, b) = e.limits  # the last is the outermost
         inner = sp.Sum(e.function, *limits) if limits else e.function
         return sum(_value(inner, {**sizes, x: n}) for n in range(value(a, sizes), value(b, sizes) + 1))
+    if isinstance(e, Let):
+        return _value(e.args[0], {**sizes, e.args[1]: value(e.args[2], sizes)})
     if isinstance(e, Choice):
         return _value(e.args[1 if _value(e.args[0], sizes) <= 0 else 2], sizes)
     found = [_value(a, sizes) for a in e.args]
