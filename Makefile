@@ -1,4 +1,5 @@
-# make setup | demo | test | lint | bench | gpu | fuzz | clean       (`make test ARGS="-k cache"` passes arguments to pytest)
+# make setup | demo | test | lint | bench | gpu | gpu-static | gpusim | fuzz | clean
+# (`make test ARGS="-k cache"` passes arguments to pytest)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ ARGS   ?=
 # make setup TORCH=torch
 TORCH  ?= torch>=2.11,<2.14
 
-.PHONY: setup demo test lint bench gpu fuzz clean
+.PHONY: setup demo test lint bench gpu gpu-static gpusim fuzz clean
 setup: $(STAMP)
 
 $(STAMP): Makefile pyproject.toml setup.py tools/torchvision_cpu.py
@@ -49,6 +50,17 @@ gpu: setup
 MINUTES ?= 10
 fuzz: setup
 	OMP_WAIT_POLICY=passive $(PY) tests/fuzz.py --minutes $(MINUTES)
+
+# the library's kernels compiled for named GPUs and read as machine code: docs/gpu-static.json, and docs/gpu-static.md from it.
+# What is there and has not changed is kept; from nothing it is about an hour of two cores. ARGS="--page" writes the page alone
+gpu-static: setup
+	$(PY) -W ignore docs/make_gpu_static.py $(ARGS)
+
+# every library pattern, forward and backward, float16 and bfloat16, as compiled PTX in the simulator; a JSON line a case, errors in
+# units of the budget. SIM: the simulator's folder
+SIM ?= ../shared/tools/gpusim
+gpusim: setup
+	for arch in 80 90; do TRITON_INTERPRET=0 $(PY) -W ignore tests/triton_cases.py library --sim $(SIM) $$arch || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

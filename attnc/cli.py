@@ -69,6 +69,7 @@ def _point(word: str) -> tuple[int, ...]:
 
 
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="NAME:key=value,... or FILE.py:NAME:key=value,...")]
+Specs = Annotated[list[str], typer.Argument(metavar="SPEC...", help="NAME:key=value,... or FILE.py:NAME:key=value,...")]
 Grid = Annotated[str, typer.Option(metavar="HxW", help="Grid size, one integer for each axis: 56x56.")]
 Heads = Annotated[int, typer.Option(min=1, help="Heads.")]
 HeadDim = Annotated[int, typer.Option(min=1, max=256, help="Channels of a head.")]
@@ -131,25 +132,34 @@ def explain(
 
 @app.command("compile")
 def compile_(
-    spec: Spec,
+    specs: Specs,
     grid: Grid,
     heads: Heads = 1,
     head_dim: HeadDim = 32,
     dtype: Dtype = "float16",
     target: Target = "cuda:90",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; else stdout.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="File to write, or folder/; else stdout.")] = None,
 ) -> None:
-    """Print the stand-alone Python module with the fused forward and backward kernels."""
+    """Print the stand-alone Python module with the fused forward and backward kernels.
+
+    With several SPECs, or an output that ends in a slash: a folder that pip installs, also in the layout of Hugging Face's kernels.
+    """
     import attnc
 
     sizes = _sizes(grid)
-    pattern = _resolve(spec)
+    patterns = [(spec, _resolve(spec)) for spec in specs]
+    options: dict[str, Any] = {"grid": sizes, "heads": heads, "head_dim": head_dim, "dtype": dtype, "target": target}
+    if len(patterns) > 1 or (output is not None and output.endswith("/")):
+        if output is None:
+            raise typer.BadParameter("several patterns are written to a folder: -o package/", param_hint="--output")
+        _write_package(patterns, Path(output), options)
+        return
     with _working("compiling"):
-        source = attnc.emit(pattern, grid=sizes, heads=heads, head_dim=head_dim, dtype=dtype, target=target)
+        source = attnc.emit(patterns[0][1], **options)
     if output is None:
         typer.echo(source, nl=not source.endswith("\n"))
         return
-    _write(output, source)
+    _write(Path(output), source)
     typer.echo(f"{output}: {len(source.splitlines())} lines")
 
 
@@ -324,6 +334,23 @@ def _out() -> Console:
 def _working(what: str) -> Any:
     """A spinner on stderr while a step runs (nothing is shown where stderr is no terminal)."""
     return Console(stderr=True).status(what)
+
+
+def _write_package(patterns: list[tuple[str, Any]], folder: Path, options: dict[str, Any]) -> None:
+    """Write a folder of modules; progress on stderr."""
+    from attnc.report.package import package
+
+    with _working("compiling"):
+        files = package(patterns, folder, **options)
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is a file", param_hint="--output")
+    for name, text in files.items():
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise typer.BadParameter(f"cannot make {(folder / name).parent}: {error.strerror}") from error
+        _write(folder / name, text)
+    typer.echo(f"{folder}: {len(files)} files; pip install {folder}")
 
 
 def _write(path: Path, text: str) -> None:

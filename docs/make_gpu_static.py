@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -150,7 +151,6 @@ def compile_all(reports: dict[str, Any], words: list[str], minutes: float, worke
     """Bring `reports` up to date."""
     until = time.monotonic() + 60 * minutes
     jobs = [(key, setting, reports.get(key, {}).get("module")) for key, setting in wanted(words)]
-    jobs.sort(key=lambda j: j[2] is not None)  # what is missing first
     with ProcessPoolExecutor(workers) as pool:
         running = {}
         done = 0
@@ -169,7 +169,7 @@ def compile_all(reports: dict[str, Any], words: list[str], minutes: float, worke
                 done += 1
                 if found is not None:
                     reports[key] = found
-                    print(f"{done} {key}", flush=True)
+                    sys.stderr.write(f"{done} {key}\n")
                     save(reports)
                 break
 
@@ -199,7 +199,8 @@ def cell(k: dict[str, Any] | None) -> str:
     loads = "/".join(f"{n}x{bits}" for bits, n in k["global_loads"].items())
     loops = "/".join(f"{x['mask_instructions']}" for x in k["loops"] if x["kind"] == "full")
     masks = f", {loops} selects" if loops else ""
-    return f"{k['ti']:.1f} ({k['registers']} regs{spill}, {k['shared_bytes'] / 1024:.0f} KiB, {k['mma_instructions']} MMA, {loads}{masks})"
+    shared, mma = f"{k['shared_bytes'] / 1024:.0f} KiB", f"{k['mma_instructions']} MMA"
+    return f"{k['ti']:.1f} ({k['registers']} regs{spill}, {shared}, {mma}, {loads}{masks})"
 
 
 def page(reports: dict[str, Any]) -> str:

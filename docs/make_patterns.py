@@ -138,7 +138,7 @@ Score elements that the kernels compute over those that the pattern allows, at g
 model chooses for heads of {dim}: on the GPU in float16 (rows x keys of a tile, per axis), on the CPU in float32 on 2 threads for 8
 images of {heads} heads (sides of a tile of queries; a *band* has 16 queries of a row in the lanes of a vector). *FlexAttention*:
 128x128 blocks of the flat sequence with a pair in them, which is what its block mask visits. *asked*: what the project asks of
-itself, on GPU and CPU (the shifted window's small edge groups are not packed together on the GPU yet).
+itself, on GPU and CPU.
 
 | pattern | grid | allowed | GPU tile | GPU | CPU | CPU | FlexAttention | asked |
 |---|---|---|---|---|---|---|---|---|

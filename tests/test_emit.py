@@ -9,8 +9,11 @@ import sys
 import pytest
 from test_triton import program
 
+import attnc
 from attnc import ir, patterns
 from attnc.codegen.triton import emit_triton
+from attnc.errors import DeclarationError, UnsupportedError
+from attnc.report.package import package
 
 OPTIONS = {"heads": 2, "head_dim": 32, "value_dim": 32, "dtype": "float16", "target": "cuda:90"}
 SCRIPT = """
@@ -38,6 +41,8 @@ if sys.argv[3] == "window":
 elif sys.argv[3] == "neighborhood":
     start = lambda c: (c - 1).clamp(0, 3)
     mask = ((start(y)[:, None] <= y) & (y <= start(y)[:, None] + 2)) & ((start(x)[:, None] <= x) & (x <= start(x)[:, None] + 2))
+elif sys.argv[3] == "axial":
+    mask = (y[:, None] == y) | (x[:, None] == x)
 if sys.argv[3] == "channel":
     weight = torch.softmax(q.transpose(-1, -2) @ k / 4, -1)
     want = v @ weight.transpose(-1, -2)
@@ -51,6 +56,11 @@ g = torch.randn_like(out)
 leaves = [q, k, v, *tables.values()]
 for a, b in zip(torch.autograd.grad(out, leaves, g), torch.autograd.grad(want, leaves, g)):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+if hasattr(module, "NAME"):  # a second copy of the module finds the operator of the first
+    operator = getattr(torch.ops.attnc_emitted, module.NAME)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert getattr(torch.ops.attnc_emitted, again.NAME) is operator
 refused = 0
 for wrong in ((q[:, :, 1:], k, v), (q, k[:1], v), (q.double(), k, v)):
     try:
@@ -65,6 +75,7 @@ MODULES = {
     "window-bias": (lambda: program(patterns.window(3, bias="relative")), "bias", "window"),
     "neighborhood": (lambda: program(patterns.neighborhood(3)), "no", "neighborhood"),
     "neighborhood-bias": (lambda: program(patterns.neighborhood(3, bias="relative")), "bias", "neighborhood"),
+    "union": (lambda: program(patterns.axial("y") | patterns.axial("x")), "no", "axial"),
     "channel": (lambda: ir.Program(ir.Channel(), ir.Tokens((None, None)), ir.Tokens((None, None))), "no", "channel"),
 }
 
@@ -94,3 +105,64 @@ def test_modules_are_short_and_deterministic(pattern, dim, dtype):
     assert "import attnc" not in text
     assert text.startswith('"""Attention with the pattern')
     compile(text, "module.py", "exec")
+
+
+def test_a_union_is_printed_as_its_parts():
+    text = attnc.emit(patterns.axial("y") | patterns.axial("x"), grid=(64, 64), heads=2, head_dim=64)
+    assert "parts:    2" in text
+    assert "waste:    1.01" in text
+    assert "def forward_2(" in text
+    assert "def backward_dkv_2(" in text
+
+
+PACKAGED = """
+import sys
+import torch
+import some_kernels
+
+assert not any(name.partition(".")[0] == "attnc" for name in sys.modules)
+q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
+out = some_kernels.window_size_2.attention(q, k, v)
+places = torch.arange(16).view(4, 4)
+group = places // 8 * 2 + places % 4 // 2
+mask = group.view(-1, 1) == group.view(1, -1)
+want = torch.softmax((q @ k.transpose(-1, -2) / 4).masked_fill(~mask, float("-inf")), -1) @ v
+torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+for wrong in (q.half(), q.to("meta")):
+    try:
+        other = q if wrong.is_meta else wrong
+        some_kernels.window_size_2.attention(other, wrong, wrong)
+    except ValueError as e:
+        assert "wants" in str(e), e
+    else:
+        raise AssertionError("taken")
+"""
+
+
+@pytest.mark.interpret
+def test_several_patterns_are_a_folder_that_pip_installs(tmp_path):
+    calls = [("window:size=2", patterns.window(2)), ("some/file.py:near", patterns.neighborhood(3))]
+    calls.append(("window:size=2", patterns.window(2, shift=1)))
+    folder = tmp_path / "some-kernels"
+    files = package(calls, folder, grid=(4, 4), heads=2, head_dim=16, dtype="float32")
+    inside = "build/torch-universal/some_kernels/"
+    names = ("__init__.py", "window_size_2.py", "file_near.py", "window_size_2_2.py")
+    assert set(files) == {"pyproject.toml", *(inside + n for n in names)}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(tmp_path / "there"), str(folder)], check=True, capture_output=True, text=True)
+    environment = {n: x for n, x in os.environ.items() if n != "PYTHONPATH"}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "there")}
+    command = [sys.executable, "-c", PACKAGED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_is_no_package_is_refused(tmp_path):
+    calls = [("window", patterns.window(2))]
+    with pytest.raises(UnsupportedError, match="target cpu writes one module at a time"):
+        package(calls, tmp_path / "a", grid=(4, 4), heads=1, head_dim=16, target="cpu")
+    with pytest.raises(DeclarationError, match=r"'---': the folder's name becomes the package's"):
+        package(calls, tmp_path / "---", grid=(4, 4), heads=1, head_dim=16)

@@ -206,6 +206,34 @@ SIMULATED["sigmoid"] = Case(
 SIMULATED["relu"] = Case(
     lambda: weighted(patterns.neighborhood(7), "relu cubed", post=True), (7, 12), 1, 1, 32, 32, 1, torch.float16
 )
+SIMULATED["window-joined"] = Case(
+    window(7, shift=3, bias="relative"), (14, 14), 1, 1, 32, 32, 2, torch.float16, tables={"bias": (1, 13, 13)}
+)
+# the library at two or three tiles an axis, for `make gpusim`
+LIBRARY = {
+    f"{name}-{str(dtype).removeprefix('torch.')}": Case(make, grid, 1, 1, 32, 32, 1, dtype, key_grid=keys)
+    for dtype in (torch.float16, torch.bfloat16)
+    for name, make, grid, keys in (
+        ("window", window(7), (14, 14), None),
+        ("window-shift", window(7, shift=3), (14, 21), None),
+        ("window-cut", window(7, shift=3), (13, 16), None),
+        ("blocks", lambda: patterns.blocks((4, 8)), (8, 16), None),
+        ("grid", lambda: patterns.grid(7), (14, 14), None),
+        ("axial", lambda: patterns.axial("x"), (3, 40), None),
+        ("strip", lambda: patterns.strip("y", 4), (20, 8), None),
+        ("dilated-blocks", lambda: patterns.dilated_blocks(4, 3), (14, 13), None),
+        ("neighborhood", neighborhood(7), (9, 17), None),
+        ("neighborhood-dilated", neighborhood(5, 2), (12, 17), None),
+        ("neighborhood-stride", neighborhood(7, stride=4), (12, 14), None),
+        ("neighborhood-causal", neighborhood(5, causal=True), (9, 17), None),
+        ("overlapping-window", lambda: patterns.overlapping_window(4, 8), (12, 12), None),
+        ("cross-scale", lambda: patterns.cross_scale(3), (12, 12), (6, 6)),
+        ("causal", lambda: patterns.causal(), (150,), None),
+        ("causal-2d", lambda: patterns.causal(), (9, 17), None),
+        ("band", lambda: patterns.band(2, 5), (9, 17), None),
+        ("full", lambda: patterns.full(), (9, 17), None),
+    )
+}
 
 # problems for operators, which put row maps and sinks around the kernels
 REST: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 16, "dv": 5, "batch": 1}
@@ -332,7 +360,8 @@ def main() -> None:
     if options.sim:
         simulate(str(Path(options.sim[0]).resolve()), int(options.sim[1]))
     for group in options.groups:
-        for name, case in (SIMULATED if group == "simulated" else HELD[group] if group in HELD else CASES[group]).items():
+        more = {"simulated": SIMULATED, "library": LIBRARY, **HELD}
+        for name, case in (more[group] if group in more else CASES[group]).items():
             try:
                 line: dict[str, Any] = {"case": name}
                 if isinstance(case, Problem):

@@ -63,11 +63,14 @@ def make_spec(
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     structure = analyse(program.attend, program.same_grid, padded)
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
-    return Spec(program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize)
+    hopper = target.startswith("cuda:") and int(target.removeprefix("cuda:")) >= 90  # whose products read from shared memory
+    return Spec(
+        program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, reloads=hopper
+    )
 
 
 def kernels_of(spec: Spec, module: Module, fuse: bool | None = None) -> tuple[list[Kernel], list[Kernel]]:
-    """The kernels of a statement, and the plain ones that prefix tokens need. fuse: all gradients in one; None: if possible."""
+    """The kernels of a statement, and the plain ones that prefix tokens need. fuse: all gradients in one; None: if so can be."""
     t = spec.tiles
     kernels = [Kernel(spec, "forward", t.forward, module)]
     fused = can_fuse(spec, t.dq, module) if fuse is None else fuse

@@ -53,8 +53,8 @@ if not hasattr(torch.ops.attnc_emitted, NAME):  # a second import of the same mo
         (NAME, "(Tensor q, Tensor k, Tensor v, Tensor[] tables, float scale) -> (Tensor, Tensor)", _forward, _forward_like),
         (
             NAME + "_backward",
-            "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, Tensor[] tables, float scale)"
-            " -> (Tensor, Tensor, Tensor, Tensor[])",
+            "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
+            "Tensor[] tables, float scale) -> (Tensor, Tensor, Tensor, Tensor[])",
             _backward,
             _backward_like,
         ),
@@ -132,11 +132,10 @@ class _Attention(torch.autograd.Function):
         lines.append(f"    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in ({listed}):")
         lines.append(f'        raise ValueError(f"dtypes {{q.dtype}}, {{k.dtype}}, {{v.dtype}}; this module wants {shown}")')
         others = "".join(f", {n}" for n in (*self.tables, *sink))
+        where = f'", ".join(sorted({{str(t.device) for t in (q, k, v{others})}}))'
+        told = "tensors on {where}; this module wants all of them on one GPU (TRITON_INTERPRET=1 serves a CPU)"
         lines.append(f"    if any(t.device != q.device for t in (k, v{others})) or not (q.is_cuda or INTERPRETED.value):")
-        lines.append('        where = ", ".join(sorted({str(t.device) for t in (q, k, v' + others + ")}))")
-        lines.append(
-            '        raise ValueError(f"tensors on {where}; this module wants all of them on one GPU (TRITON_INTERPRET=1 serves a CPU)")'
-        )
+        lines += [f"        where = {where}", f'        raise ValueError(f"{told}")']
         lines.append(f"    scale = {d} ** -0.5 if scale is None else float(scale)")
         if spec.plain and spec.bias is not None:
             lines.append("    if not scale > 0:")

@@ -163,7 +163,7 @@ class Scores(Shapes):
         flat = ok == "seen[None, :]" and not self.fused and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
         if self.tiled:
             self.ok = ok
-            if not self.fused:
+            if not (self.fused and spec.reloads):
                 self.bias_tile(ok)
             return "bias"
         if self.fused and ok:  # rows beyond the group must not reach dk and dv
@@ -199,8 +199,7 @@ class Scores(Shapes):
         return "seen"
 
     def bias_tile(self, ok: str) -> None:
-        """Print the load of the head's bias, with what masks this very group. Where all gradients of a group are made, no registers
-        are left to keep it from one batch item to the next."""
+        """Print the load of the head's bias, with what masks this very group."""
         place = f"tl.arange(0, {self.bm})[:, None] * {self.bn} + tl.arange(0, {self.bn})[None, :]"
         self.put(f"bias = tl.load(Bias + h * {self.bm * self.bn} + {place})")
         if ok and not (ok == "seen[None, :]" and all(p.exact for p in self.plans)):  # else the tile has these columns at -inf

@@ -29,7 +29,7 @@ class Steps(Scores):
             real = "real[:, None]"
             count = f" & (n < {self.chunk_count()})" if self.chunk_count() != self.bn else ""
             self.put(f"real = {self.real_keys([f'k{p.name}' for p in self.plans])}{count}")
-        if self.tiled and self.fused:
+        if self.tiled and self.fused and self.spec.reloads:
             self.bias_tile(self.ok)
         for t in columns:
             value = self.load(self.chunk_of(t), real or reach, self.channels(t))

@@ -67,7 +67,7 @@ def together(reports: list[KernelReport]) -> KernelReport:
         loops=[x for r in reports for x in r.loops],
         ti=sum(r.ti for r in reports),
         occupancy=min(r.occupancy for r in reports),
-        tile=" + ".join(r.tile for r in reports),
+        tile=" + ".join(dict.fromkeys(r.tile for r in reports)),
         num_warps=max(r.num_warps for r in reports),
         num_stages=max(r.num_stages for r in reports),
         global_loads=dict(sorted(widths.items(), reverse=True)),

@@ -271,7 +271,7 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
     if kind == "forward":
         warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
     else:
-        warps = 8 if width > 64 else 4
+        warps = 8 if width > 64 or (width > 32 and g.attend.tables) else 4  # a table's gradient lives beside those of rows
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
     tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
@@ -360,7 +360,7 @@ def _fitting(
             limit = held if one else min(held, 64) if tile.warps > 1 else held / 2 if kind != "dkv" else held
             rows_held = tile.bm * width / (LANES * tile.warps)  # operands stay in registers where one warp multiplies
             columns_held = tile.bn * width / LANES
-            most_rows, most_columns = (32, 64) if kind == "dkv" else (64, 128)
+            most_rows, most_columns = (32, 64) if kind == "dkv" or (kind == "dq" and width > 32) else (64, 128)
             if tile.warps == 1 and (rows_held > most_rows or columns_held > most_columns):
                 continue
             if tile.bm * tile.bn > max(limit * LANES * tile.warps, 16 * 16):

@@ -1,0 +1,101 @@
+"""The committed table of compiled kernels: what each is held to, the bars of six patterns, and that it is of today's kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+REPORTS: dict[str, dict[str, Any]] = json.loads((DOCS / "gpu-static.json").read_text(encoding="utf-8"))
+# kernels that spill all the same, with the bytes: registers that ptxas fills with a group's five products at 64 channels
+SPILLS: dict[str, int] = {}
+# thread-instructions that are above what is asked
+ABOVE = {("full(), one axis", "cuda:80", "backward_dkv"): 13.4}
+
+
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("make_gpu_static", DOCS / "make_gpu_static.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_gpu_static"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+PAGE = generator()
+
+
+@pytest.mark.parametrize("key", list(REPORTS))
+def test_no_kernel_spills_or_asks_for_more_than_its_chip_has(key: str) -> None:
+    found = PAGE.faults(key, REPORTS[key])
+    allowed = SPILLS.get(key)
+    if allowed is None:
+        assert not found
+    else:
+        assert [f for f in found if "spills" not in f] == []
+        assert max(k["spill_bytes"] for k in REPORTS[key]["kernels"].values()) == allowed
+
+
+@pytest.mark.parametrize("target, more", [("cuda:90", 1.0), ("cuda:80", 1.3)])
+@pytest.mark.parametrize("call", list(PAGE.BARS))
+def test_six_patterns_keep_their_bars(call: str, target: str, more: float) -> None:
+    _, dim, *most = PAGE.BARS[call]
+    n = next(n for n, each in enumerate(PAGE.LIBRARY) if each[0] == call)
+    kernels = REPORTS[PAGE.name_of(n, "float16", dim, target)]["kernels"]
+    helped = sum(k["ti"] for name, k in kernels.items() if name.endswith("_pre"))
+    assert kernels["forward"]["ti"] + helped <= most[0] * more
+    back = {name: k["ti"] for name, k in kernels.items() if name.startswith("backward")}
+    if most[2] is None:
+        assert sum(back.values()) <= most[1] * more
+        return
+    assert back["backward_dq"] <= most[1] * more
+    assert back["backward_dkv"] <= max(most[2] * more, ABOVE.get((call, target, "backward_dkv"), 0.0))
+
+
+def test_waste_is_what_is_asked() -> None:
+    asked = {
+        "neighborhood(7)": 3.3,
+        "neighborhood(7, dilation=4)": 3.3,
+        'window(7, bias="relative")': 1.71,
+        "window(7, shift=3)": 1.95,
+    }
+    asked |= dict.fromkeys(('axial("y") | axial("x")', "causal(), one axis", "full(), one axis"), 1.05)
+    held = [
+        (call, r["waste"]) for key, r in REPORTS.items() for call in asked if key.startswith(f"{call} ") and "64 | cuda:90" in key
+    ]
+    assert held
+    assert all(waste <= asked[call] for call, waste in held), held
+
+
+def test_full_tiles_are_as_free_of_masks_as_dense_attention() -> None:
+    """Compares and selects in the loop over full tiles, against those of the dense kernel's loop: causal has no more."""
+    for target in ("cuda:90", "cuda:80"):
+        dense, causal = (
+            REPORTS[f"{call}, one axis 4096 | float16 64 | {target}"]["kernels"]["forward"]["loops"]
+            for call in ("full()", "causal()")
+        )
+        full = [next(x for x in loops if x["kind"] == "full") for loops in (dense, causal)]
+        assert full[1]["mask_instructions"] <= full[0]["mask_instructions"] + 2
+        assert full[1]["instructions"] <= 1.1 * full[0]["instructions"]
+
+
+def test_the_page_is_written_from_the_table() -> None:
+    assert (DOCS / "gpu-static.md").read_text(encoding="utf-8") == PAGE.page(REPORTS)
+
+
+def test_a_report_made_anew_is_the_one_kept() -> None:
+    n = next(n for n, each in enumerate(PAGE.LIBRARY) if each[0] == "window(8)")
+    setting = {"n": n, "dtype": "float16", "head_dim": 64, "target": "cuda:90"}
+    kept = REPORTS[PAGE.name_of(**setting)]
+    assert PAGE.digest(setting) == kept["module"]
+    found = PAGE.measure(setting, kept["module"])["kernels"]
+    for name, kernel in kept["kernels"].items():  # another ptxas may count otherwise, and must not spill
+        assert found[name]["tile"] == kernel["tile"]
+        assert found[name]["spill_bytes"] == 0
+        assert found[name]["ti"] < 1.15 * kernel["ti"]
