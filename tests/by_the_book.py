@@ -43,7 +43,9 @@ def rotary(rows: Tensor, places: Tensor, base: float, interleaved: bool) -> Tens
     for axis, place in enumerate(places.clamp_min(0)):
         first = torch.arange(w // 2) * (2 if interleaved else 1) + axis * w
         second = first + (1 if interleaved else w // 2)
-        angle = place[:, None].double() * torch.tensor(base, dtype=torch.float64) ** (-torch.arange(w // 2, dtype=torch.float64) * 2 / max(w, 1))
+        angle = place[:, None].double() * torch.tensor(base, dtype=torch.float64) ** (
+            -torch.arange(w // 2, dtype=torch.float64) * 2 / max(w, 1)
+        )
         turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128 if rows.dtype == torch.float64 else torch.complex64)
         pair = torch.complex(*(rows[..., c].to(turn.real.dtype) for c in (first, second))) * turn
         out[..., first], out[..., second] = pair.real.to(rows.dtype), pair.imag.to(rows.dtype)

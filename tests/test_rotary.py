@@ -91,7 +91,9 @@ print("held")
 def test_scores_know_differences_of_places_alone() -> None:
     """One query row and one key row everywhere: a score depends on key minus query."""
     q, k = (torch.randn(1, 1, 1, 12, dtype=DOUBLE).expand(1, 1, 20, 12) for _ in range(2))
-    out = attnc.compile(pattern(20.0) & patterns.full(), grid=(4, 5), backend="torch")(q, k, torch.eye(20, dtype=DOUBLE)[None, None])
+    out = attnc.compile(pattern(20.0) & patterns.full(), grid=(4, 5), backend="torch")(
+        q, k, torch.eye(20, dtype=DOUBLE)[None, None]
+    )
     score = out[0, 0].log().view(4, 5, 4, 5)  # up to a constant of each row
     step = score[..., 1:] - score[..., :-1]
     torch.testing.assert_close(step[:, 1:, :, 1:], step[:, :-1, :, :-1])
