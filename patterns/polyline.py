@@ -19,8 +19,8 @@ def polyline(of: Pattern | None = None, *, corner: Literal["key column", "key ro
     then along that column; with corner="key row" along the query's column first.
 
     Tables `across`, `down` [B or 1, H or 1, Y, X]: the sums of step costs along each row and down each column, made from the
-    image. PPMA averages the outputs of both corners; its cheap form is `polyline(axial("x"))`, then `polyline(axial("y"))`. On a line
-    there is `across` [.., X] alone; on a video `through` [.., T, Y, X], too, whose leg is the last one ("key row": the first).
+    image. PPMA averages the outputs of both corners; its cheap form is `polyline(axial("x"))`, then `polyline(axial("y"))`. On a
+    line there is `across` [.., X] alone; on a video `through` [.., T, Y, X], too, whose leg is the last one ("key row": the first).
     """
     if corner not in ("key column", "key row"):
         raise DeclarationError(f"polyline(corner={corner!r}): 'key column' or 'key row'")

@@ -60,7 +60,7 @@ SCORES: dict[str, tuple[Callable[[], attnc.Pattern], Callable[[tuple[int, ...]],
 
 def paths(grid: tuple[int, ...]) -> Shapes:
     """The tables of a polyline, of one image for all."""
-    return {n: (1, 2, *grid) for n in ("across", "down", "through")[: len(grid)]}
+    return dict.fromkeys(("across", "down", "through")[: len(grid)], (1, 2, *grid))
 
 
 def problem(name: str, rank: int, **options: object) -> Problem:
@@ -81,7 +81,7 @@ def everything(rank: int) -> Problem:
     """Cosine with its temperature under a mixture, capped, with a path's decay, a bias, a factor after the softmax and a sink."""
     core = patterns.cosine(patterns.gaussian_mixture(1, patterns.neighborhood(NEAR, bias="relative")))
     p = weighted(patterns.decay(patterns.polyline(patterns.soft_cap(3.0, core)), after=True), "sink")
-    more = paths(GRIDS[rank]) | {n: (2,) for n in ("slopes", "logit_scale", "sink")} | {n: (1, 2) for n in ("alpha", "sigma")}
+    more = dict.fromkeys(("slopes", "logit_scale", "sink"), (2,)) | dict.fromkeys(("alpha", "sigma"), (1, 2)) | paths(GRIDS[rank])
     return Problem(p, GRIDS[rank], batch=1, tables=tables(GRIDS[rank], **more))
 
 
