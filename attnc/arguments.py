@@ -99,7 +99,7 @@ def check_dropout(name: str, p: float, seed: int | None) -> None:
 
 
 def seed_table(p: float, seed: int | None, device: torch.device) -> Tensor:
-    """What dropout reads at run time (see analysis.dropout): int64 [3], each a signed 32-bit number. Nothing waits for the device."""
+    """What dropout reads at run time (see analysis.dropout): int64 [3], each a signed 32-bit number."""
     kept = torch.tensor([kept_words(p)], device=device)
     if seed is None:
         return torch.cat((torch.randint(-(2**31), 2**31, (2,), device=device), kept))

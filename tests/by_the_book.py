@@ -1,4 +1,4 @@
-"""Dropout's mask and rotary embedding written once more, in numpy integers and complex numbers, from what the documentation says."""
+"""Dropout's mask and rotary embedding once more, in numpy integers and complex numbers, from what the documentation says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
 
 
 def dropout(p: float, seed: int, batch: int, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """float64 [batch, heads, n, m] from the numbers of n queries and m keys: 0 for pairs dropped, 1 / (1 - p), p to 31 bits, for others."""
+    """float64 [batch, heads, n, m] from the numbers of n queries and m keys: 0 or 1 / (1 - p), with p to 31 bits."""
     i, b, h = (x.astype(np.uint64) for x in np.meshgrid(queries.numpy(), np.arange(batch), np.arange(heads), indexing="ij"))
     first, second, *_ = philox((i, b, h, np.zeros_like(i)), (seed % 2**32, seed // 2**32 % 2**32))
     x = (first[..., None] + keys.numpy().astype(np.uint64)) & M32
@@ -43,7 +43,9 @@ def rotary(rows: Tensor, places: Tensor, base: float, interleaved: bool) -> Tens
     for axis, place in enumerate(places.clamp_min(0)):
         first = torch.arange(w // 2) * (2 if interleaved else 1) + axis * w
         second = first + (1 if interleaved else w // 2)
-        angle = place[:, None].double() * torch.tensor(base, dtype=torch.float64) ** (-torch.arange(w // 2, dtype=torch.float64) * 2 / max(w, 1))
+        angle = place[:, None].double() * torch.tensor(base, dtype=torch.float64) ** (
+            -torch.arange(w // 2, dtype=torch.float64) * 2 / max(w, 1)
+        )
         turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128 if rows.dtype == torch.float64 else torch.complex64)
         pair = torch.complex(*(rows[..., c].to(turn.real.dtype) for c in (first, second))) * turn
         out[..., first], out[..., second] = pair.real.to(rows.dtype), pair.imag.to(rows.dtype)

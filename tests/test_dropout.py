@@ -74,7 +74,7 @@ def test_philox_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_the_mask_is_fair(p: float) -> None:
-    """Rates of the whole, of each query and of each key, and products of neighbours, within 5 standard deviations of independence."""
+    """Rates of the whole, of each query and key, and products of neighbours, within 5 standard deviations of independence."""
     n = 512
     numbers = torch.arange(n)
     kept = by_the_book.dropout(p, 3, 2, 2, numbers, numbers) > 0

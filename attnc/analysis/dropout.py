@@ -63,7 +63,12 @@ def philox(word: int, low: Any, high: Any, batch: Any, head: Any, token: Any) ->
     keys = [low & _MASK, high & _MASK]
     a, b, c, d = (x & _MASK for x in (token, batch, head, 0 * head))
     for _ in range(10):
-        a, b, c, d = _high(c, _PHILOX[1]) ^ b ^ keys[0], _low(c, _PHILOX[1]), _high(a, _PHILOX[0]) ^ d ^ keys[1], _low(a, _PHILOX[0])
+        a, b, c, d = (
+            _high(c, _PHILOX[1]) ^ b ^ keys[0],
+            _low(c, _PHILOX[1]),
+            _high(a, _PHILOX[0]) ^ d ^ keys[1],
+            _low(a, _PHILOX[0]),
+        )
         keys = [(k + step) & _MASK for k, step in zip(keys, _STEPS, strict=True)]
     return (a, b, c, d)[word]
 

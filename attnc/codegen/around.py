@@ -37,11 +37,11 @@ def unit_rows(rows: Tensor, eps: float) -> Tensor:
 
 
 def turned_channels(rows: Tensor, places: list[Tensor], base: float, interleaved: bool) -> Tensor:
-    """Rotary embedding (Su et al., "RoFormer", 2021), each axis in channels of its own: rows [..., D] whose tokens lie at places [...]
-    per axis. A pair (a, b) of channels becomes (a cos - b sin, a sin + b cos).
+    """Rotary embedding (Su et al., "RoFormer", 2021), each axis in channels of its own: rows [..., D] whose tokens lie at places
+    [...] per axis. A pair (a, b) of channels becomes (a cos - b sin, a sin + b cos).
 
-    An axis has w = 2 * (D // (2 * axes)) channels, the first axis the first ones, and what is left stays as it is. Pair number i of an
-    axis turns by place * base ** (-2 i / w). Pairs are (2 i, 2 i + 1) where they are interleaved, else (i, i + w / 2). Angles are
+    An axis has w = 2 * (D // (2 * axes)) channels, the first axis the first ones; what is left stays. Pair number i of an axis
+    turns by place * base ** (-2 i / w). Pairs are (2 i, 2 i + 1) where they are interleaved, else (i, i + w / 2). Angles are
     computed in float64, the rest in float32 or wider.
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -59,9 +59,7 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         pick = virtual[..., None]
         k = torch.where(pick, tables["pad_k"][:, None, None, :], k)
         v = torch.where(pick, tables["pad_v"][:, None, None, :], v)
-    q, k = (
-        _mapped(rows, m, coords) for rows, m, coords in ((q, a.q_map, tile.q_coords), (k, a.k_map, tile.k_coords))
-    )
+    q, k = (_mapped(rows, m, coords) for rows, m, coords in ((q, a.q_map, tile.q_coords), (k, a.k_map, tile.k_coords)))
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     raw = (q @ k.transpose(-1, -2)) * call.scale  # [B, H, T, n, m]

@@ -86,11 +86,11 @@ def l2norm(eps: float = 1e-12) -> ir.RowMap:
 
 
 def rotary(base: float = 10000.0, *, interleaved: bool = False) -> ir.RowMap:
-    """A row map: rotary embedding of the token's coordinates, as q_map and k_map (Su et al. 2021; on a grid each axis has channels of
-    its own). Prefix tokens stay as they are.
+    """A row map: rotary embedding of the token's coordinates, as q_map and k_map (Su et al. 2021; on a grid each axis has channels
+    of its own). Prefix tokens stay as they are.
 
-    Of D channels each of r axes has w = 2 * (D // (2 r)), in the order of the axes; the rest stays. Pair i of an axis, which turns by
-    coordinate * base ** (-2 i / w), is channels 2 i and 2 i + 1 (interleaved), or i and i + w / 2.
+    Of D channels each of r axes has w = 2 * (D // (2 r)), in the order of the axes; the rest stays. Pair i of an axis turns by
+    coordinate * base ** (-2 i / w): channels 2 i and 2 i + 1 (interleaved), or i and i + w / 2.
     """
     if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < math.inf:
         raise DeclarationError(f"rotary(base={base!r}): a positive number")
