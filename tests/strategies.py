@@ -488,7 +488,7 @@ def dense_by_size(
     dropout: tuple[float, int] = (0.0, 0),
 ) -> tuple[Tensor, Tensor]:
     """`dense` of each batch item's image, the low corner of its grid; zeros and -inf elsewhere."""
-    out, lse = q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], float("-inf"))
+    out, lse = 0 * q[..., :1].expand(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], float("-inf"))  # differentiable zeros
     numbers = torch.arange(torch.Size(grid).numel()).view(grid)
     for b, size in enumerate(sizes):
         image = numbers[tuple(slice(n) for n in size)].flatten()

@@ -115,10 +115,8 @@ def surround(
         q, k = (torch.where(x.view(len(x), 1, *t.shape[2:-1], 1), t, 0.0) for x, t in zip(there, (q, k), strict=True))
     a = p.attend
     assert isinstance(a, ir.Attend)
-    q, k = (
-        t if m is None else _mapped(t, m, *where)
-        for t, m, *where in zip((q, k), (a.q_map, a.k_map), (p.queries, p.keys), grids, places or (None, None), strict=True)
-    )
+    sides = zip((q, k), (a.q_map, a.k_map), (p.queries, p.keys), grids, places or (None, None), strict=True)
+    q, k = (t if m is None else _mapped(t, m, tokens, grid, at) for t, m, tokens, grid, at in sides)
     if a.k_map is not None and a.k_map.kind == "l2norm" and "pad_k" in tables:  # virtual keys are keys (rotary ones: zeros)
         tables = {**tables, "pad_k": unit_rows(tables["pad_k"], a.k_map.eps)}
     out, lse = run((q, k, v), tables)
