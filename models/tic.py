@@ -31,14 +31,14 @@ from attnc.patterns.sliding import reach
 Pair = tuple[int, int]
 
 
-def _around(kernel: Pair, dilation: int) -> tuple[Pair, Pair]:
+def _around(kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:
     """Rows and columns of zeros around the image, on either side."""
-    rows, columns = (reach(size, dilation) for size in kernel)
+    rows, columns = map(reach, kernel, dilation)
     return (rows, rows), (columns, columns)
 
 
 @cache  # layers share operators
-def window_operator(kernel: Pair, dilation: int, backend: str) -> attnc.Operator:
+def window_operator(kernel: Pair, dilation: Pair, backend: str) -> attnc.Operator:
     """Attention over the taps of a convolution, on q, k and v ``[B, H, W, h, d]``; keys and values outside are zeros."""
     pattern = attnc.patterns.sliding_window(kernel, dilation)
     return attnc.compile(pattern, pad=_around(kernel, dilation), layout="b y x h d", backend=backend)
@@ -51,14 +51,14 @@ def pooled_operator(kernel: Pair, backend: str) -> attnc.Operator:
         attnc.patterns.sliding_window(kernel, pooled=2),
         grid={"y": None, "x": None},
         kv_grid=(None, None),
-        pad=_around(kernel, 1),
+        pad=_around(kernel, (1, 1)),
         layout="b y x h d",
         backend=backend,
     )
 
 
 @cache
-def taps_operator(kernel: Pair, dilation: int, backend: str) -> attnc.Operator:
+def taps_operator(kernel: Pair, dilation: Pair, backend: str) -> attnc.Operator:
     """One tap for each head, whose lse is the score there; on q ``[B, H, W, taps, d]`` and keys of one head."""
     pattern = attnc.patterns.taps(kernel, dilation)
     return attnc.compile(pattern, pad=_around(kernel, dilation), layout="b y x h d", backend=backend)
@@ -85,7 +85,7 @@ class MSAConv(nn.Module):
         input_channel, output_channel: channels C of the input, and of the output.
         kernel_size: of the window and of the convolution, odd; one number, or rows and columns.
         stride, padding, bias: of the convolution at the end.
-        dilation: of the window.
+        dilation: of the window, like its size.
         num_heads: heads of C / h channels; one in the released layer, C in the paper's depthwise flavour.
         backend: of the attnc operator.
 
@@ -99,7 +99,7 @@ class MSAConv(nn.Module):
         output_channel: int,
         kernel_size: int | Sequence[int] = 3,
         stride: int | Sequence[int] = 1,
-        dilation: int = 1,
+        dilation: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 1,
         bias: bool = False,
         *,
@@ -111,7 +111,7 @@ class MSAConv(nn.Module):
         kernel = pair(kernel_size)
         self.num_heads = num_heads
         self.qkv_conv = nn.Conv2d(input_channel, 3 * input_channel, 1)
-        self.attend = window_operator(kernel, dilation, backend)
+        self.attend = window_operator(kernel, pair(dilation), backend)
         self.mlp = nn.Conv2d(input_channel, output_channel, kernel, pair(stride), pair(padding), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,12 +134,12 @@ class WindowScores(nn.Module):
         DeclarationError: the kernel is even.
     """
 
-    def __init__(self, kernel_size: int | Sequence[int], dilation: int = 1, *, backend: str = "auto") -> None:
+    def __init__(self, kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1, *, backend: str = "auto") -> None:
         super().__init__()
         kernel = pair(kernel_size)
         self.taps = kernel[0] * kernel[1]
-        self.score = taps_operator(kernel, dilation, backend)
-        self.attend = window_operator(kernel, dilation, backend)
+        self.score = taps_operator(kernel, pair(dilation), backend)
+        self.attend = window_operator(kernel, pair(dilation), backend)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         """All ``[B, C, H, W]`` to `dots` ``[B, taps, H, W]``, row by row of the window, and `out` ``[B, C, H, W]``."""
@@ -170,7 +170,7 @@ class WindowAttention(QkvAttention):
         dim: int,
         num_heads: int,
         kernel_size: int | Sequence[int] = 7,
-        dilation: int = 1,
+        dilation: int | Sequence[int] = 1,
         direction: Pair = (0, 0),
         pooled: bool = False,
         qkv_bias: bool = True,
@@ -180,7 +180,7 @@ class WindowAttention(QkvAttention):
         super().__init__(dim, num_heads, qkv_bias)
         kernel = pair(kernel_size)
         self.direction = direction
-        self.near = window_operator(kernel, dilation, backend)
+        self.near = window_operator(kernel, pair(dilation), backend)
         self.far = pooled_operator(kernel, backend) if pooled else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class TiC(Staged):
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         kernel_size: int | Sequence[int] = 7,
-        dilation: int = 1,
+        dilation: int | Sequence[int] = 1,
         mlp_ratio: float = 4.0,
         shifted: bool = True,
         pooled: bool = False,

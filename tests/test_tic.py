@@ -55,9 +55,10 @@ def test_layer_count(channels: int, out: int, kernel: Any, bias: bool, count: in
     assert sum(p.numel() for p in MSAConv(channels, out, kernel, bias=bias).parameters()) == count
 
 
-def unfolded(x: Tensor, kernel: tuple[int, int], dilation: int) -> Tensor:
+def unfolded(x: Tensor, kernel: tuple[int, int], dilation: int | tuple[int, int]) -> Tensor:
     """Each position's window of a map ``[B, h, d, H, W]``, zeros outside: ``[B, h, d, taps, H, W]``."""
-    around = [dilation * (n - 1) // 2 for n in kernel]
+    steps = (dilation, dilation) if isinstance(dilation, int) else dilation
+    around = [d * (n - 1) // 2 for n, d in zip(kernel, steps, strict=True)]
     rows = F.unfold(x.flatten(1, 2), kernel, dilation=dilation, padding=around)
     return rows.view(*x.shape[:3], -1, *x.shape[3:])
 
@@ -70,10 +71,17 @@ def windowed(q: Tensor, keys: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kernel", "dilation", "heads", "size"),
-    [((3, 3), 1, 1, (5, 7)), ((3, 5), 2, 2, (9, 4)), ((5, 1), 1, 6, (2, 3)), ((7, 7), 3, 3, (6, 11)), ((1, 1), 1, 1, (3, 2))],
+    [
+        ((3, 3), 1, 1, (5, 7)),
+        ((3, 5), 2, 2, (9, 4)),
+        ((5, 1), 1, 6, (2, 3)),
+        ((3, 3), (2, 1), 2, (6, 5)),
+        ((7, 7), 3, 3, (6, 11)),
+        ((1, 1), 1, 1, (3, 2)),
+    ],
 )
 @pytest.mark.parametrize("backend", ["eager", "torch"])
-def test_layer_is_its_equation(kernel: tuple[int, int], dilation: int, heads: int, size: tuple[int, int], backend: str) -> None:
+def test_layer_is_its_equation(kernel: tuple[int, int], dilation: Any, heads: int, size: tuple[int, int], backend: str) -> None:
     torch.manual_seed(0)
     layer = MSAConv(6, 4, kernel, (1, 2), dilation, (2, 1), True, num_heads=heads, backend=backend).double()
     x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
