@@ -332,7 +332,7 @@ class CrossViT(Staged):
         """The mean of both classifiers' logits for ``[B, C0 + C1]``, which `pre_logits` leaves as it is."""
         if pre_logits or not self.num_classes:
             return x
-        return torch.stack([head(t) for head, t in zip(self.head, torch.split(x, self.embed_dim, 1), strict=True)]).mean(0)
+        return torch.stack([head(t) for head, t in zip(self.head, torch.split(x, list(self.embed_dim), 1), strict=True)]).mean(0)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace both classifiers by fresh ones; 0 classes leave the class tokens."""

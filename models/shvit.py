@@ -41,7 +41,7 @@ class SHSA(nn.Module):
         if not 0 < pdim <= dim:
             raise DeclarationError(f"SHSA: {pdim=} channels attend, out of {dim=}")
         self.widths = (qk_dim, qk_dim, pdim)
-        self.split = (pdim, dim - pdim)
+        self.split = [pdim, dim - pdim]
         self.scale = qk_dim**-0.5
         self.pre_norm = nn.GroupNorm(1, pdim)
         self.qkv = ConvNorm(pdim, sum(self.widths))

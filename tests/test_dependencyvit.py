@@ -161,6 +161,18 @@ def test_head() -> None:
     checks.classifier_changes(small(**LITE), SIZE)
 
 
+def test_features() -> None:
+    """The patches after each block, where none is dropped."""
+    backbone = small(features_only=True, out_indices=(0, 2)).eval()
+    maps = backbone(checks.image(*SIZE))
+    assert [tuple(m.shape[1:]) for m in maps] == [(12, 4, 6)] * 2
+    assert {(info["num_chs"], info["reduction"]) for info in backbone.feature_info} == {(12, 8)}
+    tokens, _, _ = backbone.blocks[0](backbone.embed(checks.image(*SIZE)), None)
+    torch.testing.assert_close(maps[0].flatten(2).transpose(1, 2), tokens)
+    with pytest.raises(DeclarationError, match="dropped tokens leave no maps; build it with prune_layers=None"):
+        small(features_only=True, **LITE)
+
+
 def test_training_lowers_the_loss() -> None:
     checks.trains(small(**LITE, drop_path_rate=0.1), SIZE, steps=20, rate=3e-2)
 
