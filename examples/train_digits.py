@@ -34,10 +34,10 @@ BAR = 0.97  # of the test images
 APART = 1e-3  # how far the losses of a step may be apart between two backends, over the larger of them
 DAVIT = {"embed_dims": (48, 96), "num_heads": (3, 6), "depths": (1, 1), "window_size": 3, "mlp_ratio": 2.0}
 DINAT = {"embed_dim": 48, "depths": (1, 2), "num_heads": (3, 6), "kernel_size": 3, "dilations": ((1,), (1, 1)), "mlp_ratio": 2.0}
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "window": ("davit_tiny", DAVIT | {"attention_types": ("spatial",)}),
-    "neighbourhood": ("dinat_mini", DINAT | {"drop_path_rate": 0.0}),
-    "channel": ("davit_tiny", DAVIT | {"attention_types": ("channel",)}),
+NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, epochs, settings
+    "window": ("davit_tiny", 20, DAVIT | {"attention_types": ("spatial",)}),
+    "neighbourhood": ("dinat_mini", 40, DINAT | {"drop_path_rate": 0.0}),
+    "channel": ("davit_tiny", 20, DAVIT | {"attention_types": ("channel",)}),
 }
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
@@ -73,7 +73,7 @@ def accuracy(model: nn.Module, images: Tensor, classes: Tensor) -> float:
 def network(kind: str, backend: str) -> nn.Module:
     """The network with the weights that it always starts with."""
     torch.manual_seed(0)
-    name, settings = NETWORKS[kind]
+    name, _, settings = NETWORKS[kind]
     return attnc.models.create_model(name, in_chans=1, num_classes=10, backend=backend, **settings)
 
 
@@ -156,7 +156,7 @@ def picture(report: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, help="of every network; its own number by default")
     parser.add_argument("--backend", default="auto", help="of the trained networks, see attnc.compile")
     parser.add_argument("--check", type=int, default=10, metavar="N", help="steps that the eager meaning does, too")
     parser.add_argument("--out", type=Path, default=Path("digits"))
@@ -173,16 +173,17 @@ def main() -> int:
     )
     with Progress(*columns, console=console) as progress:
         for kind in given.networks:
-            training = Training(kind, given.backend, given.epochs, given.out)
-            task = progress.add_task(kind, total=given.epochs, completed=len(training.curve), at="")
-            while len(training.curve) < given.epochs:
+            epochs = given.epochs or NETWORKS[kind][1]
+            training = Training(kind, given.backend, epochs, given.out)
+            task = progress.add_task(kind, total=epochs, completed=len(training.curve), at="")
+            while len(training.curve) < epochs:
                 training.epoch(train, test)
                 last = training.curve[-1]
                 progress.update(task, advance=1, at=f"loss {last['loss']:.3f}, test {last['accuracy']:.2%}")
             first: dict[str, list[float]] = {}
             for backend in (given.backend, "eager") if given.check else ():
                 task = progress.add_task(f"{kind}, {given.check} steps, {backend}", total=1, at="")
-                first[backend] = first_losses(kind, backend, given.epochs, train, given.check)
+                first[backend] = first_losses(kind, backend, epochs, train, given.check)
                 progress.update(task, advance=1)
             found = {"network": kind, "seconds": sum(r["seconds"] for r in training.curve), "curve": training.curve, "first": first}
             report.append(found | {"difference": apart(*first.values()) if first else None})

@@ -75,6 +75,59 @@ def test_demo_fails_loudly(demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "main_blocks.2.1.0.attn" in line
 
 
+def test_train_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two epochs of few images, the second one in another start; both backends' first losses agree; the bar is not reached."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train_digits
+
+    train, test = train_digits.digits()
+    assert (len(train[0]), len(test[0]), train[0].shape[1:]) == (1347, 450, (1, 24, 24))
+    monkeypatch.setattr(train_digits, "digits", lambda: tuple((x[:64], y[:64]) for x, y in (train, test)))
+    monkeypatch.setattr(train_digits, "BATCH", 16)
+    reports = []
+    for epochs in ("1", "2"):
+        words = ["train_digits.py", "--epochs", epochs, "--check", "2", "--backend", "torch", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", words)
+        assert train_digits.main() == 1
+        reports.append(json.loads((tmp_path / "report.json").read_text()))
+    assert [r["network"] for r in reports[1]] == ["window", "neighbourhood", "channel"]
+    for first, second in zip(*reports, strict=True):
+        assert second["curve"][0] == first["curve"][0]
+        assert len(second["curve"]) == 2
+        assert second["curve"][1]["loss"] < first["curve"][0]["loss"] * 1.2
+        assert second["difference"] < 1e-4
+        assert list(second["first"]) == ["torch", "eager"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "largest difference to the eager losses" in capsys.readouterr().out
+
+
+def test_super_resolution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Few steps on small photos, in two starts; before the first one the network is bicubic interpolation."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import super_resolution
+
+    photos = super_resolution.photos()
+    assert [p.shape for p in photos] == [(1, 3, 426, 640)] * 2
+    small = [p[..., 100:156, 200:260].contiguous() for p in photos]
+    monkeypatch.setattr(super_resolution, "photos", lambda: small)
+    monkeypatch.setattr(super_resolution, "BATCH", 2)
+    model = super_resolution.Doubled("torch").eval()
+    with torch.no_grad():
+        half = super_resolution.shrunk(small[1])
+        torch.testing.assert_close(model(half).clamp(0, 1), super_resolution.bicubic(half), rtol=0, atol=1e-5)
+    reports = []
+    for steps in ("1", "3"):
+        monkeypatch.setattr(sys, "argv", ["super_resolution.py", "--steps", steps, "--backend", "torch", "--out", str(tmp_path)])
+        super_resolution.main()
+        reports.append(json.loads((tmp_path / "report.json").read_text()))
+    assert [r["steps"] for r in reports] == [1, 3]
+    assert reports[1]["losses"][:1] == reports[0]["losses"]
+    assert reports[1]["psnr"]["bicubic"] == pytest.approx(reports[0]["psnr"]["bicubic"])
+    assert 20 < reports[1]["psnr"]["HAT"] < 60
+    assert (tmp_path / "photo.png").stat().st_size > 10_000
+    assert "dB on the held-out photo" in capsys.readouterr().out
+
+
 def test_the_demo_s_meaning_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves keys out by the relation as written, so it must equal attnc.reference exactly but for the order of sums."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
