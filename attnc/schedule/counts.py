@@ -126,7 +126,7 @@ def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int | Fraction:
     if e.is_Pow:
         return Fraction(found[0]) ** int(found[1])
     if isinstance(e, sp.Min | sp.Max):
-        return (min if isinstance(e, sp.Min) else max)(found)
+        return min(found) if isinstance(e, sp.Min) else max(found)
     if isinstance(e, FloorDiv | FloorMod):
         return found[0] // found[1] if isinstance(e, FloorDiv) else found[0] % found[1]
     if isinstance(e, sp.Abs):
