@@ -38,6 +38,8 @@ def counts(name: str, s: Structure, side: Side, tile: Tile, *, same_grid: bool =
     programs, steps = sp.Integer(1), sp.Integer(1)
     for axis, form in enumerate(s.axes):
         p, c = axis_counts(name, form, axis, side, tile.rows[axis], tile.chunk[axis], same_grid=same_grid)
+        if tile.wrapped(axis):  # every tile is a whole block
+            p = c = FloorDiv(symbol(ir.size("q", axis)), sp.Integer(tile.rows[axis]))
         programs, steps = programs * p, steps * c
     return programs, steps
 
