@@ -226,7 +226,7 @@ def part_specs(
     runs = split(core, q_grid, k_grid, heads, heads)
     if len(runs) > 1 or len(runs[0].parts) < 2:
         return ()
-    sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
     parts = [make_spec(p, q_grid, k_grid, **sizes, part=True, target=target) for p in runs[0].parts]
     if any(s.learned or s.padded for s in parts):
         return ()

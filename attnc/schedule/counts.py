@@ -120,7 +120,7 @@ def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int | Fraction:
         return _value(e.args[0], {**sizes, e.args[1]: value(e.args[2], sizes)})
     if isinstance(e, Choice):
         return _value(e.args[1 if _value(e.args[0], sizes) <= 0 else 2], sizes)
-    found = [_value(a, sizes) for a in e.args]
+    found: list[Any] = [_value(a, sizes) for a in e.args]
     if e.is_Add:
         return sum(found)
     if e.is_Mul:
