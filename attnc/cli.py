@@ -94,8 +94,13 @@ def doctor() -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in findings:
         mark = "[green]ok[/]" if finding.good else "[red]--[/]"
-        table.add_row(mark, finding.what, finding.found, f"[dim]{finding.fix}[/]")
+        table.add_row(mark, finding.what, _plain(finding.found), f"[dim]{_plain(finding.fix)}[/]")
     _out().print(table)
+    bad = [finding for finding in findings if not finding.good]
+    for finding in bad:
+        _out().print(f"To mend {_plain(finding.what)}: {_plain(finding.fix)}")
+    if not bad:
+        _out().print("Nothing to mend. Try: attnc explain window:size=7 --grid 14x14")
 
 
 @app.command("list")

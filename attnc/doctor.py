@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -37,6 +38,7 @@ def examine() -> Iterator[Finding]:
     yield _gpu()
     yield _compiler()
     yield _cache()
+    yield _winners()
     backends: tuple[Backend, ...] = ("eager", "torch", "cpp", "triton")
     yield from map(_backend, backends)
 
@@ -57,7 +59,8 @@ def _gpu() -> Finding:
         return Finding("gpu", True, f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
     built = torch.version.cuda or torch.version.hip
     why = "no driver answers" if built else "this torch is a CPU build"
-    return Finding("gpu", True, f"none ({why}); kernels still compile for named targets")
+    fix = "see that nvidia-smi or rocminfo finds it" if built else "install a CUDA or ROCm build of torch, where you have a GPU"
+    return Finding("gpu", True, f"none ({why}); kernels still compile for named targets", fix)
 
 
 def _compiler() -> Finding:
@@ -77,6 +80,18 @@ def _cache() -> Finding:
         return Finding("cache", True, f"{cache.root()}: {sum(kind.entries for kind in kinds)} entries, {size:.1f} MB")
     except AttncError as error:
         return Finding("cache", False, "unusable", first_line(error))
+
+
+def _winners() -> Finding:
+    from attnc.runtime import winners
+
+    try:
+        devices = Counter(k["device"]["name"] for k, _ in winners.every())
+    except AttncError as error:
+        return Finding("tuned", False, "unusable", first_line(error))
+    if not devices:
+        return Finding("tuned", True, "nothing; kernels run as the cost model says", "attnc tune SPEC --grid HxW measures")
+    return Finding("tuned", True, ", ".join(f"{n} choices on {name}" for name, n in sorted(devices.items())))
 
 
 def _backend(backend: Backend) -> Finding:

@@ -154,6 +154,10 @@ def test_doctor() -> None:
     for name in ("python", "torch", "cache", "backend eager", "backend triton"):
         assert name in text
     assert re.search(r"ok +backend eager +works", text), text
+    assert re.search(r"ok +tuned +\w+", text), text
+    bad = [line.split()[1] for line in text.splitlines() if line.startswith("-- ")]
+    assert ("Nothing to mend" in text) == (not bad)
+    assert all(f"To mend {name}" in text for name in bad)
 
 
 def test_explain() -> None:

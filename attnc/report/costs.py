@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from attnc import ir
 from attnc.codegen import triton_plan
@@ -55,7 +56,7 @@ def modelled(s: Subject, chip: Chip, *, head_dim: int = DIM, dtype: str = DTYPE,
 @lru_cache(maxsize=256)
 def _kernels(program: ir.Program, g: Geometry, sizes: Sizes, target: str, part: bool) -> tuple[tuple[str, tiles.Tile], ...]:
     """Kinds and tiles of the kernels that a module of the program has."""
-    dims = {"head_dim": sizes.head_dim, "value_dim": sizes.value_dim, "itemsize": sizes.itemsize}
+    dims: dict[str, Any] = {"head_dim": sizes.head_dim, "value_dim": sizes.value_dim, "itemsize": sizes.itemsize}
     spec = make_spec(program, g.q_grid, g.k_grid, **dims, target=target, part=part)
     names = {"forward": "forward", "backward_dq": "dq", "backward_dkv": "dkv"}
     found = [k for k in kernels_of(spec, Module())[0] if k.kind in names]

@@ -117,7 +117,7 @@ def _tuned(
     wanted = {"dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
     mine = [r for r in table["winners"] if all(r[n] == x for n, x in wanted.items())]
     mine = [r for r in mine if [r["bucket"]["grid"], r["bucket"]["kv_grid"]] == grids]
-    g, chosen = geometry(core, q_grid, k_grid), {}
+    g, chosen = geometry(core, q_grid, k_grid), dict[str, Any]()
     for r in sorted(mine, key=lambda r: int(r["bucket"]["items"])):
         items, backward = int(r["bucket"]["items"]), r["direction"] == "backward"
         sizes = Sizes(heads, heads, max(1, items // heads), head_dim, value_dim, dtype)

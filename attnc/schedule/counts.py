@@ -38,6 +38,8 @@ def counts(name: str, s: Structure, side: Side, tile: Tile, *, same_grid: bool =
     programs, steps = sp.Integer(1), sp.Integer(1)
     for axis, form in enumerate(s.axes):
         p, c = axis_counts(name, form, axis, side, tile.rows[axis], tile.chunk[axis], same_grid=same_grid)
+        if tile.wrapped(axis):  # every tile is a whole block
+            p = c = FloorDiv(symbol(ir.size("q", axis)), sp.Integer(tile.rows[axis]))
         programs, steps = programs * p, steps * c
     return programs, steps
 
@@ -118,7 +120,7 @@ def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int | Fraction:
         return _value(e.args[0], {**sizes, e.args[1]: value(e.args[2], sizes)})
     if isinstance(e, Choice):
         return _value(e.args[1 if _value(e.args[0], sizes) <= 0 else 2], sizes)
-    found = [_value(a, sizes) for a in e.args]
+    found: list[Any] = [_value(a, sizes) for a in e.args]
     if e.is_Add:
         return sum(found)
     if e.is_Mul:
@@ -126,7 +128,7 @@ def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int | Fraction:
     if e.is_Pow:
         return Fraction(found[0]) ** int(found[1])
     if isinstance(e, sp.Min | sp.Max):
-        return (min if isinstance(e, sp.Min) else max)(found)
+        return min(found) if isinstance(e, sp.Min) else max(found)
     if isinstance(e, FloorDiv | FloorMod):
         return found[0] // found[1] if isinstance(e, FloorDiv) else found[0] % found[1]
     if isinstance(e, sp.Abs):

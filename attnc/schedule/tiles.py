@@ -229,11 +229,13 @@ def shared_limit(target: str) -> int:
 
 def alike(target: str) -> str:
     """A target for which the same tiles are chosen."""
-    return next((t for t in ("cuda:80", "cuda:75", "cuda:86", "hip:gfx942") if _like(t) == _like(target)), target)
+    return next((t for t in ("cuda:80", "cuda:90", "cuda:75", "cuda:86", "hip:gfx942") if _like(t) == _like(target)), target)
 
 
-def _like(target: str) -> tuple[bool, int]:
-    return target.startswith("hip"), shared_limit(target)
+def _like(target: str) -> tuple[bool, int, bool]:
+    """What a choice depends on: the kind, its shared memory, and whether it is sm_90 or later (see `_settled`)."""
+    kind, _, version = target.partition(":")
+    return kind == "hip", shared_limit(target), kind == "cuda" and int(version) >= 90
 
 
 def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
