@@ -111,7 +111,7 @@ def source(
     row maps and the sink that its `attention` puts around the kernels. tuned: what was measured of it, data that it carries."""
     module, every = printed(spec, parts)
     hosts = [Host(s, kernels, flat, module, whole) for s, kernels, flat in every]
-    kernels, flat = ([k for each in every for k in each[i]] for i in (1, 2))
+    kernels, flat = [k for _, mine, _ in every for k in mine], [k for _, _, mine in every for k in mine]
     extra = [
         table_kernel(s, k, module)
         for s, mine, _ in every
@@ -202,7 +202,7 @@ def emit_triton(
         return emit_channel()
     itemsize = 4 if dtype == "float32" else 2
     core = around.core_program(program)
-    sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
     spec = make_spec(core, q_grid, k_grid, **sizes, chosen=chosen, target=target)
     parts = part_specs(core, q_grid, k_grid, heads, **sizes, target=target)
     return source(spec, parts=parts, heads=heads, dtype=dtype, target=target, whole=program.attend, tuned=tuned)
@@ -226,7 +226,7 @@ def part_specs(
     runs = split(core, q_grid, k_grid, heads, heads)
     if len(runs) > 1 or len(runs[0].parts) < 2:
         return ()
-    sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
     parts = [make_spec(p, q_grid, k_grid, **sizes, part=True, target=target) for p in runs[0].parts]
     if any(s.learned or s.padded for s in parts):
         return ()
