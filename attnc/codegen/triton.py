@@ -111,7 +111,7 @@ def source(
     row maps and the sink that its `attention` puts around the kernels. tuned: what was measured of it, data that it carries."""
     module, every = printed(spec, parts)
     hosts = [Host(s, kernels, flat, module, whole) for s, kernels, flat in every]
-    kernels, flat = ([k for each in every for k in each[i]] for i in (1, 2))
+    kernels, flat = [k for _, mine, _ in every for k in mine], [k for _, _, mine in every for k in mine]
     extra = [
         table_kernel(s, k, module)
         for s, mine, _ in every

@@ -156,8 +156,7 @@ class _Attention(torch.autograd.Function):
         g = spec.geometry
         sizes = None if g is None else (g.q_grid, g.k_grid)
         lines += [
-            f"    {line}"
-            for line in around.lines(spec.program, self.whole, sizes, f"_Attention.apply(q, k, v, scale{rest})", "{}")
+            f"    {line}" for line in around.lines(spec.program, self.whole, sizes, f"_Attention.apply(q, k, v, scale{rest})", "{}")
         ]
         return "\n".join(lines)
 

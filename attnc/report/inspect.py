@@ -210,7 +210,7 @@ def inspect_triton(
         raise UnsupportedError(f"target {target!r}: one of {', '.join(TARGETS)}")
     kind = getattr(torch, dtype)
     itemsize = torch.empty(0, dtype=kind).element_size()
-    sizes = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
     spec = make_spec(program, q_grid, k_grid, **sizes, chosen=chosen, target=target)
     parts = () if chosen else part_specs(program, q_grid, k_grid, heads, **sizes, target=target)
     module = load_fresh(source(spec, parts=parts, heads=heads, dtype=dtype, target=target), load)
