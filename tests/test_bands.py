@@ -272,7 +272,16 @@ class _Memory(ctypes.Structure):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
-def test_memory_does_not_grow_with_the_grid(threads):
+@pytest.mark.parametrize(
+    "program, grids",
+    [
+        (make_program(neighborhood(s=7), 2), ((56, 56), (448, 448))),
+        (make_program(patterns.window(7), 2), ((56, 56), (448, 448))),  # not bands: tiles keep to the same bound
+        (make_program(patterns.causal(), 1), ((1024,), (4096,))),
+    ],
+    ids=["neighbourhood", "window", "causal"],
+)
+def test_memory_does_not_grow_with_the_grid(program, grids, threads):
     """What a thread keeps between calls is what it needs beyond inputs and outputs."""
     threads(1)
     info = ctypes.CDLL(None).mallinfo2
@@ -282,12 +291,10 @@ def test_memory_does_not_grow_with_the_grid(threads):
         m = info()
         return m.uordblks + m.hblkhd
 
-    program = make_program(neighborhood(s=7), 2)
     kept = []
-    for side in (56, 448):
-        n = side * side
-        q, k, v = (torch.zeros(1, 1, n, 32) for _ in range(3))
-        call = Call(program, geometry(program, (side, side), (side, side)), 1.0, {})
+    for grid in grids:
+        q, k, v = (torch.zeros(1, 1, math.prod(grid), 32) for _ in range(3))
+        call = Call(program, geometry(program, grid, grid), 1.0, {})
         before = held()
         result = cpp.forward(call, q, k, v)
         made = sum(t.numel() * t.element_size() for t in result)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from attnc.errors import DeclarationError, ShapeError
 
-
 _AS_THEY_ARE = tuple(tuple(range(n)) for n in range(16))
 
 
