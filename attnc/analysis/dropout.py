@@ -7,7 +7,7 @@ are numbered from 0: the prefix tokens, then the grid row by row (the extended g
 Each query has two words of Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with the seed as
 its key and (query, batch item, head, 0) as its counter. A pair's word mixes them with the number of its key by three rounds of
 multiplying and folding (the constants are those of Wellons's 32-bit mixer "triple32"). A whole Philox for each pair would cost ten
-times as much as that, which is several times the rest of a pair.
+times as much as the mixing, about what the rest of a pair's forward costs.
 
 A call brings what is known at run time as a table of three integers: the seed's low and high half, and how many of 2**31 words keep
 a pair. No kernel is built anew for another seed or another p.

@@ -64,7 +64,7 @@ def rotated_rows(
 ) -> Tensor:
     """turned_channels of [B, H, prefix + N, D] or [B, H, *grid, D]; the grid's first token lies at `first`, prefix tokens stay."""
     tokens = rows[:, :, prefix:] if prefix else rows
-    tokens = tokens.unflatten(2, grid) if rows.dim() == 4 else tokens
+    tokens = tokens.reshape(*rows.shape[:2], *grid, rows.shape[-1]) if rows.dim() == 4 else tokens
     ends = zip(first, grid, strict=True)
     places = [torch.arange(a, a + n, device=rows.device).view(-1, *[1] * (len(grid) - 1 - i)) for i, (a, n) in enumerate(ends)]
     out = turned_channels(tokens, places, base, interleaved)
@@ -115,8 +115,11 @@ def surround(
         q, k = (torch.where(x.view(len(x), 1, *t.shape[2:-1], 1), t, 0.0) for x, t in zip(there, (q, k), strict=True))
     a = p.attend
     assert isinstance(a, ir.Attend)
-    sides = zip((q, k), (a.q_map, a.k_map), (p.queries, p.keys), grids, places or (None, None), strict=True)
-    q, k = (t if m is None else _mapped(t, m, tokens, grid, at) for t, m, tokens, grid, at in sides)
+    q_places, k_places = places or (None, None)
+    if a.q_map is not None:
+        q = _mapped(q, a.q_map, p.queries, grids[0], q_places)
+    if a.k_map is not None:
+        k = _mapped(k, a.k_map, p.keys, grids[1], k_places)
     if a.k_map is not None and a.k_map.kind == "l2norm" and "pad_k" in tables:  # virtual keys are keys (rotary ones: zeros)
         tables = {**tables, "pad_k": unit_rows(tables["pad_k"], a.k_map.eps)}
     out, lse = run((q, k, v), tables)

@@ -124,7 +124,7 @@ def _numbers(call: Call, tile: Tile, role: ir.Role) -> Tensor:
     g, queries = call.geometry, role == "q"
     coords, tokens, prefix = (tile.q_coords, tile.queries, g.q_prefix) if queries else (tile.k_coords, tile.keys, g.k_prefix)
     leaves: dict[ir.Expr, object] = {**g.sizes, **{ir.coord(role, i): c for i, c in enumerate(coords)}}
-    on_grid = evaluate(ir.flatten_index(ir.index(role), call.attend.rank, call.program.same_grid), leaves, torch)
+    on_grid: Tensor = evaluate(ir.flatten_index(ir.index(role), call.attend.rank, call.program.same_grid), leaves, torch)
     return torch.where(coords[0] < 0, tokens - prefix, on_grid)
 
 

@@ -273,13 +273,17 @@ def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], bool
     if a.dropout is not None:
         out.append("// factor of the weight that dropout gives\n")
         function(f"V dropout({pair}, int k)", p.real(_placed(spec, a.dropout)))
-    structs = _term_structs(p, offsets) + _prefix_terms(spec, p)
+    structs = _term_structs(p, offsets, once=a.dropout is not None) + _prefix_terms(spec, p)
     apart = [o[3] is None and "numbers." not in o[0] + o[1] for o in offsets]
     return structs + "".join(out), [terms.tables.index(n.args[0]) for n in terms.loads], apart, "numbers." in structs, terms
 
 
-def _term_structs(p: Printer, offsets: list[tuple[str, str, str, str | None]]) -> str:
-    """The terms per query and per key, and what computes them."""
+def _term_structs(p: Printer, offsets: list[tuple[str, str, str, str | None]], once: bool) -> str:
+    """The terms per query and per key, and what computes them.
+
+    once: those of a query are stored together at the end, so that what two of them share (the words of dropout) is computed once: a
+    store might change what the next one reads.
+    """
     query, key = p.terms.query, p.terms.key
     kinds = {"int": "integer", "bool": "integer", "real": "real"}
     args = "const Problem& P, const Numbers& numbers, const integer* c"
@@ -293,9 +297,11 @@ def _term_structs(p: Printer, offsets: list[tuple[str, str, str, str | None]]) -
     out.append(f"    void pad(int count) {{ for (int i = count; i < up(count, L); i++) {{{pad} }} }}\n}};\n")
     out.append(
         f"// terms of the query at coordinates c, and its part of each table offset\n"
-        f"INLINE void query_terms({args}, QueryTerms& q, int64_t* offset) {{\n"
+        f"INLINE void query_terms({args}, QueryTerms& {'found' if once else 'q'}, int64_t* offset) {{\n"
     )
+    out += ["    QueryTerms q;\n"] if once else []
     out += [f"    q.{n} = {p.at_point(e)};\n" for e, n in query.items()]
+    out += ["    found = q;\n"] if once else []
     out += [f"    offset[{i}] = {o[0]};\n" for i, o in enumerate(offsets)]
     out.append(f"}}\nINLINE void key_terms({args}, KeyTerms& keys, int k, int64_t* offset) {{\n")
     for e, n in key.items():
