@@ -115,7 +115,8 @@ def _mapped(rows: Tensor, m: ir.RowMap | None, coords: tuple[Tensor, ...]) -> Te
     if m is None:
         return rows
     if m.kind == "l2norm":
-        return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(m.eps)
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        return rows / norm.clamp_min(m.eps)
     return turned_channels(rows, [c.clamp_min(0) for c in coords], m.base, m.interleaved)
 
 

@@ -107,7 +107,7 @@ def value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int:
     return int(found)
 
 
-def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> int | Fraction:
+def _value(e: Any, sizes: Mapping[sp.Symbol, int]) -> Any:  # int or Fraction
     if e.is_Rational:
         return int(e) if e.is_Integer else Fraction(int(e.p), int(e.q))
     if e.is_Symbol:
