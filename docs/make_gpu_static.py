@@ -203,6 +203,11 @@ def cell(k: dict[str, Any] | None) -> str:
     return f"{k['ti']:.1f} ({k['registers']} regs{spill}, {shared}, {mma}, {loads}{masks})"
 
 
+def plain(call: str) -> str:
+    """A call inside a table, whose columns a bar would end."""
+    return call.replace("|", "\\|")
+
+
 def page(reports: dict[str, Any]) -> str:
     """The document."""
     peer = json.loads(PEER.read_text(encoding="utf-8"))
@@ -226,7 +231,9 @@ def page(reports: dict[str, Any]) -> str:
             ):
                 asked = bar * more
                 mark = "" if value <= asked + 0.05 else " (above)"
-                bars.append(f"| {name} `{call}`, dim {dim} | {target} | {step} | {value:.1f}{mark} | {asked:.1f} | {other:.1f} |\n")
+                bars.append(
+                    f"| {name} `{plain(call)}`, dim {dim} | {target} | {step} | {value:.1f}{mark} | {asked:.1f} | {other:.1f} |\n"
+                )
     rows = []
     for dtype, dim, targets in MATRIX:
         for n, (call, _, grid, _, _) in enumerate(LIBRARY):
@@ -235,7 +242,7 @@ def page(reports: dict[str, Any]) -> str:
                 report = reports.get(name_of(n, dtype, dim, target))
                 if report is None:
                     continue
-                head = f"| `{call}` {shape} | {dtype} | {dim} | {target}"
+                head = f"| `{plain(call)}` {shape} | {dtype} | {dim} | {target}"
                 if "refused" in report:
                     rows.append(f"{head} | - | - | refused: {report['refused']} | | |\n")
                     continue
