@@ -61,7 +61,8 @@ class Doubled(nn.Module):
     def __init__(self, backend: str) -> None:
         super().__init__()
         self.hat = attnc.models.create_model("hat_s_x2", backend=backend, **HAT)
-        nn.init.zeros_(self.hat.conv_last.weight)  # to begin with, it is bicubic interpolation
+        for parameter in self.hat.conv_last.parameters():  # to begin with, it is bicubic interpolation
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, 3, H, W] -> [B, 3, 2 H, 2 W]``."""
