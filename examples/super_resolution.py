@@ -127,7 +127,7 @@ def picture(images: dict[str, Tensor], path: Path) -> None:
     for at, (title, image) in zip(axes, images.items(), strict=True):
         height, width = image.shape[2:]
         y, x = height // 2, width // 2
-        at.imshow(image[0, :, y - 48 : y + 48, x - 48 : x + 48].clamp(0, 1).permute(1, 2, 0))
+        at.imshow(image[0, :, y - 48 : y + 48, x - 48 : x + 48].clamp(0, 1).permute(1, 2, 0).numpy())
         at.set(title=title, xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
     plt.close(figure)
