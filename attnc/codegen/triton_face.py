@@ -28,15 +28,16 @@ class Face:
         learned = [*dict.fromkeys(n.args[0] for n in self.spec.learned), *self.pads]
         out = "torch.empty_like(q)" if self.spec.head_dim == self.spec.value_dim else f"like(q, {self.spec.value_dim})"
         more = ", ".join(f"torch.empty_like(tables[{names.index(n)}], dtype=torch.float32)" for n in learned)
-        tables, found = f"dict(zip({names!r}, tables))", "{}[n]"
+        tables = "{" + ", ".join(f'"{n}": tables[{i}]' for i, n in enumerate(names)) + "}"
+        found = ", ".join(f'found["{n}"]' for n in learned)
         return f'''\
 def _forward(q, k, v, tables, scale):
     return run_forward(q, k, v, {tables}, scale)
 
 
 def _backward(q, k, v, out, lse, grad_out, grad_lse, tables, scale):
-    dq, dk, dv, found = run_backward(q, k, v, out, lse, grad_out, grad_lse, {tables}, scale)
-    return dq, dk, dv, [{found.format("found")} for n in {learned!r}]
+    dq, dk, dv, {"found" if learned else "_"} = run_backward(q, k, v, out, lse, grad_out, grad_lse, {tables}, scale)
+    return dq, dk, dv, [{found}]
 
 
 def _forward_like(q, k, v, tables, scale):
