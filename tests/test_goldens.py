@@ -1,21 +1,35 @@
-"""Every official module in tests/goldens: outputs and all gradients, in float32 and float64."""
+"""Every official module in tests/goldens: outputs and all gradients, in float32 and float64 (C++ kernels in float32)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import golden_files
 import pytest
 import torch
 
+from attnc.codegen import cpp_host
 from attnc.compiler import has_compiler
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-BACKENDS = ("eager", "torch", pytest.param("cpp", marks=needs_compiler))
+RUNS = [
+    *(pytest.param(dtype, backend, id=f"{dtype}-{backend}") for dtype in ("float32", "float64") for backend in ("eager", "torch")),
+    pytest.param("float32", "cpp", id="float32-cpp", marks=needs_compiler),
+]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.fixture(autouse=True, scope="module")
+def _quick_builds() -> Iterator[None]:
+    """Hundreds of kernels are built here, each for a few tokens."""
+    flags, cpp_host.FLAGS[0] = cpp_host.FLAGS[0], "-O1"
+    yield
+    cpp_host.FLAGS[0] = flags
+
+
+@pytest.mark.parametrize("kind, backend", RUNS)
 @pytest.mark.parametrize("name", golden_files.names())
-def test_golden(name: str, dtype: torch.dtype, backend: str) -> None:
+def test_golden(name: str, kind: str, backend: str) -> None:
+    dtype = getattr(torch, kind)
     golden = golden_files.load(name, dtype)
     module = golden.build(backend)
     inputs = {key: t.requires_grad_(f"in.{key}" in golden.gradients) for key, t in golden.inputs.items()}

@@ -209,6 +209,7 @@ SIMULATED["relu"] = Case(
 SIMULATED["window-joined"] = Case(
     window(7, shift=3, bias="relative"), (14, 14), 1, 1, 32, 32, 2, torch.float16, tables={"bias": (1, 13, 13)}
 )
+FEW = {n: SIMULATED[n] for n in ("window-bias-float16", "neighborhood-bfloat16", "causal", "sigmoid")}
 # the library at two or three tiles an axis, for `make gpusim`
 LIBRARY = {
     f"{name}-{str(dtype).removeprefix('torch.')}": Case(make, grid, 1, 1, 32, 32, 1, dtype, key_grid=keys)
@@ -331,6 +332,15 @@ def errors(c: Case) -> dict[str, float]:
     return found
 
 
+GROUPS: dict[str, dict[str, Any]] = {
+    **CASES,
+    **HELD,
+    "simulated": SIMULATED,
+    "simulated, few": FEW,
+    "library": LIBRARY,
+}
+
+
 def simulate(folder: str, arch: int) -> None:
     """Have kernels run as compiled PTX."""
     sys.path.insert(0, folder)
@@ -360,8 +370,7 @@ def main() -> None:
     if options.sim:
         simulate(str(Path(options.sim[0]).resolve()), int(options.sim[1]))
     for group in options.groups:
-        more = {"simulated": SIMULATED, "library": LIBRARY, **HELD}
-        for name, case in (more[group] if group in more else CASES[group]).items():
+        for name, case in GROUPS[group].items():
             try:
                 line: dict[str, Any] = {"case": name}
                 if isinstance(case, Problem):

@@ -361,6 +361,8 @@ class Kernel(Steps):
                         self.put("delta -= tl.load(GLse + token)[:, None]")
                 if self.tiled:  # whose rows beyond the group hold finite scores
                     self.put('lse = tl.where(live[:, None], lse, float("inf"))')
+            elif self.tiled:
+                self.put("g = tl.where(live[:, None], g, 0.0)  # rows beyond the group hold finite scores")
             self.chunk(full=False)
             self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
             for t, value in (("dk", "dk * scale"), ("dv", "dv")):
