@@ -226,7 +226,7 @@ def test_opcheck_with_a_seed() -> None:
     dropped = OP._traced(2).dropped
     assert dropped is not None
     x = [t.requires_grad_() for t in rows()]
-    rest = (0.3, (3, 5), (3, 5), dropped.text, "torch", False)
+    rest = (0.3, (3, 5), (3, 5), dropped.text, "torch", False, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.attnc.attend.default, (*x, [torch.tensor([1, 2, 1 << 30])], *rest), test_utils=tests)
 

@@ -103,8 +103,8 @@ class Spec:
         last = geometry(self.program, grid, grid).axes[-1]
         r, j = np.arange(1024) % last.split, np.arange(1024) // last.split
         width = last.hi[r, j] - last.lo[r, j] + 1
-        if last.block == width[0]:  # blocks see themselves: tiles need no permutation
-            return 0
+        if last.block == width[0] and bool(((last.lo[r, j] <= j) & (j <= last.hi[r, j])).all()):
+            return 0  # blocks see themselves: tiles need no permutation
         return int(width[0]) if 1 < width[0] <= LANES + 1 and bool((width == width[0]).all()) else 0
 
     def kernel(self, backward: bool) -> Kernel:

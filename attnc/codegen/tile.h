@@ -38,6 +38,7 @@ struct Box {
     INLINE void close() { count = 1; for (int a = 0; a < RANK; a++) count *= extent[a]; }
     // f(n, index, length): runs along the last axis that make up the tokens [from, to)
     template <class F> INLINE void runs(int64_t from, int64_t to, F f) const {
+        if (from >= to) return;      // an empty box has an axis without an extent
         int64_t index[RANK];
         for (int64_t a = RANK - 1, rest = from; a >= 0; rest /= extent[a], a--) index[a] = rest % extent[a];
         for (int64_t n = from; n < to;) {

@@ -128,13 +128,17 @@ class Steps(Scores):
         else:
             self.weights()
         weight = self.weight(post=not plain)
-        if keys:  # before dp, which need not live beside the weights in half precision
-            self.put(f"dv = {dot(f'{weight}.to(g.dtype)', 'g', 'dv')}")
+        add_dv = f"dv = {dot(f'{weight}.to(g.dtype)', 'g', 'dv')}"
+        early = keys and lanes(max(spec.head_dim, spec.value_dim)) <= 128
+        if early:  # before dp, which need not live beside the weights in half precision
+            self.put(add_dv)
         if self.fused:
             self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
         less = self.kind == "backward_dq" and spec.softmax and weight == "p"  # the product starts from -delta
         start = f"tl.broadcast_to(-delta[:, None], [{self.bm}, {self.bn}])" if less else ""
         self.put(f"dp = {dot(row2, f'{column2}.T', start)}")
+        if keys and not early:
+            self.put(add_dv)
         if self.fused and spec.softmax and not self.given:
             self.put(f"delta = tl.sum({weight} * dp, 1)[:, None]")
             with self.block("if GLse is not None:"):
