@@ -245,6 +245,7 @@ HELD: dict[str, dict[str, Problem]] = {
         **{f"{n}, {k}": Problem(weighted(p, k), (5, 6), **REST) for n, p in BIASED.items() for k in ("sigmoid", "relu cubed")},
         "plain": Problem(weighted(patterns.window(3), "relu"), (5, 7), **REST),
         "fused": Problem(weighted(patterns.window(3), "sigmoid", post=True), (6, 6), batch=3),
+        "fused bias": Problem(weighted(patterns.window(3, bias="relative"), "sigmoid"), (6, 6), batch=2),
         "prefix": Problem(weighted(patterns.window(3), "sigmoid"), (4, 5), prefix=2, **REST),
         "prefix and post": Problem(weighted(patterns.neighborhood(3), "relu cubed", post=True), (4, 5), prefix=1, **REST),
         "virtual keys": Problem(weighted(patterns.window(3), "sigmoid", maps=True), (4, 5), pad=((1, 1), (0, 1)), **REST),
