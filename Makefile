@@ -41,8 +41,8 @@ lint: setup
 bench: setup
 	$(PY) -m bench $(ARGS)
 
-# on a GPU, made to end within eight minutes (not timed yet): every library pattern's correctness, then its speed beside its peers; bench/results/gpu-*.json and
-# docs/performance-gpu-*.md. Status 2 and one line where there is no GPU
+# on a GPU, made to end within eight minutes (not timed yet): every library pattern's correctness, then its speed beside its peers;
+# bench/results/gpu-*.json and docs/performance-gpu-*.md. Status 2 and one line where there is no GPU
 gpu: setup
 	$(PY) -m bench.gpu $(ARGS)
 
