@@ -45,6 +45,7 @@ struct Forward {
     static constexpr int QW = words(D), QP = up(QW, L);     // words of a row of q or k
     real odd_keys[2 * QP];
     int odd;                // keys that are in no panel
+    int batch;              // the first query whose scores are at hand
     element* out;
     static constexpr int64_t STRIDE = CHUNK + L;      // of rows of scores: a power of two would make stores look like later loads
     bool* started;
@@ -52,23 +53,24 @@ struct Forward {
 
     explicit Forward(const Problem& P, Arena& arena) : P(P), loads(P) {
         arena.reserve(2 * Aimed::bytes() + Masks::bytes() + loads.bytes(false) + 64 * 16 + TILE * 33
-                      + sizeof(real) * (TILE * (DP + VP + 3) + 3 * L + CHUNK * (2 * DP + VP) + ROWS * STRIDE));
+                      + sizeof(real) * (TILE * (DP + VP) + 3 * (TILE + BATCH) + CHUNK * (2 * DP + VP) + BATCH * STRIDE) + 8 * BATCH);
         aimed[0].allocate(arena); aimed[1].allocate(arena);
         loads.allocate(arena, false);
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
         q = arena.take<real>(TILE * DP); o = arena.take<real>(TILE * VP);
-        for (real** p : {&maximum, &total, &log_sum}) *p = arena.take<real>(TILE + L);
-        started = arena.take<bool>(TILE); q_row = arena.take<const real*>(TILE);
+        for (real** p : {&maximum, &total, &log_sum}) *p = arena.take<real>(TILE + BATCH);
+        started = arena.take<bool>(TILE); q_row = arena.take<const real*>(TILE + BATCH);
         k = arena.take<real>(CHUNK * DP); panels.data = arena.take<real>(CHUNK * DP); v = arena.take<real>(CHUNK * VP);
-        scores = arena.take<real>(ROWS * STRIDE);
+        scores = arena.take<real>(BATCH * STRIDE);
     }
+    INLINE real* scores_of(int i) const { return scores + (i - batch) * STRIDE; }
 
     // q . k of queries i .. i + M - 1 and N vectors of keys from key j on (b: the vectors in their panel, b_row apart), to `scores`.
     // finished: as scores, with their maxima per lane; all queries see all these keys.
     template <int M, int N>
     __attribute__((noinline)) void score_block(bool finished, int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
         constexpr int parts = WORD > 1 ? 1 : (D + 63) / 64, most = (QW + parts - 1) / parts;     // sums are cut, so that their error does not grow
-        real* row = scores + j;
+        real* row = scores_of(i) + j;
         const real* a[M];
         UNROLL for (int r = 0; r < M; r++) a[r] = q_row[i + r];
         V s[M][N];
@@ -105,27 +107,40 @@ struct Forward {
             default: if constexpr (COLUMNS > 3) return score_block<M, 4>(finished, i, j, b, b_row, elements, best);
         }
     }
+    void score_rows(bool finished, int m, int n, int i, int j, const real* b, int64_t b_row, const real* const (*elements)[LOADS + 1], V* best) const {
+        switch (m) {
+            case 1: return score_rows<1>(finished, n, i, j, b, b_row, elements, best);
+            case 2: return score_rows<2>(finished, n, i, j, b, b_row, elements, best);
+            case 3: return score_rows<3>(finished, n, i, j, b, b_row, elements, best);
+            case 4: return score_rows<4>(finished, n, i, j, b, b_row, elements, best);
+            case 5: if constexpr (ROWS > 4) return score_rows<5>(finished, n, i, j, b, b_row, elements, best); break;
+            default: if constexpr (ROWS > 5) return score_rows<6>(finished, n, i, j, b, b_row, elements, best);
+        }
+    }
     // The same for the one or two keys after the last whole vector, which a vector of their own would mostly waste: sums over lanes of
-    // channels.
-    template <int M> INLINE void odd_scores(int i, const real* const (*elements)[LOADS + 1], V* best) const {
+    // channels, of m queries from i on.
+    __attribute__((noinline)) void odd_scores(int i, int m, const real* const (*elements)[LOADS + 1], V* best) const {
         const Numbers numbers = this->numbers;
         const int j = here->keys.count - odd;
-        V dot[2];
-        for (int t = 0; t < odd; t++) {
-            V s[M];
-            UNROLL for (int r = 0; r < M; r++) s[r] = V{};
-            for (int d = 0; d < QP; d += L) {
-                const V y = load(odd_keys + t * QP + d);
-                UNROLL for (int r = 0; r < M; r++) s[r] = multiply_add(load(q_row[i + r] + d), y, s[r]);
+        alignas(REGISTER) real dot[2][L];
+        for (int g = 0; g < m; g += L) {
+            for (int t = 0; t < odd; t++) {
+                V s[L];
+                UNROLL for (int r = 0; r < L; r++) s[r] = V{};
+                for (int d = 0; d < QP; d += L) {
+                    const V y = load(odd_keys + t * QP + d);
+                    UNROLL for (int r = 0; r < L; r++) s[r] = multiply_add(load(q_row[i + g + r] + d), y, s[r]);
+                }
+                store(dot[t], fold_rows<L>(s, [](V a, V b) { return a + b; }));
             }
-            dot[t] = fold_rows<M>(s, [](V a, V b) { return a + b; });
-        }
-        UNROLL for (int r = 0; r < M; r++) {
-            V x = odd > 1 ? select(lanes() < splat_integer(1), lane(dot[0], r), lane(dot[1], r)) : lane(dot[0], r);
-            if constexpr (!PLAIN_SCORE) x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j, x);
-            x = select(lanes() < splat_integer(odd), x, splat(-INF));
-            best[r] = larger(best[r], x);
-            store(scores + r * STRIDE + j, x);
+            for (int r = g; r < min(g + L, m); r++) {
+                V x = splat(dot[0][r - g]);
+                if (odd > 1) x = select(lanes() < splat_integer(1), x, splat(dot[1][r - g]));
+                if constexpr (!PLAIN_SCORE) x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j, x);
+                x = select(lanes() < splat_integer(odd), x, splat(-INF));
+                best[r] = larger(best[r], x);
+                store(scores_of(i + r) + j, x);
+            }
         }
     }
     // Products in `scores` of queries i .. i + m - 1 and the keys [from, to) become scores, -inf where a query does not see a key.
@@ -135,29 +150,30 @@ struct Forward {
         bool axes = false;
         for (int a = 0; a < RANK; a++) axes |= tile.checked[a] && !keys.prefix;
         for (int r = 0; r < m; r++) {
+            real* const products = scores_of(i + r);
             const real* row = masks.row(i + r);
             const Run run = run_of(tile, keys, i + r);
             const bool always = (RESIDUAL && !plain) || (axes && !row);
             for (int j = from; j < to; j += L) {
-                V x = load(scores + r * STRIDE + j);
+                V x = load(products + j);
                 if constexpr (!PLAIN_SCORE) x = plain ? x * splat(numbers.scale) : score(P, numbers, tile.terms[i + r], keys.terms, elements[r], j, x);
                 if (row) x += load(row + j);
                 if (always || j < run.begin || j + L > run.end) x = select(visible(P, numbers, tile, keys, run, i + r, j, plain), x, splat(-INF));
                 best[r] = larger(best[r], x);
-                store(scores + r * STRIDE + j, x);
+                store(products + j, x);
             }
         }
     }
     // N vectors of output of M queries, from vector `at` on: o = o * before + weights * values; where `after` is given they are finished
     // and written times that.
     template <int M, int N>
-    __attribute__((noinline)) void value_block(int i, int at, Run run, const V* before, const V* after) {
+    __attribute__((noinline)) void value_block(int i, int at, Run run, const real* before, const real* after) {
         V sum[M][N];
         real* rows = o + i * VP + at * L;
-        if (before) { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(rows + r * VP + n * L) * before[r]; }
+        if (before) { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(rows + r * VP + n * L) * splat(before[r]); }
         else { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = V{}; }
         const int first = run.begin / WORD, end = words(run.end);
-        const real *weight = scores + first, *value = v + first * VP + at * L;
+        const real *weight = scores_of(i) + first, *value = v + first * VP + at * L;
         for (int t = first; t < end; t++, weight++, value += VP) {
             V x[N];
             UNROLL for (int n = 0; n < N; n++) x[n] = load(value + n * L);
@@ -168,13 +184,23 @@ struct Forward {
         }
         if (after) UNROLL for (int r = 0; r < M; r++) {
             element* to = out + here->out_offset[i + r] + at * L;
-            UNROLL for (int n = 0; n < N; n++) store_elements(to + n * L, sum[r][n] * after[r]);
+            UNROLL for (int n = 0; n < N; n++) store_elements(to + n * L, sum[r][n] * splat(after[r]));
         } else UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(rows + r * VP + n * L, sum[r][n]);
     }
-    template <int M, int AT = 0> INLINE void value_rows(int i, Run run, const V* before, const V* after) {
+    template <int M, int AT = 0> INLINE void value_rows(int i, Run run, const real* before, const real* after) {
         constexpr int N = share(VP / L - AT, COLUMNS);
         value_block<M, N>(i, AT, run, before, after);
         if constexpr (AT + N < VP / L) value_rows<M, AT + N>(i, run, before, after);
+    }
+    void value_rows(int m, int i, Run run, const real* before, const real* after) {
+        switch (m) {
+            case 1: return value_rows<1>(i, run, before, after);
+            case 2: return value_rows<2>(i, run, before, after);
+            case 3: return value_rows<3>(i, run, before, after);
+            case 4: return value_rows<4>(i, run, before, after);
+            case 5: if constexpr (ROWS > 4) return value_rows<5>(i, run, before, after); break;
+            default: if constexpr (ROWS > 5) return value_rows<6>(i, run, before, after);
+        }
     }
     // What m queries from i on see of the chunk: keys that any of them sees, that all see; whether more than these ends is to be checked.
     struct Sight {
@@ -193,99 +219,96 @@ struct Forward {
         for (int a = 0; a < RANK; a++) s.check |= tile.checked[a] && !keys.prefix;
         return s;
     }
-    __attribute__((noinline)) void find_elements(int i, int m, int from, int to, const real* (*elements)[LOADS + 1]) const {
-        for (int r = 0; r < m; r++) loads.rows(P, numbers, here->tile, here->keys, i + r, r, from, to, elements[r]);
-    }
-    // M queries from i on against the packed chunk; `last`: no more follow
-    template <int M> void rows(int i, bool last) {
-        const bool more = started[i];       // (rows of a block start together)
-        const Sight sight = sight_of(i, M);
-        const Run run = sight.run;
-        const bool plain = sight.plain;
-        if (run.begin >= run.end) {
-            if (last && more) finish(i, M);
-            return;
-        }
-        const int first = run.begin / L, end = (run.end + L - 1) / L, from = first * L, to = end * L;
-        V best[M];
-        const real* elements[M][LOADS + 1];
-        UNROLL for (int r = 0; r < M; r++) best[r] = splat(LOWEST);
-        if (LOADS && !plain) find_elements(i, M, from, to, elements);
+    // Products of m queries from i on, a block, with the vectors of keys that they see, and what follows from them.
+    void score_panels(int i, int m, const Sight& sight, const real* const (*elements)[LOADS + 1], V* best) const {
+        const int first = sight.run.begin / L, end = (sight.run.end + L - 1) / L;
         for (int p = 0; p < panels.count; p++) {
             const int begin = panels.first(p), x = max(begin, first), y = min(panels.first(p + 1), end);
             if (x >= y) continue;
             const real* b = panels.data + begin * L * QW + (x - begin) * L;
             const int64_t width = (panels.first(p + 1) - begin) * L;
             const bool checked = sight.check || x * L < sight.clear.begin || min(y * L, here->keys.count) > sight.clear.end;
-            if (USES_SCORE || plain) score_rows<M>(!checked, y - x, i, x * L, b, width, elements, best);
-            else for (int r = 0; r < M; r++) memset(scores + r * STRIDE + x * L, 0, sizeof(real) * (y - x) * L);
-            if (checked) check_rows(i, M, x * L, y * L, plain, elements, best);
+            if (USES_SCORE || sight.plain) score_rows(!checked, m, y - x, i, x * L, b, width, elements, best);
+            else for (int r = 0; r < m; r++) memset(scores_of(i + r) + x * L, 0, sizeof(real) * (y - x) * L);
+            if (checked) check_rows(i, m, x * L, y * L, sight.plain, elements, best);
         }
-        if constexpr (M <= L && D % (WORD * L) == 0) if (odd) odd_scores<M>(i, elements, best);
-        // maxima, sums and factors of L rows at a time
-        constexpr int groups = (M + L - 1) / L;
+    }
+    // m <= BATCH queries from i on against the packed chunk, in steps that each go over all of them: what one step leaves, the next
+    // finds ready. last: no more chunks follow.
+    __attribute__((noinline)) void rows(int i, int m, bool last) {
         const V unit = unit_of(numbers);
-        V now[groups], sums[M], before[M], after[M];
         const auto bigger = [](V a, V b) { return larger(a, b); };
         const auto plus = [](V a, V b) { return a + b; };
-        each_group<M>([&]<int G, int N>() __attribute__((always_inline)) {
-            const V top = fold_rows<N>((const V(&)[N])best[G * L], bigger);
-            now[G] = larger(load(maximum + i + G * L), PLAIN_SCORE ? top * splat(numbers.scale_log2e) : top);
-        });
-        UNROLL for (int r = 0; r < M; r++) { best[r] = lane(now[r / L], r % L); sums[r] = V{}; }
-        for (int j = from; j < to; j += L) {
-            V e[M];
-            if constexpr (SOFTMAX) {
-                UNROLL for (int r = 0; r < M; r++) e[r] = exponent(load(scores + r * STRIDE + j), best[r], unit);
-                UNROLL for (int r = 0; r < M; r++) e[r] = exp2_vector(e[r]);
-            } else UNROLL for (int r = 0; r < M; r++) e[r] = weight_of(natural(load(scores + r * STRIDE + j), numbers));
-            UNROLL for (int r = 0; r < M; r++) {
-                sums[r] += e[r];
-                if (POST && !plain) e[r] *= post(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j);
-@DROPOUT@                e[r] *= dropout(P, numbers, here->tile.terms[i + r], here->keys.terms, j);
-                store_weights(scores + r * STRIDE, j, e[r]);
+        Sight sights[BATCH];                // of the block that starts at this row
+        const real* elements[BATCH][LOADS + 1];
+        V fold[BATCH];                      // per row, over its lanes: the largest score, then the sum
+        alignas(REGISTER) real factor[BATCH], inverse[BATCH];
+        batch = i;
+        for (int r = 0; r < up(m, L); r++) fold[r] = splat(LOWEST);
+        for (int r = 0, n; r < m; r += n) {
+            n = share(m - r, ROWS);
+            const Sight& sight = sights[r] = sight_of(i + r, n);
+            if (LOADS && !sight.plain) for (int t = r; t < r + n; t++)
+                loads.rows(P, numbers, here->tile, here->keys, i + t, t, sight.run.begin / L * L, up(sight.run.end, L), elements[t]);
+            score_panels(i + r, n, sight, elements + r, fold + r);
+            if (last) look_ahead();
+        }
+        if (D % (WORD * L) == 0 && odd) odd_scores(i, m, elements, fold);
+        for (int g = 0; g < m; g += L) {
+            const V top = fold_rows<L>((const V(&)[L])fold[g], bigger), old = load(maximum + i + g);
+            const V now = larger(old, PLAIN_SCORE ? top * splat(numbers.scale_log2e) : top);
+            if constexpr (SOFTMAX) store(factor + g, exp2_vector((old - now) * splat(PLAIN_SCORE ? 1 : LOG2E)));
+            store(maximum + i + g, select(lanes() < splat_integer(m - g), now, old));
+        }
+        for (int r = 0, n; r < m; r += n) {
+            n = share(m - r, ROWS);
+            const Sight& sight = sights[r];
+            const int from = sight.run.begin / L * L, to = up(sight.run.end, L);
+            const bool plain = sight.plain;
+            for (int t = r; t < r + n; t++) {
+                real* const row = scores_of(i + t);
+                const V shift = splat(maximum[i + t]);
+                V sum{};
+                for (int j = from; j < to; j += L) {
+                    V e;
+                    if constexpr (SOFTMAX) e = exp2_vector(exponent(load(row + j), shift, unit));
+                    else e = weight_of(natural(load(row + j), numbers));
+                    sum += e;
+                    if (POST && !plain) e *= post(P, numbers, here->tile.terms[i + t], here->keys.terms, elements[t], j);
+@DROPOUT@                    e *= dropout(P, numbers, here->tile.terms[i + t], here->keys.terms, j);
+                    store_weights(row, j, e);
+                }
+                fold[t] = sum;
             }
         }
-        each_group<M>([&]<int G, int N>() __attribute__((always_inline)) {
-            const V old = load(maximum + i + G * L), factor = SOFTMAX ? exp2_vector((old - now[G]) * splat(PLAIN_SCORE ? 1 : LOG2E)) : splat(1);
-            const V all = SOFTMAX ? fold_rows<N>((const V(&)[N])sums[G * L], plus) + load(total + i + G * L) * factor : splat(1);
-            const V inverse = select(all > V{}, splat(1) / all, select(all <= V{}, V{}, all));      // 0 of no weights, NaN of a NaN
-            const I mine = lanes() < splat_integer(N);
-            store(maximum + i + G * L, select(mine, now[G], old));
-            store(total + i + G * L, select(mine, all, load(total + i + G * L)));
-            UNROLL for (int r = 0; r < N; r++) { before[G * L + r] = lane(factor, r); after[G * L + r] = lane(inverse, r); }
-        });
-        for (int r = 0; r < M; r++) started[i + r] = true;
+        for (int g = 0; g < m; g += L) {
+            const V old = load(total + i + g), sum = SOFTMAX ? fold_rows<L>((const V(&)[L])fold[g], plus) + old * load(factor + g) : splat(1);
+            store(inverse + g, select(sum > V{}, splat(1) / sum, select(sum <= V{}, V{}, sum)));      // 0 of no weights, NaN of a NaN
+            store(total + i + g, select(lanes() < splat_integer(m - g), sum, old));
+            if constexpr (!SOFTMAX) store(factor + g, splat(1));
+        }
         const bool direct = last && DV % L == 0 && P.out_layout.channel == 1;
         constexpr int longest = WORD > 1 ? CHUNK : LONGEST_SUM;         // sums are cut here, too
-        const int start = run.begin / WORD * WORD;
-        for (int t = start; t < run.end; t += longest) {
-            const int stop = min(t + longest, run.end);
-            value_rows<M>(i, {t, stop}, more || t > start ? before : nullptr, direct && stop == run.end ? after : nullptr);
-            if (t == start) UNROLL for (int r = 0; r < M; r++) before[r] = splat(1);
+        static constexpr real again[ROWS] = {1, 1, 1, 1, 1, 1};
+        for (int r = 0, n; r < m; r += n) {
+            n = share(m - r, ROWS);
+            const Run run = sights[r].run;
+            const bool more = started[i + r], some = run.begin < run.end;       // (rows of a block start together)
+            for (int t = run.begin / WORD * WORD; t < run.end; t += longest) {
+                const int stop = min(t + longest, run.end);
+                const real* before = t > run.begin ? again : more ? factor + r : nullptr;
+                value_rows(n, i + r, {t, stop}, before, direct && stop == run.end ? inverse + r : nullptr);
+            }
+            for (int t = r; t < r + n; t++) started[i + t] |= some;
+            if (last && (some ? !direct : more)) finish(i + r, n);
+            if (last) look_ahead();
         }
-        if (last && !direct) finish(i, M);
-    }
-    // f<G, N>(): rows G * L .. G * L + N - 1 of M
-    template <int M, int G = 0, class F> static INLINE void each_group(F f) {
-        f.template operator()<G, min(M - G * L, L)>();
-        if constexpr (M > (G + 1) * L) each_group<M, G + 1>(f);
     }
     // Queries whose last chunk has been, from `o`.
     void finish(int i, int m) {
         for (int r = i; r < i + m; r++) {
             const real all = total[r];
             store_row<DV>(out + here->out_offset[r], P.out_layout.channel, o + r * VP, all > 0 ? 1 / all : all <= 0 ? 0 : all);
-        }
-    }
-    void rows(int i, int m, bool last) {
-        switch (m) {
-            case 1: return rows<1>(i, last);
-            case 2: return rows<2>(i, last);
-            case 3: return rows<3>(i, last);
-            case 4: return rows<4>(i, last);
-            case 5: if constexpr (ROWS > 4) return rows<5>(i, last); break;
-            default: if constexpr (ROWS > 5) return rows<6>(i, last);
         }
     }
     INLINE void look_ahead() {
@@ -332,21 +355,21 @@ struct Forward {
         ahead = {next, corner(P.q, P.q_layout, next_b, next_h), corner(P.k, P.k_layout, next_b, next_h / group),
                  corner(P.v, P.v_layout, next_b, next_h / group), corner(P.out, P.out_layout, next_b, next_h),
                  0, 0, more ? next->tile.queries : 0, more ? next->keys.count : 0, 0};
-        ahead.pace = (max(ahead.queries, ahead.keys) * ROWS + tile.queries - 1) / tile.queries;
+        ahead.pace = (max(ahead.queries, ahead.keys) * ROWS + 2 * tile.queries - 1) / (2 * tile.queries);     // (twice for each block)
+        for (int i = tile.queries; i < tile.queries + BATCH; i++) q_row[i] = q_row[tile.queries - 1];
         for (int64_t n = 0; n < chunks; n++) {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || D % (WORD * L) || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            if (odd > 2 || keys.count < L || D % (WORD * L) || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
             for (int t = 0; t < odd; t++) load_words<D>(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * QP);
             keys.pack_words<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);
             keys.gather_words<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             masks.aim(tile, keys);
             loads.aim(P, numbers, tile, keys, nullptr);
             for (int i = 0, m; i < tile.queries; i += m) {
-                m = share(tile.queries - i, ROWS);
+                m = min<int>(share(tile.queries - i, ROWS) * (BATCH / ROWS), tile.queries - i);     // whole blocks of rows
                 rows(i, m, n + 1 == chunks);
-                if (n + 1 == chunks) look_ahead();
             }
         }
         // log-sum-exp of L queries at a time; a row without keys has -inf, one with a NaN keeps it

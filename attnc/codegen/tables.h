@@ -83,17 +83,17 @@ struct Loads {
     Shape* shapes;                              // [LOADS][ways]
     Expansion *all, *expansion[LOADS + 1];      // [LOADS][slots / ways][ways]; the tile's, null where its elements are not expanded
     int next_way[LOADS + 1];
-    real* spare;                                // [LOADS][ROWS][CHUNK]
+    real* spare;                                // [LOADS][BATCH][CHUNK]
 
     explicit Loads(const Problem& P) : order(P) {}
     size_t bytes(bool backward) const {
         const size_t values = sizeof(real) * order.queries * up(order.keys, L) * (backward ? 2 : 1);
-        return LOADS * (order.slots * (values + sizeof(Expansion) + 64 * 3) + sizeof(real) * ROWS * CHUNK
+        return LOADS * (order.slots * (values + sizeof(Expansion) + 64 * 3) + sizeof(real) * BATCH * CHUNK
                         + order.ways * (sizeof(Shape) + 8 * (order.queries + order.keys) + 64 * 3) + 64 * 3);
     }
     void allocate(Arena& arena, bool backward) {
         const int64_t n = LOADS * order.slots, pairs = order.queries * up(order.keys, L);
-        spare = arena.take<real>(LOADS * ROWS * CHUNK);
+        spare = arena.take<real>(LOADS * BATCH * CHUNK);
         shapes = arena.take<Shape>(LOADS * order.ways);
         all = arena.take<Expansion>(n);
         for (int64_t i = 0; n && i < LOADS * order.ways; i++) {
@@ -148,7 +148,7 @@ struct Loads {
     INLINE void rows(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int i, int r, int from, int to, const real** out) const {
         for (int l = 0; l < LOADS; l++) {
             if (expansion[l]) { out[l] = expansion[l]->values + (int64_t)i * expansion[l]->stride; continue; }
-            real* row = spare + ((int64_t)l * ROWS + r) * CHUNK;
+            real* row = spare + ((int64_t)l * BATCH + r) * CHUNK;
             if (!t.prefix && !keys.prefix) {
                 const real* table = P.tables[LOAD_TABLE[l]].data;
                 for (int k = from; k < min(to, keys.count); k++) row[k] = table[offset(P, numbers, t, keys, l, i, k)];

@@ -13,6 +13,7 @@ constexpr int REGISTER = 16, ROWS = 6, COLUMNS = 4;
 constexpr int REGISTER = 16, ROWS = 6, COLUMNS = 2;
 #endif
 constexpr int L = REGISTER / sizeof(real);
+constexpr int BATCH = (2 * ROWS + L - 1) / L * L;     // rows whose lanes are folded together
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 64")
