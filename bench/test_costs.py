@@ -87,8 +87,8 @@ def test_first_call(name: str, results: Results, tmp_path: Path) -> None:
     """Seconds of the first forward and backward in a fresh process: with nothing built, and with everything in the cache."""
     text = f"{FIRST_CALL}\nrun({PATTERNS[name]})"
     # modules have their bytecode kept, as those that pip installed have
-    kept = {"ATTNC_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPYCACHEPREFIX": str(tmp_path / "code"), "PYTHONDONTWRITEBYTECODE": ""}
-    built, found = (_script(text, **kept) for _ in range(2))
+    folders = {"ATTNC_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPYCACHEPREFIX": str(tmp_path / "code")}
+    built, found = (_script(text, PYTHONDONTWRITEBYTECODE="", **folders) for _ in range(2))
     results.add(
         {"name": "first call", "pattern": name, "built": built, "cached": found, "bar": {"built": [2.0, 4.0], "cached": 0.05}}
     )
