@@ -23,10 +23,8 @@ ENVIRONMENT = {
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="rows whose name contains one of these; all without")] = None,
     everything: Annotated[
-        bool, typer.Option(help="every dtype, batch and number of threads, FlexAttention everywhere: hours")
+        bool, typer.Option(help="every dtype, batch and number of threads, models twice as large, FlexAttention everywhere: hours")
     ] = False,
-    twice: Annotated[bool, typer.Option("--twice", help="models also at twice the resolution")] = False,
-    compiled: Annotated[bool, typer.Option("--compiled", help="models also through torch.compile: minutes each")] = False,
     quick: Annotated[bool, typer.Option(help="few rounds, nothing kept: does it run?")] = False,
     seconds: Annotated[float, typer.Option(help="measured time of a row")] = 1.2,
     out: Annotated[Path | None, typer.Option(help="folder for the results; bench/results/KIND for a whole run, else none")] = None,
@@ -53,8 +51,7 @@ def main(
 
         out = results / machine()["kind"]
     words = [*(f"--name={n}" for n in names or ()), f"--seconds={seconds}"]
-    words += ["--everything"] * everything + ["--twice"] * twice + ["--compiled"] * compiled
-    words += ["--quick"] * quick + ([f"--out={out}"] if out else [])
+    words += ["--everything"] * everything + ["--quick"] * quick + ([f"--out={out}"] if out else [])
     status = pytest.main(["-c", str(ROOT / "bench" / "pytest.ini"), str(ROOT / "bench"), *words])
     if status == pytest.ExitCode.OK and whole:
         from bench.page import write_all

@@ -52,8 +52,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attnc bench")
     group.addoption("--name", action="append", default=[], help="rows and costs whose name contains this")
     group.addoption("--everything", action="store_true", help="every dtype, batch and number of threads; FlexAttention everywhere")
-    group.addoption("--twice", action="store_true", help="models also at twice the resolution")
-    group.addoption("--compiled", action="store_true", help="models also through torch.compile, which takes minutes each")
     group.addoption("--quick", action="store_true", help="few rounds: does it run?")
     group.addoption("--seconds", type=float, default=1.2, help="of a row")
     group.addoption("--out", default="", help="folder of the results; none: they are only printed")

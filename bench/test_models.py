@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.timing import COPIES, Results, interleaved, medians, threads
+from bench.timing import COPIES, Results, Run, medians, threads, timed
 
 BATCH, THREADS = 8, 2
+ROUNDS = 5  # of each model of a row, per second that a row is given
 COMPILED = ("swin", "maxvit", "davit")  # compiled against compiled; the others take long and say little
+TWICE = ("davit", "swin", "maxvit", "gcvit")  # what a run measures at twice the resolution
 BAR = {"eager": 0.98, "compiled": 1.1}  # of every model; the windowed ones together are asked for a geometric mean of 1.2
 
 
@@ -74,6 +77,30 @@ MODELS = [
     Model("tnt", "tnt_s_patch16_224", "tnt_s", settings=sized, ours=sized),
     Model("vit", "vit_small_patch16_224", settings=sized),
     Model("deit", "deit_tiny_patch16_224", settings=sized),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model at `scale` times its image's sides, eager or compiled."""
+
+    model: Model
+    scale: int
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.model.family}{' twice' if self.scale == 2 else ''} {self.mode}"
+
+
+STANDARD = [
+    *(Row(m, 1, "eager") for m in MODELS),
+    *(Row(m, 2, "eager") for m in MODELS if m.family in TWICE),
+    *(Row(m, 1, "compiled") for m in MODELS if m.family in COMPILED),
+]
+ROWS = STANDARD + [
+    r
+    for r in (*(Row(m, 2, "eager") for m in MODELS), *(Row(m, 2, "compiled") for m in MODELS if m.family in COMPILED))
+    if r not in STANDARD
 ]
 # models of papers beside convolutional ones of timm, and what the papers measured: SHViT on a CPU, EfficientViT on a Xeon
 RIVALS = [("shvit_s4", "mobilevitv2_100", 256, 8.1), ("efficientvit_msra_m5", "mobilenetv3_large_100", 224, 1.45)]
@@ -139,7 +166,7 @@ def attention_times(model: nn.Module, paths: list[str]) -> Iterator[list[float]]
 def parts(runners: dict[str, nn.Module], paths: list[str], inputs: list[Tensor]) -> dict[str, float]:
     """Median seconds of the attention part of each model."""
     found: dict[str, list[float]] = {name: [] for name in runners}
-    for x in inputs * 2:
+    for x in inputs:
         for name, model in runners.items():
             with attention_times(model, paths) as total:
                 model(x)
@@ -155,41 +182,49 @@ def report(results: Results, row: dict[str, Any]) -> None:
     print(f"{row['name']} {row['size']} {row['mode']} b{row['batch']}: {shown}; {ratios}", flush=True)
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.family)
-def test_model(
-    model: Model, scale: int, mode: str, request: pytest.FixtureRequest, results: Results, seconds: float, quick: bool
-) -> None:
+def turns(models: dict[str, Run], inputs: list[Tensor], rounds: int) -> dict[str, float]:
+    """Median seconds of each model, which take turns, so that a slow moment of the machine falls on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for i in range(rounds):
+        for name, run in models.items():
+            times[name].append(timed(run, inputs[i % len(inputs)]))
+    return medians(times)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_model(row: Row, request: pytest.FixtureRequest, results: Results, seconds: float, quick: bool) -> None:
     """Forward of the same weights, the same logits, in turns."""
     import attnc
 
-    if (scale == 2 and not request.config.getoption("twice")) or (mode == "compiled" and not request.config.getoption("compiled")):
-        pytest.skip("not asked for")
-    if mode == "compiled" and model.family not in COMPILED:
-        pytest.skip("compiled rows are for " + ", ".join(COMPILED))
-    side = model.side * scale
+    if row not in STANDARD and not request.config.getoption("everything"):
+        pytest.skip("only with --everything")
+    model, side, compiled = row.model, row.model.side * row.scale, row.mode == "compiled"
+    start = time.perf_counter()
     with threads(THREADS), torch.no_grad():
         theirs = peer(model, side)
         changed, found = attnc.accelerate(copy.deepcopy(theirs))
-        ours = own(model, side, theirs.state_dict())
-        models = {"accelerated": changed, "eager": theirs} | ({"attnc": ours} if ours is not None else {})
+        models: dict[str, nn.Module] = {"accelerated": changed, "eager": theirs}
+        ours = None if compiled or row.scale > 1 else own(model, side, theirs.state_dict())
+        if ours is not None:
+            models["attnc"] = ours
         inputs = images(side, 1 if quick else BATCH)
-        expected = logits(theirs(inputs[0]))
-        for other in models.values():
-            torch.testing.assert_close(logits(other(inputs[0])), expected, rtol=1e-3, atol=1e-4)
-        attention = parts({n: models[n] for n in ("accelerated", "eager")}, [r.path for r in found.replaced], inputs)
-        if mode == "compiled":
-            torch._dynamo.reset()
-            models = {name: torch.compile(m, dynamic=False) for name, m in models.items()}
-        start = time.perf_counter()
-        times = medians(interleaved({n: lambda i, m=m: m(inputs[i]) for n, m in models.items()}, 12 * seconds))
+        runs: dict[str, Run] = {n: torch.compile(m, dynamic=False) if compiled else m for n, m in models.items()}
+        expected = logits(runs["eager"](inputs[0]))
+        for name in models.keys() - {"eager"}:  # also builds, and warms caches
+            torch.testing.assert_close(logits(runs[name](inputs[0])), expected, rtol=1e-3, atol=1e-4)
+        times = turns(runs, inputs, 1 if quick else max(3, round(ROUNDS * seconds / row.scale**2)))
+        attention: dict[str, float] = {}
+        if not compiled:
+            paths = [r.path for r in found.replaced]
+            attention = parts({n: models[n] for n in ("accelerated", "eager")}, paths, inputs[: 1 if quick else None])
+    torch._dynamo.reset()
     ratios = {n: times["eager"] / t for n, t in times.items() if n != "eager"}
-    if mode == "eager":
+    if attention:
         ratios["attention part"] = attention["eager"] / attention["accelerated"]
-    row = {"name": model.family, "peer": model.peer, "own": model.own if ours is not None else "", "windowed": model.windowed}
-    row |= {"size": f"{side}x{side}", "mode": mode, "batch": len(inputs[0]), "threads": THREADS, "seconds": times}
-    report(results, row | {"ratios": ratios, "attention": attention, "bar": BAR[mode], "took": time.perf_counter() - start})
+    kept = {"name": model.family, "peer": model.peer, "own": model.own if ours is not None else "", "windowed": model.windowed}
+    kept |= {"size": f"{side}x{side}", "scale": row.scale, "mode": row.mode, "batch": len(inputs[0]), "threads": THREADS}
+    kept |= {"seconds": times, "ratios": ratios, "attention": attention, "bar": BAR[row.mode]}
+    report(results, kept | {"took": time.perf_counter() - start})
 
 
 @pytest.mark.parametrize(("name", "rival", "side", "paper"), RIVALS, ids=[r[0] for r in RIVALS])
@@ -203,8 +238,26 @@ def test_rival(name: str, rival: str, side: int, paper: float, results: Results,
     with threads(THREADS), torch.no_grad():
         models = {"attnc": create_model(name).eval(), rival: timm.create_model(rival, pretrained=False).eval()}
         inputs = images(side, 1 if quick else BATCH)
-        times = medians(interleaved({n: lambda i, m=m: m(inputs[i]) for n, m in models.items()}, 12 * seconds))
+        for model in models.values():
+            model(inputs[0])
+        times = turns(models, inputs, 1 if quick else max(3, round(4 * ROUNDS * seconds)))
     row = {"name": name, "peer": rival, "own": name, "size": f"{side}x{side}", "mode": "rival", "batch": len(inputs[0])}
     report(
         results, row | {"threads": THREADS, "seconds": times, "ratios": {"attnc": times[rival] / times["attnc"]}, "paper": paper}
     )
+
+
+def test_together(results: Results) -> None:
+    """Geometric means of what was measured, and the bars that were missed."""
+    rows = [r for r in results.report["rows"] if r["mode"] in BAR]
+    for scale, mode in dict.fromkeys((r["scale"], r["mode"]) for r in rows):
+        mine = [r for r in rows if (r["scale"], r["mode"]) == (scale, mode) and r["windowed"]]
+        for what in ("accelerated", "attention part"):
+            found = [r["ratios"][what] for r in mine if what in r["ratios"]]
+            if found:
+                named = ", ".join(r["name"] for r in mine)
+                print(f"geometric mean of {what}, {mode}, {scale}x ({named}): {statistics.geometric_mean(found):.2f}x")
+    for r in rows:
+        for what in ("accelerated", "attnc"):
+            if r["ratios"].get(what, r["bar"]) < r["bar"]:
+                print(f"below its bar of {r['bar']}: {r['name']} {r['size']} {r['mode']}, {what} {r['ratios'][what]:.2f}x")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from math import isqrt
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.isotropic import Isotropic
 from attnc.models.blocks.patches import PatchEmbed, pair
 from attnc.models.blocks.prenorm import PreNormBlock
-from attnc.models.blocks.tokens import TokenAttention, map_operator
+from attnc.models.blocks.tokens import TokenAttention, map_operator, with_class_token
 from attnc.models.official import official
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
@@ -160,7 +159,7 @@ class ConViT(Isotropic):
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        size, patch = pair(img_size), pair(patch_size)
+        patch = pair(patch_size)
         super().__init__(
             embed_dim,
             depth,
@@ -170,8 +169,7 @@ class ConViT(Isotropic):
             out_indices=out_indices,
             grad_checkpointing=grad_checkpointing,
         )
-        self.grid = (size[0] // patch[0], size[1] // patch[1])
-        self.check(min(self.grid) > 0, f"{img_size=} is less than a patch of {patch_size=}")
+        self.grid = self.grid_of(img_size)
         self.check(local_up_to_layer >= 0, f"{local_up_to_layer=}: the number of gated blocks, 0 or more")
         self.local_up_to_layer = local_up_to_layer
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch, norm=False, pad=False)
@@ -193,9 +191,8 @@ class ConViT(Isotropic):
             return made
 
         self.blocks = nn.ModuleList(block(i, rate) for i, rate in enumerate(linear_rates(drop_path_rate, depth)))
+        self.add_head(ln_eps)
         if not features_only:
-            self.norm = nn.LayerNorm(embed_dim, ln_eps)
-            self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
             self.head.apply(init_vit)
 
     def forward_blocks(self, x: Tensor) -> Iterator[Tensor]:
@@ -206,23 +203,14 @@ class ConViT(Isotropic):
         """
         x = self.patch_embed(x)
         if self.pos_embed is not None:
-            if x.shape[1:3] != self.grid:
-                rows, columns = self.grid
-                raise ShapeError(
-                    f"ConViT: the image has {x.shape[1]}x{x.shape[2]} patches, the position embedding {rows}x{columns}: build the "
-                    "model with this img_size, or with use_pos_embed=False for any"
-                )
+            self.check_grid(x, self.grid, ", or with use_pos_embed=False for any")
             x = x + torch.unflatten(self.pos_embed, 1, self.grid)
         x = self.pos_drop(x)
         for i, block in enumerate(self.blocks):
             if i == self.local_up_to_layer:
-                x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
+                x = with_class_token(self.cls_token, x.flatten(1, 2))
             x = self.run(block, x)
             yield x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The first token of ``[B, N, C]``, and the classifier unless `pre_logits`."""
-        return x[:, 0] if pre_logits else cast(Tensor, self.head(x[:, 0]))
 
 
 timm_names("convit")  # the same names

@@ -20,7 +20,7 @@ from attnc.models.blocks.isotropic import tokens_to_map
 from attnc.models.blocks.patches import pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Staged
-from attnc.models.blocks.tokens import TokenAttention, cross_operator
+from attnc.models.blocks.tokens import TokenAttention, cross_operator, with_class_token
 from attnc.models.official import official
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
@@ -308,7 +308,7 @@ class CrossViT(Staged):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def _embed(self, x: Tensor, branch: int) -> Tensor:
-        tokens = torch.cat([self.cls_token[branch].expand(len(x), -1, -1), self.patch_embed[branch](x)], 1)
+        tokens = with_class_token(self.cls_token[branch], self.patch_embed[branch](x))
         return cast(Tensor, self.pos_drop(tokens + self.pos_embed[branch]))
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:

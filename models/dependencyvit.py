@@ -202,6 +202,8 @@ class DependencyViT(Isotropic):
         DeclarationError: an argument is out of range.
     """
 
+    reads = "mean"
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -225,7 +227,7 @@ class DependencyViT(Isotropic):
         grad_checkpointing: bool = False,
         backend: str = "auto",
     ) -> None:
-        size, patch = pair(img_size), pair(patch_size)
+        patch = pair(patch_size)
         super().__init__(
             embed_dim,
             depth,
@@ -235,9 +237,8 @@ class DependencyViT(Isotropic):
             out_indices=out_indices,
             grad_checkpointing=grad_checkpointing,
         )
-        self.grid = (size[0] // patch[0], size[1] // patch[1])
+        self.grid = self.grid_of(img_size)
         pruned, ratio = sorted(prune_layers or ()), prune_ratio or 0.0
-        self.check(min(self.grid) > 0, f"{img_size=} is less than a patch of {patch_size=}")
         self.check(
             all(1 <= i <= depth for i in pruned) and len(set(pruned)) == len(pruned),
             f"{prune_layers=}: different blocks, from 1 to {depth}",
@@ -266,20 +267,13 @@ class DependencyViT(Isotropic):
             )
             for i, rate in enumerate(linear_rates(drop_path_rate, depth), 1)
         )
-        if not features_only:
-            self.norm = nn.LayerNorm(embed_dim, 1e-6)
-            self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.add_head(1e-6)
         self.apply(init_vit)
 
     def embed(self, x: Tensor) -> Tensor:
         """Patches with their positions, ``[B, N, C]``; ShapeError for another image size."""
         x = self.patch_embed(x)
-        if x.shape[1:3] != self.grid:
-            rows, columns = self.grid
-            raise ShapeError(
-                f"DependencyViT: the image has {x.shape[1]}x{x.shape[2]} patches, the position embedding {rows}x{columns}: build "
-                "the model with this img_size"
-            )
+        self.check_grid(x, self.grid)
         return cast(Tensor, self.pos_drop(x.flatten(1, 2) + self.pos_embed))
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
@@ -303,10 +297,6 @@ class DependencyViT(Isotropic):
             last, gate = tokens, m
         x = self.norm(last)
         return x if gate is None else x * gate[..., None].to(x.dtype)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The mean of ``[B, N', C]``, and the classifier unless `pre_logits`."""
-        return x.mean(1) if pre_logits else cast(Tensor, self.head(x.mean(1)))
 
     @torch.no_grad()
     def dependencies(self, image: Tensor) -> Tensor:

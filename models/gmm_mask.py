@@ -19,6 +19,7 @@ from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.drop import DropPath
 from attnc.models.blocks.isotropic import last_blocks, tokens_to_map
 from attnc.models.blocks.staged import Staged
+from attnc.models.blocks.tokens import with_class_token
 from attnc.models.official import official
 from attnc.models.registry import variants
 
@@ -398,7 +399,7 @@ class ViT(PatchBlocks):
         """The tokens after each layer, ``[B, N, C]`` or, the class token first, ``[B, 1 + N, C]``."""
         x = self.embed(image)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
+            x = with_class_token(self.cls_token, x)
         return self.transformer.run(self.run, x + self.pos_embedding)
 
     def forward_features(self, image: Tensor) -> Tensor:

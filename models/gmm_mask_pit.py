@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnc.errors import DeclarationError
 from attnc.models.blocks.isotropic import tokens_to_map
+from attnc.models.blocks.tokens import with_class_token
 from attnc.models.gmm_mask import (
     BASE,
     IGNORED,
@@ -149,7 +150,7 @@ class PiT(PatchClassifier):
     def _forward_tokens(self, image: Tensor) -> list[Tensor]:
         """The tokens after each stage, ``[B, 1 + N, C]``, the class token first."""
         x = self.embed(image)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embedding
+        x = with_class_token(self.cls_token, x) + self.pos_embedding
         found = []
         for layer in self.layers:
             if isinstance(layer, Transformer):

@@ -192,6 +192,8 @@ class T2TViT(Isotropic):
         DeclarationError: an argument is out of range.
     """
 
+    reads = "mean"
+
     def __init__(
         self,
         img_size: int = 224,
@@ -243,9 +245,7 @@ class T2TViT(Isotropic):
             return PreNormBlock(embed_dim, attn, mlp_ratio=mlp_ratio, drop=drop_rate, drop_path=rate)
 
         self.blocks = nn.ModuleList(block(rate) for rate in linear_rates(drop_path_rate, depth))
-        if not features_only:
-            self.norm = nn.LayerNorm(embed_dim)
-            self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.add_head()
         self.apply(init_vit)
 
     def forward_blocks(self, x: Tensor) -> Iterator[Tensor]:
@@ -256,10 +256,6 @@ class T2TViT(Isotropic):
         for block in self.blocks:
             x = self.run(block, x)
             yield x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The mean of ``[B, N, C]``, and the classifier unless `pre_logits`."""
-        return x.mean(1) if pre_logits else cast(Tensor, self.head(x.mean(1)))
 
 
 # dropout of weights, which means nothing in evaluation mode, and what is always so here

@@ -18,7 +18,7 @@ from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.isotropic import Isotropic
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.patches import pair
-from attnc.models.blocks.tokens import token_operator
+from attnc.models.blocks.tokens import token_operator, with_class_token
 from attnc.models.official import official
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
@@ -251,9 +251,7 @@ class TNT(Isotropic):
             Block(outer_dim, inner_dim, *heads, words, mlp_ratio, qkv_bias, drop_rate, rate, se, backend=backend)
             for rate in linear_rates(drop_path_rate, depth)
         )
-        if not features_only:
-            self.norm = nn.LayerNorm(outer_dim)
-            self.head = nn.Linear(outer_dim, num_classes) if num_classes else nn.Identity()
+        self.add_head()
         self.apply(init_vit)
         for parameter in (self.cls_token, self.outer_pos, self.inner_pos):
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -263,15 +261,10 @@ class TNT(Isotropic):
         inner = self.patch_embed(x) + self.inner_pos
         words = inner.flatten(1).view(len(x), self.outer_pos.shape[1] - 1, -1)
         patches = self.proj_norm2(self.proj(self.proj_norm1(words)))
-        outer = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1)
-        outer = self.pos_drop(outer + self.outer_pos)
+        outer = self.pos_drop(with_class_token(self.cls_token, patches) + self.outer_pos)
         for block in self.blocks:
             inner, outer = self.run(block, inner, outer)
             yield outer
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The class token of ``[B, 1 + N, C]``, and the classifier unless `pre_logits`."""
-        return x[:, 0] if pre_logits else cast(Tensor, self.head(x[:, 0]))
 
 
 def _official_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

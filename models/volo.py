@@ -24,7 +24,7 @@ from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.patches import pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Staged
-from attnc.models.blocks.tokens import cross_operator
+from attnc.models.blocks.tokens import cross_operator, with_class_token
 from attnc.models.official import official
 from attnc.models.registry import variants
 from attnc.models.timm_names import timm_names
@@ -416,7 +416,7 @@ class VOLO(Staged):
         """All tokens after the class attention and the last norm, the class token first if there is one."""
         x = x.flatten(2).transpose(1, 2)
         if self.post_network is not None and self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            x = with_class_token(self.cls_token, x)
             for block in self.post_network:
                 x = self.run(block, x)
         out: Tensor = self.norm(x)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from attnc.models import create_model
+from attnc.models import create_model, from_timm
 
 Build = Callable[..., nn.Module]
 Module = TypeVar("Module", bound=nn.Module)
@@ -38,6 +39,41 @@ def parameters(name: str, **overrides: Any) -> int:
     """The number of parameters of a registered variant, without memory for them."""
     with torch.device("meta"):
         return sum(p.numel() for p in create_model(name, **overrides).parameters())
+
+
+def has_timm_s_names(name: str, theirs: str) -> None:
+    """timm's weights of the model `theirs` become exactly those of our variant."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        state, ours = timm.create_model(theirs, pretrained=False).state_dict(), create_model(name).state_dict()
+    renamed = from_timm(name, state)
+    assert {n: t.shape for n, t in renamed.items()} == {n: t.shape for n, t in ours.items()}
+
+
+def equals_timm(ours: nn.Module, theirs: nn.Module, family: str, sizes: Sequence[tuple[int, int]]) -> None:
+    """With timm's random weights: the same logits at all sizes, and the same maps at the last one."""
+    randomized(theirs)
+    ours.eval().load_state_dict(from_timm(family, theirs.state_dict()))
+    for size in sizes:
+        x = image(*size)
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    for found, expected in zip(ours.forward_stages(x), theirs.forward_intermediates(x, intermediates_only=True), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def fuses(build: Build, size: tuple[int, int], **overrides: Any) -> set[str]:
+    """One convolution per norm, the same function; a fused checkpoint fits a fused model. Gives the names of its parameters."""
+    model = randomized(build(**overrides))
+    x = image(*size)
+    expected = model(x)
+    state = model.fuse().state_dict()
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
+    assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    other = build(**overrides).eval().fuse()
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x), model(x))
+    classifier_changes(build().eval().fuse(), size)
+    return set(state)
 
 
 def trains(model: nn.Module, size: tuple[int, int], steps: int = 12, rate: float = 3e-3) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnc.errors import DeclarationError, ShapeError
-from attnc.models import create_model, from_timm
+from attnc.models import create_model
 from attnc.models.efficientvit_msra import CascadedGroupAttention, LocalWindowAttention
 
 PARAMETERS = {  # 1000 classes
@@ -50,23 +50,11 @@ def test_equals_timm() -> None:
     pytest.importorskip("timm")
     from timm.models.efficientvit_msra import EfficientVitMsra
 
-    theirs = classifier_checks.randomized(EfficientVitMsra(**SMALL))
-    ours = small().eval()
-    ours.load_state_dict(from_timm("efficientvit_msra", theirs.state_dict()))
-    for size in (SIZE, (144, 208)):
-        x = classifier_checks.image(*size)
-        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
-    for found, expected in zip(ours.forward_stages(x), theirs.forward_intermediates(x, intermediates_only=True), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    classifier_checks.equals_timm(small(), EfficientVitMsra(**SMALL), "efficientvit_msra", [SIZE, (144, 208)])
 
 
 def test_names_are_timm_s() -> None:
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        theirs = timm.create_model("efficientvit_m5", pretrained=False).state_dict()
-        ours = create_model("efficientvit_msra_m5").state_dict()
-    renamed = from_timm("efficientvit_msra_m5", theirs)
-    assert {name: t.shape for name, t in renamed.items()} == {name: t.shape for name, t in ours.items()}
+    classifier_checks.has_timm_s_names("efficientvit_msra_m5", "efficientvit_m5")
 
 
 def by_the_book(layer: CascadedGroupAttention, x: Tensor) -> Tensor:
@@ -126,14 +114,7 @@ def test_a_map_without_whole_windows() -> None:
 
 
 def test_fused() -> None:
-    model = classifier_checks.randomized(small())
-    x = classifier_checks.image(*SIZE)
-    expected = model(x)
-    model.fuse()
-    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
-    assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-    model.reset_classifier(3)
-    assert model(x).shape == (2, 3)
+    assert "blocks1.0.dw0.weight" in classifier_checks.fuses(small, SIZE)
 
 
 def test_features() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attnc.errors import DeclarationError
-from attnc.models import create_model, from_timm, load_official
+from attnc.models import create_model, load_official
 from attnc.models.shvit import SHSA
 
 PARAMETERS = {  # 1000 classes, with one head and with two
@@ -44,22 +44,11 @@ def test_equals_timm() -> None:
     pytest.importorskip("timm")
     from timm.models.shvit import SHViT
 
-    theirs = classifier_checks.randomized(SHViT(types=("i", "s", "s"), **SMALL))
-    ours = small().eval()
-    ours.load_state_dict(from_timm("shvit", theirs.state_dict()))
-    x = classifier_checks.image(*SIZE)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
-    for found, expected in zip(ours.forward_stages(x), theirs.forward_intermediates(x, intermediates_only=True), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    classifier_checks.equals_timm(small(), SHViT(types=("i", "s", "s"), **SMALL), "shvit", [SIZE])
 
 
 def test_names_are_timm_s() -> None:
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        theirs = timm.create_model("shvit_s4", pretrained=False).state_dict()
-        ours = create_model("shvit_s4").state_dict()
-    renamed = from_timm("shvit_s4", theirs)
-    assert {name: t.shape for name, t in renamed.items()} == {name: t.shape for name, t in ours.items()}
+    classifier_checks.has_timm_s_names("shvit_s4", "shvit_s4")
 
 
 def test_attention_of_the_first_channels() -> None:
@@ -86,18 +75,8 @@ def test_branches_begin_as_zero() -> None:
 
 
 def test_fused() -> None:
-    """One convolution per norm, the same function; a fused checkpoint fits a fused model."""
-    model = classifier_checks.randomized(small(distillation=True))
-    x = classifier_checks.image(*SIZE)
-    expected = model(x)
-    state = model.fuse().state_dict()
-    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
-    assert {"patch_embed.0.bias", "blocks1.0.conv.weight", "blocks2.3.mixer.m.qkv.weight", "head.weight"} <= set(state)
-    assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-    other = small(distillation=True).eval().fuse()
-    other.load_state_dict(state)
-    torch.testing.assert_close(other(x), model(x))
-    classifier_checks.classifier_changes(small().eval().fuse(), SIZE)
+    names = classifier_checks.fuses(small, SIZE, distillation=True)
+    assert {"patch_embed.0.bias", "blocks1.0.conv.weight", "blocks2.3.mixer.m.qkv.weight", "head.weight"} <= names
 
 
 def test_two_heads() -> None:

@@ -28,12 +28,16 @@ class Row:
         return bool(self.patterns)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """The attention modules of a model, in its order. `print(report)`, `rich.print(report)`, `report.to_dict()`."""
+    """The attention modules of a model, in its order. `print(report)`, `rich.print(report)`, `report.to_dict()`.
+
+    linear: how many linear layers became `attnc.models.blocks.linear.Linear`.
+    """
 
     model: str
     rows: list[Row] = field(default_factory=list)
+    linear: int = 0
 
     @property
     def replaced(self) -> list[Row]:
@@ -48,10 +52,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the model's class and one dict per row."""
         rows = [asdict(r) | {"patterns": list(r.patterns), "replaced": r.replaced} for r in self.rows]
-        return {"model": self.model, "replaced": len(self.replaced), "left": len(self.left), "rows": rows}
+        return {"model": self.model, "replaced": len(self.replaced), "left": len(self.left), "linear": self.linear, "rows": rows}
 
     def _head(self) -> str:
-        return f"{self.model}: {len(self.replaced)} attention modules replaced, {len(self.left)} left alone"
+        beside = f"; {self.linear} linear layers by the faster library" if self.linear else ""
+        return f"{self.model}: {len(self.replaced)} attention modules replaced, {len(self.left)} left alone{beside}"
 
     def __str__(self) -> str:
         lines = [self._head()]

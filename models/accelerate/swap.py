@@ -11,6 +11,7 @@ from torch import nn
 from attnc.compiler import Operator
 from attnc.errors import AttncError, DeclarationError
 from attnc.models.accelerate.report import Report, Row
+from attnc.models.blocks.linear import Linear
 
 PACKAGE = __name__.rpartition(".")[0]
 FAMILIES = {  # where classes are defined: the file of this folder that knows them
@@ -83,6 +84,8 @@ def dropout_remark(p: float) -> str:
 def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     """Let attnc compute the attention modules that it knows, in place: same weights, same outputs, gradients as before.
 
+    Linear layers become `attnc.models.blocks.linear.Linear`, which take the faster library where there are two.
+
     Args:
         model: of timm (davit, maxvit, gcvit, crossvit, convit, volo, efficientvit_msra, shvit, tnt, swin, swinv2, vit and
             deit) or torchvision (swin, swin v2), or anything that contains such modules.
@@ -101,6 +104,9 @@ def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     covered: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
         cls = type(module)
+        if cls is nn.Linear:
+            module.__class__ = Linear
+            report.linear += 1
         if module in covered or (cls.__module__.startswith("attnc.") and not issubclass(cls, Accelerated)):
             continue
         kind = _name(cls)

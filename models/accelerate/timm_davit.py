@@ -27,7 +27,8 @@ class AcceleratedSpatialBlock(Accelerated, davit.SpatialBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H, W]``, in channels-last memory."""
-        x = self.cpe1(x).permute(0, 2, 3, 1)
+        # from the first block on, maps lie in memory as the norms, the linear layers and the convolutions like them
+        x = self.cpe1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
         qkv = self.attn.qkv(self.norm1(x))
         padding: dict[str, Any] = {} if divides(self.window_size, qkv) else padded_rows(self.attn.qkv.bias, qkv, self.num_heads)
         x = x + self.drop_path1(self.attn.proj(self.attend(qkv, **padding)))

@@ -79,6 +79,11 @@ class AcceleratedPartitionAttentionCl(Partition, maxxvit.PartitionAttentionCl):
 
     covers = ("attn",)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, H, W, C] -> [B, H, W, C]``; timm hands over a view of ``[B, C, H, W]``, which every layer would copy."""
+        out: Tensor = super().forward(x.contiguous() if self.takes(x) else x)
+        return out
+
     def _partition_attn(self, x: Tensor) -> Tensor:
         if not self.takes(x):
             out: Tensor = super()._partition_attn(x)

@@ -1,75 +1,41 @@
-"""timm's VOLO: the blocks of `attnc.models.volo` read its modules, whose names are the official ones."""
+"""timm's VOLO: outlook attention on the fine map, attention among all tokens of the coarse one, and of the class token."""
 
 from __future__ import annotations
 
 from timm.models import volo
-from torch import Tensor
 
 import attnc
 from attnc.models import volo as ours
-from attnc.models.accelerate.operators import project
-from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
+from attnc.models.accelerate.swap import replaces
+from attnc.models.accelerate.twin import Twin
 from attnc.models.blocks.tokens import cross_operator
 
 
 @replaces(volo.OutlookAttention)
-class AcceleratedOutlookAttention(Accelerated, volo.OutlookAttention):
+class AcceleratedOutlookAttention(Twin, volo.OutlookAttention):
     """Weights that the mean of some tokens generates for a window, mixed and added up."""
 
-    mix: attnc.Operator
+    twin, attribute = ours.OutlookAttention, "mix"
 
-    def build(self) -> tuple[attnc.Operator, ...]:
-        self.mix = ours.outlook_operator(self.kernel_size, self.stride, self.padding, self.attnc_backend)
-        return (self.mix,)
-
-    def remark(self) -> str:
-        return dropout_remark(self.attn_drop.p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C] -> [B, H, W, C]``."""
-        if drops(self.attn_drop):
-            out: Tensor = super().forward(x)
-            return out
-        return ours.OutlookAttention.forward(self, x)
+    def operator(self) -> attnc.Operator:
+        return ours.outlook_operator(self.kernel_size, self.stride, self.padding, self.attnc_backend)
 
 
 @replaces(volo.Attention)
-class AcceleratedAttention(Accelerated, volo.Attention):
+class AcceleratedAttention(Twin, volo.Attention):
     """softmax(q k^T / sqrt(d)) v among all tokens of a map."""
 
-    attend: attnc.Operator
+    twin = ours.Attention
 
-    def build(self) -> tuple[attnc.Operator, ...]:
-        self.attend = ours.full_operator(self.num_heads, self.attnc_backend)
-        return (self.attend,)
-
-    def remark(self) -> str:
-        return dropout_remark(self.attn_drop.p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C] -> [B, H, W, C]``."""
-        if drops(self.attn_drop):
-            out: Tensor = super().forward(x)
-            return out
-        return project(self, self.attend(self.qkv(x), scale=self.scale))
+    def operator(self) -> attnc.Operator:
+        return ours.full_operator(self.num_heads, self.attnc_backend)
 
 
 @replaces(volo.ClassAttention)
-class AcceleratedClassAttention(Accelerated, volo.ClassAttention):
+class AcceleratedClassAttention(Twin, volo.ClassAttention):
     """softmax(q k^T / sqrt(d)) v of the first token."""
 
-    attend: attnc.Operator
+    twin = ours.ClassAttention
 
-    def build(self) -> tuple[attnc.Operator, ...]:
-        self.attend = cross_operator(self.attnc_backend)
-        return (self.attend,)
-
-    def remark(self) -> str:
-        return dropout_remark(self.attn_drop.p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, 1 + N, C] -> [B, 1, C]``."""
-        if drops(self.attn_drop):
-            out: Tensor = super().forward(x)
-            return out
-        return ours.ClassAttention.forward(self, x)
+    def operator(self) -> attnc.Operator:
+        return cross_operator(self.attnc_backend)

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from attnc.errors import DeclarationError
+from attnc.models.blocks.linear import Linear
 
 
 class QkvAttention(nn.Module):
@@ -39,8 +40,8 @@ class QkvAttention(nn.Module):
             raise DeclarationError(f"num_heads is {num_heads}, which does not divide dim = {dim}")
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, rows * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, rows * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x: Tensor) -> Tensor:

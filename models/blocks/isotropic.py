@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from attnc.errors import ShapeError
+from attnc.models.blocks.patches import pair
 from attnc.models.blocks.staged import Staged
 
 
@@ -23,7 +26,9 @@ def last_blocks(depth: int) -> range:
 
 
 class Isotropic(Staged):
-    """Base of such classifiers; a subclass builds them and has `forward_blocks`, a ``norm`` and `forward_head`.
+    """Base of such classifiers; a subclass builds them, calls `add_head` and has `forward_blocks`.
+
+    reads: what the classifier reads, the first of the normalised tokens or their mean.
 
     Args:
         dim: channels C.
@@ -36,7 +41,9 @@ class Isotropic(Staged):
         DeclarationError: there is no block, or `out_indices` names one that does not exist.
     """
 
+    reads: ClassVar[Literal["first", "mean"]] = "first"
     norm: nn.Module
+    head: nn.Module
 
     def __init__(
         self,
@@ -62,6 +69,27 @@ class Isotropic(Staged):
         )
         self.patch = patch
 
+    def grid_of(self, img_size: int | Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of patches in an image of this size; DeclarationError where there are none."""
+        height, width = pair(img_size)
+        grid = height // self.patch[0], width // self.patch[1]
+        self.check(min(grid) > 0, f"{img_size=} is less than a patch of {self.patch[0]}x{self.patch[1]}")
+        return grid
+
+    def check_grid(self, x: Tensor, grid: tuple[int, int], instead: str = "") -> None:
+        """ShapeError unless the map ``[B, H, W, C]`` has the size that position embeddings are made for."""
+        if tuple(x.shape[1:3]) != grid:
+            raise ShapeError(
+                f"{type(self).__name__}: the image has {x.shape[1]}x{x.shape[2]} patches, the position embedding "
+                f"{grid[0]}x{grid[1]}: build the model with this img_size{instead}"
+            )
+
+    def add_head(self, eps: float = 1e-5) -> None:
+        """The last norm and the classifier, which a backbone does not have."""
+        if not self.features_only:
+            self.norm = nn.LayerNorm(self.num_features, eps)
+            self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+
     def forward_blocks(self, x: Tensor) -> Iterator[Tensor]:
         """The tokens of the image after each block, as `tokens_to_map` takes them."""
         raise NotImplementedError
@@ -77,3 +105,8 @@ class Isotropic(Staged):
             last = tokens
         out: Tensor = self.norm(last if last.dim() == 3 else last.flatten(1, 2))
         return out
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What the classifier `reads` of ``[B, N, C]``, and the classifier unless `pre_logits`."""
+        x = x[:, 0] if self.reads == "first" else x.mean(1)
+        return x if pre_logits else cast(Tensor, self.head(x))

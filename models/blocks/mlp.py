@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from attnc.models.blocks.linear import Linear
+
 
 class Mlp(nn.Module):
     """Linear C -> hidden, GELU, Linear hidden -> C, on the last dimension of ``[..., C]``.
@@ -17,9 +19,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, gelu: str = "none", drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU(gelu)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

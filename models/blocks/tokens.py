@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 import attnc
 from attnc.models.blocks.attention import QkvAttention
+
+
+def with_class_token(token: Tensor, x: Tensor) -> Tensor:
+    """A learned token ``[1, 1, C]`` before those of each image: ``[B, N, C] -> [B, 1 + N, C]``."""
+    return torch.cat([token.expand(len(x), -1, -1), x], 1)
 
 
 @cache  # layers share operators
