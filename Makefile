@@ -36,8 +36,8 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) tools/typecheck.py
 
-# about twenty minutes on two cores: bench/results/*.json, docs/performance*.md and their pictures
-# (`make bench ARGS="--twice --compiled"`: whole models also at twice the resolution, and through torch.compile)
+# about twenty minutes on two cores: bench/results/*/*.json, docs/performance*.md and their pictures
+# (`make bench ARGS="test_models"`: whole models beside timm's and torchvision's alone; `python docs/make_models.py` shows them)
 bench: setup
 	$(PY) -m bench $(ARGS)
 

@@ -229,22 +229,30 @@ def test_model(row: Row, request: pytest.FixtureRequest, results: Results, secon
 
 @pytest.mark.parametrize(("name", "rival", "side", "paper"), RIVALS, ids=[r[0] for r in RIVALS])
 def test_rival(name: str, rival: str, side: int, paper: float, results: Results, seconds: float, quick: bool) -> None:
-    """A paper's model beside the network that the paper measured it against, with random weights."""
+    """A paper's model, its norms folded, beside the network that the paper measured it against, with random weights.
+
+    The rival runs as timm has it, and with channels last, which its convolutions like better.
+    """
     from attnc.models import create_model, list_models
 
     timm = pytest.importorskip("timm")
     if name not in list_models():
         pytest.skip(f"{name} is not in the model layer")
     with threads(THREADS), torch.no_grad():
-        models = {"attnc": create_model(name).eval(), rival: timm.create_model(rival, pretrained=False).eval()}
+        ours, theirs = create_model(name).eval().fuse(), timm.create_model(rival, pretrained=False).eval()
+        last = f"{rival}, channels last"
+        runs: dict[str, Run] = {
+            "attnc": ours,
+            rival: theirs,
+            last: lambda x: theirs(x.contiguous(memory_format=torch.channels_last)),
+        }
         inputs = images(side, 1 if quick else BATCH)
-        for model in models.values():
-            model(inputs[0])
-        times = turns(models, inputs, 1 if quick else max(3, round(4 * ROUNDS * seconds)))
+        for run in runs.values():
+            run(inputs[0])
+        times = turns(runs, inputs, 1 if quick else max(3, round(4 * ROUNDS * seconds)))
     row = {"name": name, "peer": rival, "own": name, "size": f"{side}x{side}", "mode": "rival", "batch": len(inputs[0])}
-    report(
-        results, row | {"threads": THREADS, "seconds": times, "ratios": {"attnc": times[rival] / times["attnc"]}, "paper": paper}
-    )
+    ratios = {"attnc": times[rival] / times["attnc"], "beside channels last": times[last] / times["attnc"]}
+    report(results, row | {"threads": THREADS, "seconds": times, "ratios": ratios, "paper": paper})
 
 
 def test_together(results: Results) -> None:

@@ -25,7 +25,7 @@ ROOT = HERE.parent
 HEAD = """# Models
 
 Written by `python docs/make_models.py`: from the registry, the goldens in `tests/goldens`, and, where they were measured, the times
-in `bench/results/models.json` (`python -m bench`). `attnc.models.create_model(name)` builds a variant; with timm installed it is
+in `bench/results/*/models.json` (`python -m bench`). `attnc.models.create_model(name)` builds a variant; with timm installed it is
 `timm.create_model("attnc_" + name)`, too.
 
 - **goldens**: inputs, weights, outputs and gradients of the papers' code. The tests hold every backend to all of them.
@@ -52,8 +52,10 @@ SPEED = """
 ## Speed on a CPU
 
 Forward in float32 of {batch} images on {threads} threads, medians of runs in turns, all with the same weights. *eager*: the
-library's own code; ratios are its time over that of `attnc.accelerate` of the same model, of attnc's own model, and of the
-attention part alone (from `qkv` to `proj`, partitions and residuals included). {machine}
+library's own code, or both models through `torch.compile`; ratios are its time over that of `attnc.accelerate` of the same model,
+of attnc's own model, and of the attention part alone (from `qkv` to `proj`, partitions and residuals included). Rivals are networks
+that papers measured theirs against: beside our model with its norms folded (`model.fuse()`) they run as timm has them, and, after
+the comma, with channels last. {machine}
 
 | model | size | mode | eager, ms | accelerated | attnc's own | attention part |
 |---|---|---|---|---|---|---|
@@ -156,9 +158,16 @@ def speed(report: dict[str, Any]) -> str:
     for r in rows:
         ratios = [f"{r['ratios'][n]:.2f}x" if n in r["ratios"] else "-" for n in ("accelerated", "attnc", "attention part")]
         name = f"{r['name']} against {r['peer']} (paper: {r['paper']:g}x)" if r["mode"] == "rival" else f"`{r['peer']}`"
+        if "beside channels last" in r["ratios"]:
+            ratios[1] += f", {r['ratios']['beside channels last']:.2f}x"
         eager = r["seconds"].get("eager", r["seconds"].get(r["peer"]))
         lines.append(f"| {' | '.join([name, r['size'], r['mode'], f'{1e3 * eager:.0f}', *ratios])} |\n")
     return SPEED.format(**told) + "".join(lines)
+
+
+def measured() -> list[dict[str, Any]]:
+    """What was measured, by kind of machine."""
+    return [json.loads(p.read_text()) for p in sorted((ROOT / "bench" / "results").glob("*/models.json"))]
 
 
 def counts(file: str, names: list[str]) -> str:
@@ -169,9 +178,7 @@ def counts(file: str, names: list[str]) -> str:
 
 def main() -> None:
     found = files()
-    measured = ROOT / "bench" / "results" / "models.json"
-    report = json.loads(measured.read_text()) if measured.exists() else {}
-    text = HEAD + "".join(row(*f) for f in found.items()) + speed(report) + ACCELERATE + replaced()
+    text = HEAD + "".join(row(*f) for f in found.items()) + "".join(map(speed, measured())) + ACCELERATE + replaced()
     text += COUNTS + "".join(counts(*f) for f in found.items())
     (HERE / "models.md").write_text(text, encoding="utf-8")
 

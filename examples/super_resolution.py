@@ -1,15 +1,17 @@
 """Train a tiny HAT to double the size of photos, and beat bicubic interpolation. `python examples/super_resolution.py`
 
-It sees crops of one of the two photos of scikit-learn (the flower), shrunk to half their size, and is measured
-on the other one (the temple), of which it sees nothing. The network adds to the bicubic image what that lacks. Writes
-super_resolution/photo.png, report.json and a checkpoint; started again, it goes on where it was stopped. The exit status is 1
-where bicubic interpolation is not beaten.
+scikit-learn has two photos. The network learns from crops of the temple (china.jpg), shrunk to half their size. All of the other
+photo (flower.jpg) is held out: no pixel of it is seen in training, no setting depends on it, and the PSNR is measured on the
+whole of it once training is done. The network adds to the bicubic image what that lacks. Writes super_resolution/photo.png,
+report.json and a checkpoint; started again, it goes on where it was stopped. The exit status is 1 where bicubic interpolation is
+not beaten by 0.2 dB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -24,17 +26,18 @@ from torch import Tensor, nn
 
 import attnc
 
-WINDOW, CROP, BATCH, RATE = 8, 24, 8, 1e-3
+WINDOW, CROP, BATCH, RATE, WARM_UP = 8, 16, 8, 2e-3, 0.1
+MARGIN = 0.2  # dB over bicubic interpolation
 EVERY = 50  # steps between checkpoints
 HAT = {"embed_dim": 32, "depths": (2,), "num_heads": (4,), "window_size": WINDOW, "mlp_ratio": 2.0, "squeeze_factor": 8}
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def photos() -> tuple[Tensor, Tensor]:
-    """For training (flower.jpg) and for testing (china.jpg): ``[1, 3, H, W]`` in [0, 1], even sides."""
+    """For training (china.jpg) and for testing (flower.jpg): ``[1, 3, H, W]`` in [0, 1], even sides."""
     from sklearn.datasets import load_sample_image
 
-    found = [torch.as_tensor(load_sample_image(name).copy()) for name in ("flower.jpg", "china.jpg")]
+    found = [torch.as_tensor(load_sample_image(name).copy()) for name in ("china.jpg", "flower.jpg")]
     train, test = (image.permute(2, 0, 1)[None, :, : len(image) // 2 * 2].float() / 255 for image in found)
     return train, test
 
@@ -84,15 +87,20 @@ def crops(image: Tensor, random: torch.Generator) -> Tensor:
     return torch.stack(found)
 
 
+def rate(step: int, steps: int) -> float:
+    """A linear warm-up, then half a cosine."""
+    share = (step + 1) / steps
+    return RATE * min(share / WARM_UP, (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2)
+
+
 def train(model: nn.Module, image: Tensor, steps: int, path: Path) -> list[float]:
     """Losses of all steps, those of earlier starts included; a step's crops follow from its number."""
-    optimizer = torch.optim.Adam(model.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.Adam(model.parameters(), RATE, betas=(0.9, 0.99))
     losses: list[float] = []
     state = checkpoint.load(path)
     if state:
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(state[name])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
     columns = (
         TextColumn("{task.description}"),
@@ -102,20 +110,21 @@ def train(model: nn.Module, image: Tensor, steps: int, path: Path) -> list[float
         TextColumn("{task.fields[at]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("crops of the flower", total=steps, completed=len(losses), at="")
+        task = progress.add_task("crops of the temple", total=steps, completed=len(losses), at="")
         model.train()
         while len(losses) < steps:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(len(losses), steps)
             sharp = crops(image, torch.Generator().manual_seed(len(losses)))
             loss = F.l1_loss(model(shrunk(sharp)), sharp)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
             losses.append(loss.item())
             progress.update(task, advance=1, at=f"L1 {loss.item():.4f}")
             if len(losses) % EVERY == 0 or len(losses) == steps:
                 states: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                checkpoint.save(path, **states, schedule=schedule.state_dict(), losses=losses)
+                checkpoint.save(path, **states, losses=losses)
     return losses
 
 
@@ -144,7 +153,7 @@ def main() -> int:
     torch.manual_seed(0)
     model = Doubled(given.backend)
     start = time.perf_counter()
-    losses = train(model, image, given.steps, given.out / "hat.pt")
+    losses = train(model, image, given.steps, given.out / "hat.safetensors")
     small = shrunk(held_out)
     model.eval()
     with torch.no_grad():
@@ -156,7 +165,7 @@ def main() -> int:
     report = {"psnr": reached, "steps": len(losses), "seconds": time.perf_counter() - start, "losses": losses}
     (given.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     console.print(f"{given.out}/photo.png and report.json written; {report['seconds']:.0f} s in this start")
-    return 0 if reached["HAT"] > reached["bicubic"] else 1
+    return 0 if reached["HAT"] > reached["bicubic"] + MARGIN else 1
 
 
 if __name__ == "__main__":

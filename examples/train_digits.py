@@ -29,21 +29,21 @@ from torch import Tensor, nn
 
 import attnc
 
-SIDE, BATCH, RATE, DECAY = 24, 64, 3e-3, 0.05
+SIDE, BATCH, RATE, DECAY = 32, 64, 3e-3, 0.05
 BAR = 0.97  # of the test images
 APART = 1e-3  # how far the losses of a step may be apart between two backends, over the larger of them
 DAVIT = {"embed_dims": (48, 96), "num_heads": (3, 6), "depths": (1, 1), "window_size": 3, "mlp_ratio": 2.0}
-DINAT = {"embed_dim": 48, "depths": (1, 2), "num_heads": (3, 6), "kernel_size": 3, "dilations": ((1,), (1, 1)), "mlp_ratio": 2.0}
+DINAT = {"embed_dim": 64, "depths": (2, 2), "num_heads": (4, 8), "kernel_size": 3, "dilations": ((1, 2), (1, 1)), "mlp_ratio": 2.0}
 NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, epochs, settings
     "window": ("davit_tiny", 20, DAVIT | {"attention_types": ("spatial",)}),
-    "neighbourhood": ("dinat_mini", 60, DINAT | {"drop_path_rate": 0.0}),
+    "neighbourhood": ("dinat_mini", 30, DINAT | {"drop_path_rate": 0.0}),
     "channel": ("davit_tiny", 20, DAVIT | {"attention_types": ("channel",)}),
 }
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images ``[N, 1, 24, 24]`` and classes, for training and for testing."""
+    """Images ``[N, 1, 32, 32]`` and classes, for training and for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -56,7 +56,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def moved(images: Tensor, random: torch.Generator) -> Tensor:
-    """Each image moved by up to 3 pixels, its border repeated."""
+    """Each image moved by up to 3 pixels (less than one of the 8x8 that there were), its border repeated."""
     wide = F.pad(images, (3,) * 4, mode="replicate")
     at = torch.randint(0, 7, (len(images), 2), generator=random).tolist()
     return torch.stack([image[:, y : y + SIDE, x : x + SIDE] for image, (y, x) in zip(wide, at, strict=True)])
@@ -83,7 +83,7 @@ class Training:
     def __init__(self, kind: str, backend: str, epochs: int, folder: Path | None) -> None:
         self.model = network(kind, backend)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), RATE, weight_decay=DECAY)
-        self.epochs, self.path = epochs, None if folder is None else folder / f"{kind}.pt"
+        self.epochs, self.path = epochs, None if folder is None else folder / f"{kind}.safetensors"
         self.curve: list[dict[str, float]] = []
         state = checkpoint.load(self.path) if self.path else {}
         if state:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from attnc.models import create_model
@@ -57,6 +58,16 @@ def check_autocast(model: nn.Module, x: Tensor) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             low = model(x)
     assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max() + 0.02
+
+
+def check_saves(build: Build, x: Tensor) -> None:
+    """A state dict survives safetensors, which takes no shared memory, and is all that there is to a model."""
+    model, other = build().eval(), build().eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)), alpha=0.02)
+        other.load_state_dict(load(save(model.state_dict())))
+        torch.testing.assert_close(other(x), model(x), atol=0, rtol=0)
 
 
 def check_compiles(model: nn.Module, x: Tensor) -> None:

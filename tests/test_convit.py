@@ -133,6 +133,10 @@ def test_training() -> None:
     classifier_checks.trains(small(drop_path_rate=0.1, drop_rate=0.01), SIZE)
 
 
+def test_round_trip() -> None:
+    classifier_checks.saves(small, SIZE)
+
+
 def test_checkpointing() -> None:
     classifier_checks.checkpointing_changes_nothing(small, SIZE)
 

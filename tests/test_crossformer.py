@@ -169,6 +169,10 @@ def test_training_lowers_the_loss() -> None:
     checks.check_training(small(drop_path_rate=0.1), checks.image(24, 32, batch=8), target)
 
 
+def test_round_trip() -> None:
+    checks.check_saves(small, checks.image(32, 24))
+
+
 def test_checkpointing() -> None:
     checks.check_checkpointing(lambda **more: small(drop_path_rate=0.3, **more), checks.image(32, 24))
 

@@ -78,6 +78,10 @@ def test_training_lowers_the_loss() -> None:
     checks.check_training(small(drop_path_rate=0.1), x, F.interpolate(x, scale_factor=2))
 
 
+def test_round_trip() -> None:
+    checks.check_saves(small, checks.image(8, 8))
+
+
 def test_checkpointing() -> None:
     checks.check_checkpointing(lambda **more: small(drop_path_rate=0.3, **more), checks.image(8, 8))
 

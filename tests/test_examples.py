@@ -81,7 +81,7 @@ def test_train_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: p
     import train_digits
 
     train, test = train_digits.digits()
-    assert (len(train[0]), len(test[0]), train[0].shape[1:]) == (1347, 450, (1, 24, 24))
+    assert (len(train[0]), len(test[0]), train[0].shape[1:]) == (1347, 450, (1, 32, 32))
     monkeypatch.setattr(train_digits, "digits", lambda: tuple((x[:64], y[:64]) for x, y in (train, test)))
     monkeypatch.setattr(train_digits, "BATCH", 16)
     reports = []

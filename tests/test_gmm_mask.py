@@ -271,6 +271,11 @@ def test_training_lowers_the_loss(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
+def test_round_trip(host: str) -> None:
+    checks.check_saves(lambda: small(host), checks.image(16, 16))
+
+
+@pytest.mark.parametrize("host", HOSTS)
 def test_checkpointing(host: str) -> None:
     checks.check_checkpointing(lambda **more: small(host, stochastic_depth=0.3, **more), checks.image(16, 16))
 

@@ -133,6 +133,10 @@ def test_the_discriminator_loads(sn: bool) -> None:
     torch.testing.assert_close(load_official("styleswin", "Discriminator", config, without)(x), model.eval()(x))
 
 
+def test_round_trip() -> None:
+    checks.check_saves(small, noise())
+
+
 def test_checkpointing() -> None:
     checks.check_checkpointing(small, noise())
 
