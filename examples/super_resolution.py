@@ -1,7 +1,7 @@
 """Train a tiny HAT to double the size of photos, and beat bicubic interpolation. `python examples/super_resolution.py`
 
 scikit-learn has two photos. The network learns from crops of the temple (china.jpg), shrunk to half their size. All of the other
-photo (flower.jpg) is held out: no pixel of it is seen in training, no setting depends on it, and the PSNR is measured on the
+photo (flower.jpg) is held out: no pixel of it is seen in training, and the PSNR is measured on the
 whole of it once training is done. The network adds to the bicubic image what that lacks. Writes super_resolution/photo.png,
 report.json and a checkpoint; started again, it goes on where it was stopped. The exit status is 1 where bicubic interpolation is
 not beaten by 0.2 dB.

@@ -55,9 +55,9 @@ def packed_tokens(heads: int, backend: str) -> attnc.Operator:
 
 
 @cache
-def channels_first(bias: Bias, backend: str) -> attnc.Operator:
-    """Attention among all tokens, on q, k and v ``[B, heads, d, N]``."""
-    return attnc.compile(attnc.patterns.full(bias=bias), layout="b h d x", backend=backend)
+def biased_tokens(backend: str) -> attnc.Operator:
+    """Attention among all tokens with a bias of each pair, on q, k and v ``[B, N, heads, d]``."""
+    return attnc.compile(attnc.patterns.full(bias="absolute"), layout="b x h d", backend=backend)
 
 
 def divides(size: Pair, x: Tensor) -> bool:

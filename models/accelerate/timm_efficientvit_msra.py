@@ -10,7 +10,7 @@ from timm.models import efficientvit_msra
 from torch import Tensor
 
 import attnc
-from attnc.models.accelerate.operators import channels_first
+from attnc.models.accelerate.operators import biased_tokens
 from attnc.models.accelerate.swap import Accelerated, replaces
 
 
@@ -21,18 +21,20 @@ class AcceleratedCascadedGroupAttention(Accelerated, efficientvit_msra.CascadedG
     attend: attnc.Operator
 
     def build(self) -> tuple[attnc.Operator, ...]:
-        self.attend = channels_first("absolute", self.attnc_backend)
+        self.attend = biased_tokens(self.attnc_backend)
         return (self.attend,)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H, W]``."""
+        # from the first attention on, maps lie in memory as the convolutions like them
+        x = x.contiguous(memory_format=torch.channels_last)
         biases = self.attention_biases[:, self.attention_bias_idxs]
         heads: list[Tensor] = []
         for i, (part, qkv, conv) in enumerate(zip(x.chunk(self.num_heads, 1), self.qkvs, self.dws, strict=True)):
             rows = qkv(part + heads[-1] if heads else part)
             q, k, v = rows.split([self.key_dim, self.key_dim, self.val_dim], 1)
-            q, k, v = (t.flatten(2)[:, None] for t in (conv(q), k, v))
+            q, k, v = (t.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2) for t in (conv(q), k, v))
             mixed = self.attend(q, k, v, scale=self.scale, bias=biases[i : i + 1])
-            heads.append(mixed.view(x.shape[0], self.val_dim, *x.shape[2:]))
+            heads.append(mixed.squeeze(2).unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2))
         out: Tensor = self.proj(torch.cat(heads, 1))
         return out

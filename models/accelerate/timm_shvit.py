@@ -7,8 +7,8 @@ from timm.models import shvit
 from torch import Tensor
 
 import attnc
-from attnc.models.accelerate.operators import channels_first
 from attnc.models.accelerate.swap import Accelerated, replaces
+from attnc.models.blocks.tokens import map_operator
 
 
 @replaces(shvit.SHSA)
@@ -18,14 +18,16 @@ class AcceleratedSHSA(Accelerated, shvit.SHSA):
     attend: attnc.Operator
 
     def build(self) -> tuple[attnc.Operator, ...]:
-        self.attend = channels_first(None, self.attnc_backend)
+        self.attend = map_operator(self.attnc_backend)
         return (self.attend,)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H, W]``."""
+        # from the first attention on, maps lie in memory as the convolutions like them
+        x = x.contiguous(memory_format=torch.channels_last)
         first, rest = torch.split(x, [self.pdim, self.dim - self.pdim], 1)
-        rows = self.qkv(self.pre_norm(first))
-        q, k, v = (t.flatten(2)[:, None] for t in rows.split([self.qk_dim, self.qk_dim, self.pdim], 1))
-        mixed = self.attend(q, k, v, scale=self.scale)
-        out: Tensor = self.proj(torch.cat([mixed.view(first.shape), rest], 1))
+        rows = self.qkv(self.pre_norm(first)).permute(0, 2, 3, 1)
+        q, k, v = rows.unsqueeze(3).split([self.qk_dim, self.qk_dim, self.pdim], 4)
+        mixed = self.attend(q, k, v, scale=self.scale).squeeze(3).permute(0, 3, 1, 2)
+        out: Tensor = self.proj(torch.cat([mixed, rest], 1))
         return out
