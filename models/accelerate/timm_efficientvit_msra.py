@@ -35,6 +35,6 @@ class AcceleratedCascadedGroupAttention(Accelerated, efficientvit_msra.CascadedG
             q, k, v = rows.split([self.key_dim, self.key_dim, self.val_dim], 1)
             q, k, v = (t.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2) for t in (conv(q), k, v))
             mixed = self.attend(q, k, v, scale=self.scale, bias=biases[i : i + 1])
-            heads.append(mixed.squeeze(2).unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2))
+            heads.append(torch.unflatten(mixed.squeeze(2), 1, x.shape[2:]).permute(0, 3, 1, 2))
         out: Tensor = self.proj(torch.cat(heads, 1))
         return out
