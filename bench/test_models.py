@@ -191,20 +191,20 @@ def turns(models: dict[str, Run], inputs: list[Tensor], rounds: int) -> dict[str
     return medians(times)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_model(row: Row, request: pytest.FixtureRequest, results: Results, seconds: float, quick: bool) -> None:
+@pytest.mark.parametrize("asked", ROWS, ids=str)
+def test_model(asked: Row, request: pytest.FixtureRequest, results: Results, seconds: float, quick: bool) -> None:
     """Forward of the same weights, the same logits, in turns."""
     import attnc
 
-    if row not in STANDARD and not request.config.getoption("everything"):
+    if asked not in STANDARD and not request.config.getoption("everything"):
         pytest.skip("only with --everything")
-    model, side, compiled = row.model, row.model.side * row.scale, row.mode == "compiled"
+    model, side, compiled = asked.model, asked.model.side * asked.scale, asked.mode == "compiled"
     start = time.perf_counter()
     with threads(THREADS), torch.no_grad():
         theirs = peer(model, side)
         changed, found = attnc.accelerate(copy.deepcopy(theirs))
         models: dict[str, nn.Module] = {"accelerated": changed, "eager": theirs}
-        ours = None if compiled or row.scale > 1 else own(model, side, theirs.state_dict())
+        ours = None if compiled or asked.scale > 1 else own(model, side, theirs.state_dict())
         if ours is not None:
             models["attnc"] = ours
         inputs = images(side, 1 if quick else BATCH)
@@ -212,7 +212,7 @@ def test_model(row: Row, request: pytest.FixtureRequest, results: Results, secon
         expected = logits(runs["eager"](inputs[0]))
         for name in models.keys() - {"eager"}:  # also builds, and warms caches
             torch.testing.assert_close(logits(runs[name](inputs[0])), expected, rtol=1e-3, atol=1e-4)
-        times = turns(runs, inputs, 1 if quick else max(3, round(ROUNDS * seconds / row.scale**2)))
+        times = turns(runs, inputs, 1 if quick else max(3, round(ROUNDS * seconds / asked.scale**2)))
         attention: dict[str, float] = {}
         if not compiled:
             paths = [r.path for r in found.replaced]
@@ -222,8 +222,8 @@ def test_model(row: Row, request: pytest.FixtureRequest, results: Results, secon
     if attention:
         ratios["attention part"] = attention["eager"] / attention["accelerated"]
     kept = {"name": model.family, "peer": model.peer, "own": model.own if ours is not None else "", "windowed": model.windowed}
-    kept |= {"size": f"{side}x{side}", "scale": row.scale, "mode": row.mode, "batch": len(inputs[0]), "threads": THREADS}
-    kept |= {"seconds": times, "ratios": ratios, "attention": attention, "bar": BAR[row.mode]}
+    kept |= {"size": f"{side}x{side}", "scale": asked.scale, "mode": asked.mode, "batch": len(inputs[0]), "threads": THREADS}
+    kept |= {"seconds": times, "ratios": ratios, "attention": attention, "bar": BAR[asked.mode]}
     report(results, kept | {"took": time.perf_counter() - start})
 
 
