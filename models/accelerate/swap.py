@@ -104,7 +104,7 @@ def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     covered: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
         cls = type(module)
-        if cls is nn.Linear:
+        if cls in (nn.Linear, Linear):
             module.__class__ = Linear
             report.linear += 1
         if module in covered or (cls.__module__.startswith("attnc.") and not issubclass(cls, Accelerated)):
