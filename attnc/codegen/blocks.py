@@ -91,12 +91,14 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
     allowed = value(a.relation)
     g = call.geometry
     beside = (tile.q_coords[0] < 0)[:, :, None] | (tile.k_coords[0] < 0)[:, None, :]
-    inside.append(allowed & ~beside & ~absent[:, None, :])
+    # prefix tokens attend to tokens: virtual keys belong to the relation
+    unseen = absent[:, None, :] | ((tile.q_coords[0] < 0)[:, :, None] & virtual[:, None, :])
+    inside.append(allowed & ~beside & ~unseen)
     leaves[ir.SCORE] = torch.where(inside[0], raw, 0.0)
     score = raw if a.score == ir.SCORE else value(a.score).to(raw.dtype)
     if g.q_prefix or g.k_prefix:
         allowed, score = allowed | beside, torch.where(beside, raw, score)
-    allowed = (allowed & ~absent[:, None, :]).expand(raw.shape)
+    allowed = (allowed & ~unseen).expand(raw.shape)
     score = score.expand(raw.shape)
     factor = None
     if a.post is not None:

@@ -100,7 +100,7 @@ class Kernel(Steps):
         self.together([(which, "tl.program_id(1)"), *batch, ("n", columns)], 120)
         self.tile()
         if spec.attend.dropout is not None:
-            self.put(f"kept = tl.load({TABLE}_table + 2 * {TABLE}_st[0]).to(tl.int32)")
+            self.put(f"last = tl.load({TABLE}_table + 2 * {TABLE}_st[0]).to(tl.int32)")
         self.box()
         if spec.padded:
             for t in ("k", "v"):
