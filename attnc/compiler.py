@@ -473,10 +473,10 @@ def compile(
     """An operator `op(q, k, v, *, scale=None, return_lse=False, grid=None, **tables) -> out` from a pattern or mechanism.
 
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] unless `layout` says otherwise; the grid is row-major, `prefix`
-    tokens come first, see all tokens and are seen by all. pad: virtual keys around the grid, which the relation gives to the grid's
-    queries; prefix queries do not see them. tune=True: the first call of a shape that nothing is kept for measures the candidates of
-    both directions and keeps the winners, see `attnc.tune`. Raises DeclarationError for a wrong statement, UnsupportedError for what cannot be
-    lowered.
+    tokens come first, see all tokens and are seen by all. pad: virtual keys around the grid, which the relation gives to queries
+    of the grid; prefix queries do not see them. tune=True: the first call of a shape that nothing is kept for measures the
+    candidates of both directions and keeps the winners, see `attnc.tune`. Raises DeclarationError for a wrong statement,
+    UnsupportedError for what cannot be lowered.
     """
     if not isinstance(p, Pattern | Mechanism):
         hint = " (call it with its hyper-parameters first)" if callable(p) else ""

@@ -165,6 +165,5 @@ def test_offsets_have_32_bits_where_they_reach() -> None:
     assert _large(c, *[whole] * 3)
     assert not _large(c, *[whole[:, :1]] * 3)  # one head of it at a time, whose strides are those of all
     assert not _large(c, *rows()[:3])
-    assert not _large(
-        c, *[torch.empty(2**12, HEADS, 2**12, 128, dtype=torch.float16, device="meta")] * 3
-    )  # batch items do not count
+    many = torch.empty(2**12, HEADS, 2**12, 128, dtype=torch.float16, device="meta")
+    assert not _large(c, *[many] * 3)  # a batch item's number has 64 bits in every kernel

@@ -219,8 +219,8 @@ def backward(
             o, s = attend_block(call, tile, qb, kb, vb, {**tables, **t}, group)
             if whole is None:
                 return o, s
-            at = whole[1][:, :, tile.queries.clamp_min(0)].to(dtype)
-            some = torch.isfinite(s)
+            at = whole[1][:, :, tile.queries.clamp_min(0)].to(dtype)  # of another query, where the tile's is virtual
+            some = torch.isfinite(s) & (tile.queries >= 0)
             share = torch.where(some, torch.exp(torch.where(some, s - at, 0.0)), 0.0)
             return o * share[..., None], share
 
