@@ -235,7 +235,8 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     if side == "k" and not columns:
         lo, hi = ir.substitute(lo, {I: J}), ir.substitute(hi, {I: J})
     # tiles begin at block borders, perhaps before 0
-    at = ir.make("floordiv", ir.const(spec.before(axis, side)), form.split)
+    first = spec.before(axis, side) if side == "q" else 0  # virtual keys are rows, virtual queries are not
+    at = ir.make("floordiv", ir.const(first), form.split)
     off = ir.ZERO
     if form.block is not None and form.shift != ir.ZERO:
         off = ir.make("sub", form.block, form.shift)
