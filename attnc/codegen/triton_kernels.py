@@ -310,7 +310,7 @@ class Kernel(Steps):
         """Rows are keys."""
         real = ""
         if self.spec.padded:
-            self.put(f"real = live & {self.real_keys([self.row(p) for p in self.plans])}")
+            self.put(f"real = live & {self.real_keys([f'k{p.name}' for p in self.plans])}")  # vectors, also of one row
             real = "real[:, None]"
         for t in ("k", "v"):
             value = self.load(self.own(t), real, self.channels(t))
