@@ -106,7 +106,7 @@ class Kernel(Steps):
             for t in ("k", "v"):
                 at = f"pad_{t}_table + ({self.head('k')}) * pad_{t}_st[0] + tl.arange(0, {lanes(self.dim(t))}) * pad_{t}_st[1]"
                 less = self.channels(t).removesuffix("[None, :]")
-                self.put(f"pad_{t} = {self.load(at, less)}[None, :]")
+                self.put(f"pad_{t} = {self.load(at, less)}.to({t.upper()}.dtype.element_ty)[None, :]")
         if self.hoist:
             self.together([(f"c{p.name}", self.single_origin(p)) for p in self.plans])
             self.geometric = self.mask(full=False)
