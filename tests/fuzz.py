@@ -39,21 +39,21 @@ SIMULATOR = Path(__file__).parents[2] / "shared" / "tools" / "gpusim"
 
 @dataclass(frozen=True)
 class Leg:
-    """How a backend is tried: most tokens of a grid, calls of one statement, whether they share a kernel, share of the minutes."""
+    """How a backend is tried: most tokens of a grid, calls of one statement, whether kernels are built, share of the minutes."""
 
     tokens: int
     calls: int
-    alike: bool
+    built: bool
     share: float
 
 
 LEGS = {
-    "torch": Leg(24, 10, False, 0.25),
+    "torch": Leg(24, 30, False, 0.25),
     "cpp": Leg(40, 24, True, 0.4),
-    "triton": Leg(12, 3, True, 0.25),  # interpreted
-    "gpusim": Leg(24, 3, True, 0.1),  # compiled for sm_90, where a simulator of PTX lies beside the project
+    "triton": Leg(12, 8, True, 0.25),  # interpreted
+    "gpusim": Leg(24, 5, True, 0.1),  # compiled for sm_90, where a simulator of PTX lies beside the project
 }
-EXAMPLES = 20  # statements of one seed
+EXAMPLES = 10  # statements of one seed
 
 
 @dataclass
@@ -100,7 +100,7 @@ def families(draw: st.DrawFn, backend: str) -> list[Problem]:
     rank = draw(st.sampled_from((1, 2, 2, 2, 3)))
     pattern = draw(PATTERNS[rank])
     first = draw(draws.calls(pattern, rank, dtypes, leg.tokens))
-    others = draws.calls(pattern, rank, dtypes, leg.tokens, first if leg.alike else None)
+    others = draws.calls(pattern, rank, dtypes, leg.tokens, first, first if leg.built else None)
     return [first, *draw(st.lists(others, min_size=leg.calls - 1, max_size=leg.calls - 1))]
 
 

@@ -364,19 +364,29 @@ def grids(draw: st.DrawFn, rank: int, most: int) -> tuple[int, ...]:
 
 @st.composite
 def calls(
-    draw: st.DrawFn, pattern: attnc.Pattern, rank: int, dtypes: tuple[torch.dtype, ...], most: int, like: Problem | None = None
+    draw: st.DrawFn,
+    pattern: attnc.Pattern,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],
+    most: int,
+    proof: Problem | None = None,
+    kernel: Problem | None = None,
 ) -> Problem:
-    """A call of a pattern. like: another one whose built kernel serves this one too: dtype, head dimensions, padding are alike."""
+    """A call of a pattern.
+
+    proof: another one, whose proof serves this one too: whether there is padding, and a grid of keys. kernel: one whose built kernel
+    does, of its dtype, head dimensions and prefix.
+    """
     sizes = draw(grids(rank, most))
     kv_heads = draw(st.sampled_from((1, 2)))
     pad = None
-    if like is None:
+    if kernel is None:
         prefix = draw(st.integers(0, 2)) if draw(st.integers(0, 2)) == 0 else 0
     else:
-        prefix = like.prefix
-    if draw(st.integers(0, 3)) == 0 if like is None else like.pad is not None:
+        prefix = kernel.prefix
+    if draw(st.integers(0, 3)) == 0 if proof is None else proof.pad is not None:
         pad = tuple((draw(st.integers(0, 2)), draw(st.integers(0, 3))) for _ in range(rank))
-    kv_grid = draw(grids(rank, most)) if (draw(st.integers(0, 5)) == 0 if like is None else like.kv_grid is not None) else None
+    kv_grid = draw(grids(rank, most)) if (draw(st.integers(0, 5)) == 0 if proof is None else proof.kv_grid is not None) else None
     map_of = pattern.trace(ir.AXES[rank]).q_map
     widths = (1, 3, 8, 16, 33) if map_of is None or map_of.kind == "l2norm" else (8, 15, 16, 33)
     batch = draw(st.sampled_from((1, 2)))
@@ -386,16 +396,16 @@ def calls(
         batch=batch,
         heads=kv_heads * draw(st.sampled_from((1, 2))),
         kv_heads=kv_heads,
-        d=draw(st.sampled_from(widths)) if like is None else like.d,
-        dv=draw(st.sampled_from((1, 5, 8, 17))) if like is None else like.dv,
-        dtype=draw(st.sampled_from(dtypes)) if like is None else like.dtype,
+        d=draw(st.sampled_from(widths)) if kernel is None else kernel.d,
+        dv=draw(st.sampled_from((1, 5, 8, 17))) if kernel is None else kernel.dv,
+        dtype=draw(st.sampled_from(dtypes)) if kernel is None else kernel.dtype,
         prefix=prefix,
         kv_grid=kv_grid,
         pad=pad,
         scale=draw(st.sampled_from((None, 0.3))),
         strides=draw(st.sampled_from(STRIDES)),
         seed=draw(st.integers(0, 1000)),
-        dropout=draw(st.sampled_from((0.0, 0.0, 0.1, 0.6))) if like is None else like.dropout and draw(st.sampled_from((0.1, 0.6))),
+        dropout=draw(st.sampled_from((0.0, 0.0, 0.1, 0.6) if kernel is None else (0.1, 0.6) if kernel.dropout else (0.0,))),
         sizes=draw(st.one_of(*[st.none()] * 3, images(sizes, batch))) if kv_grid is None else None,
     )
 
@@ -527,12 +537,16 @@ def dense_by_size(
     """`dense` of each batch item's image, the low corner of its grid; zeros and -inf elsewhere."""
     out, lse = 0 * q[..., :1].expand(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], float("-inf"))  # differentiable zeros
     numbers = torch.arange(torch.Size(grid).numel()).view(grid)
+    assert isinstance(program.attend, ir.Attend)
+    prefix = ir.Tokens((None,), program.queries.prefix)  # of an image without tokens
+    alone = ir.Program(replace(program.attend, rank=1, relation=ir.TRUE, score=ir.SCORE, post=None), prefix, prefix)
     for b, size in enumerate(sizes):
         image = numbers[tuple(slice(n) for n in size)].flatten()
         at = torch.cat([torch.arange(program.queries.prefix), image + program.queries.prefix])
         if len(at):
             rows = (t[b : b + 1, :, at] for t in (q, k, v))
-            o, s = dense(program, size, size, *rows, scale, tables, dropout, b)
+            of, lengths = (program, size) if len(image) else (alone, (0,))
+            o, s = dense(of, lengths, lengths, *rows, scale, tables, dropout, b)
             out[b, :, at], lse[b, :, at] = o[0], s[0]
     return out, lse
 
