@@ -374,8 +374,8 @@ def calls(
 ) -> Problem:
     """A call of a pattern.
 
-    proof: another one, whose proof serves this one too: whether there is padding, and a grid of keys. kernel: one whose built kernel
-    does, of its dtype, head dimensions and prefix.
+    proof: another one, whose proof serves this one too: whether there is padding, and a grid of keys. kernel: one whose built
+    kernel does, of its dtype, head dimensions and prefix.
     """
     sizes = draw(grids(rank, most))
     kv_heads = draw(st.sampled_from((1, 2)))
