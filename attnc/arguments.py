@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attnc import ir
-from attnc.analysis.dropout import kept_words
 from attnc.errors import DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
@@ -96,15 +95,6 @@ def check_dropout(name: str, p: float, seed: int | None) -> None:
         raise ShapeError(f"{name}: dropout_p={p!r}: the probability of dropping a weight, a number from 0 to less than 1")
     if seed is not None and (not isinstance(seed, int | torch.SymInt) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64):
         raise ShapeError(f"{name}: seed={seed!r}: a 64-bit integer, or None to draw one from torch's default generator")
-
-
-def seed_table(p: float, seed: int | None, device: torch.device) -> Tensor:
-    """What dropout reads at run time (see analysis.dropout): int64 [3], each a signed 32-bit number."""
-    kept = torch.tensor([kept_words(p)], device=device)
-    if seed is None:
-        return torch.cat((torch.randint(-(2**31), 2**31, (2,), device=device), kept))
-    halves = [(seed // 2 ** (32 * i) + 2**31) % 2**32 - 2**31 for i in range(2)]
-    return torch.cat((torch.tensor(halves, device=device), kept))
 
 
 def sizes_of(sizes: Tensor | tuple[Tensor, Tensor], source: Pattern | Mechanism, same_grid: bool) -> Tensor:

@@ -22,7 +22,6 @@ from attnc.arguments import (
     check_tables,
     packs,
     pad_of,
-    seed_table,
     sizes_of,
 )
 from attnc.codegen import around
@@ -115,10 +114,6 @@ class Operator:
         self._layouts = {len(axes): self.layout or layouts.default(axes) for axes in ranks}
         if self.layout and (self.prefix or self.kv_prefix) and self.layout.separate and len(self.layout.axes) > 1:
             raise DeclarationError(f"layout {layout!r}: prefix tokens have no place in it; use one group, e.g. (y x)")
-        if pad is not None and (self.prefix or self.kv_prefix):
-            raise UnsupportedError(
-                f"pattern {source.name}: pad= together with prefix tokens; append the padding to the grid yourself"
-            )
         self._programs: dict[int, Traced | AttncError] = {}
         if isinstance(source, Mechanism):
             if pad is not None:
@@ -235,7 +230,7 @@ class Operator:
             traced = traced.dropped
             assert traced is not None
             accepted = replace(accepted, traced=traced)
-            tables = {**tables, TABLE: seed_table(dropout_p, seed, rows[0].device)}
+            tables = {**tables, TABLE: around.seed_table(dropout_p, seed, rows[0].device)}
         ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
         run = self._run if traced.core is None or accepted.backend == "eager" else self._surrounded
         out, lse = run(past, rows, ordered, scale, accepted, sized)
@@ -478,9 +473,10 @@ def compile(
     """An operator `op(q, k, v, *, scale=None, return_lse=False, grid=None, **tables) -> out` from a pattern or mechanism.
 
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] unless `layout` says otherwise; the grid is row-major, `prefix`
-    tokens come first. tune=True: the first call of a shape that nothing is kept for measures the candidates of both directions
-    and keeps the winners, see `attnc.tune`. Raises DeclarationError for a wrong statement, UnsupportedError for what cannot be
-    lowered.
+    tokens come first, see all tokens and are seen by all. pad: virtual keys around the grid, which the relation gives to queries
+    of the grid; prefix queries do not see them. tune=True: the first call of a shape that nothing is kept for measures the
+    candidates of both directions and keeps the winners, see `attnc.tune`. Raises DeclarationError for a wrong statement,
+    UnsupportedError for what cannot be lowered.
     """
     if not isinstance(p, Pattern | Mechanism):
         hint = " (call it with its hyper-parameters first)" if callable(p) else ""

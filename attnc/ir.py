@@ -361,7 +361,8 @@ class Channel:
 class Tokens:
     """An ordered token set: `prefix` tokens, then a row-major grid. None is a length known only when the operator runs.
 
-    `pad` extends each axis by (before, after) virtual rows; "multiple" was resolved to `pad_multiple` per axis (1: none).
+    `pad` extends each axis by (before, after) virtual rows; "multiple" was resolved to `pad_multiple` per axis (1: none). The
+    relation alone gives virtual keys to queries: prefix tokens, which it does not tell of, see the keys that are tokens.
     """
 
     grid: tuple[int | None, ...]

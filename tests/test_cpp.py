@@ -560,10 +560,6 @@ def test_refusals():
     x = torch.randn(1, 1, 16, 8)
     with pytest.raises(UnsupportedError, match=r"softmax over queries; an operator .* with queries and keys exchanged"):
         cpp.forward(call, x, x, x)
-    program = make_program(neighborhood(s=3), prefix=(1, 1), multiple=(4, 4))
-    call = Call(program, geometry(program, (4, 4), (4, 4)), 1.0, {})
-    with pytest.raises(UnsupportedError, match=r"prefix tokens together with virtual padded keys.*eager"):
-        cpp.forward(call, torch.randn(1, 1, 17, 8), torch.randn(1, 1, 17, 8), torch.randn(1, 1, 17, 8))
 
 
 def test_a_failed_build_shows_its_output(tmp_path):

@@ -29,6 +29,7 @@ SIZES: list[tuple[attnc.Pattern, tuple[int, ...], dict[str, Any]]] = [
     (patterns.full(), (5, 9), {}),
     (patterns.neighborhood(3), (5, 8), {"prefix": 3}),
     (patterns.window(3, shift=1), (7, 8), {"pad": ((1, 0), (0, 2))}),
+    (patterns.window(3), (4, 7), {"pad": ((1, 0), (2, 1)), "prefix": 2}),
 ]
 
 
@@ -41,9 +42,9 @@ def factors(p: attnc.Pattern, grid: tuple[int, ...], backend: str, **options: An
     return torch.where(plain > 0, op(q, q[:, :2], v, dropout_p=0.3, seed=SEED) / plain, float("nan"))
 
 
-def expected(grid: tuple[int, ...], prefix: int = 0, pad: tuple[tuple[int, int], ...] | None = None) -> Tensor:
+def expected(grid: tuple[int, ...], prefix: int = 0, pad: tuple[tuple[int, int], ...] | str | None = None) -> Tensor:
     """The same for all pairs of tokens, from their numbers."""
-    pad = pad or ((0, 0),) * len(grid)
+    pad = pad if isinstance(pad, tuple) else ((0, pad is not None),) * len(grid)  # "multiple" of windows that lack one row
     extended = torch.arange(torch.Size([n + a + b for n, (a, b) in zip(grid, pad, strict=True)]).numel()) + prefix
     inside = extended.view([n + a + b for n, (a, b) in zip(grid, pad, strict=True)])
     for axis, (n, (a, _)) in enumerate(zip(grid, pad, strict=True)):
@@ -125,6 +126,8 @@ import sys; sys.path.insert(0, sys.argv[1])
 import test_dropout as t
 from dataclasses import replace
 t.SIZES = [(t.patterns.neighborhood(3), (4, 5), {"prefix": 2}), (t.patterns.window(2), (3, 5), {"pad": ((1, 0), (0, 2))})]
+both = {"pad": ((1, 0), (1, 2)), "prefix": 2}, {"pad": "multiple", "prefix": 1}
+t.SIZES += [(t.patterns.window(2), grid, options) for grid, options in zip(((3, 4), (3, 3)), both)]
 t.hold_masks("triton")
 for name in ("window", "bias and post", "sigmoid", "over queries", "runs of heads"):
     t.hold(replace(t.CASES[name], batch=1, grid=(3, 4) if name != "window" else (3, 6)), "triton")

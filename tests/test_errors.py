@@ -78,7 +78,6 @@ COMPILE: list[tuple[Callable[[], Any], type[AttncError], str]] = [
     (lambda: compiled(grid=None, kv_grid=(4, 4)), DeclarationError, "beside grid=None: give both"),
     (lambda: compiled(pad=((1, 1),)), DeclarationError, r"pad=\(\(1, 1\),\): .* one pair of non-negative ints per axis"),
     (lambda: compiled(pad=((1, 1), (0, -1))), DeclarationError, "one pair of non-negative ints per axis"),
-    (lambda: compiled(pad=((1, 1), (0, 1)), prefix=1), UnsupportedError, r"window\(2\): pad= together with prefix tokens"),
     (lambda: compiled(channel(), pad="multiple"), UnsupportedError, r"channel\(\): pad= belongs to patterns"),
     (lambda: compiled(neighborhood(3), pad="multiple"), UnsupportedError, r"axis 0 is a clamped band: give pad=\(\(before"),
     (lambda: compiled(reserved()), DeclarationError, r"reserved\(\): 'scale' is a reserved keyword; rename the table"),

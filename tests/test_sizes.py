@@ -60,6 +60,7 @@ PATTERNS: dict[str, attnc.Pattern] = {
 WEIGHTS: dict[str, Problem] = {
     "prefix": images(patterns.window(3, bias="relative"), prefix=2),
     "pad": images(patterns.window(3), pad=((1, 0), (0, 2))),
+    "pad beside a prefix": images(patterns.window(3), pad=((1, 0), (0, 2)), prefix=2, dropout=0.4),
     "sink": images(weighted(patterns.window(3), "sink", maps=True)),
     "sigmoid beside a prefix": images(weighted(patterns.window(3), "sigmoid", post=True), prefix=1),
     "over queries": images(weighted(patterns.window(3), "queries with a sink"), prefix=1),

@@ -175,6 +175,10 @@ CASES: dict[str, dict[str, Case]] = {
         "pad-before": Case(window(4), (5, 7), pad={"pad": ((1, 2), (2, 0))}),
         "pad-neighborhood": Case(neighborhood(3), (5, 6), pad={"pad": ((1, 1), (0, 2))}),
         "pad-shared-keys": Case(window(3), (4, 5), heads=4, key_heads=2, pad={"pad_multiple": (3, 3)}),
+        "pad-prefix": Case(window(3), (4, 5), heads=4, key_heads=2, prefix=(2, 2), pad={"pad_multiple": (3, 3)}),
+        "pad-prefix-bias": Case(window(3, bias="relative"), (4, 5), prefix=(1, 1), pad={"pad": ((1, 1), (2, 0))}, **BIAS),
+        "pad-prefix-neighborhood": Case(neighborhood(3), (5, 6), prefix=(1, 3), pad={"pad": ((1, 1), (0, 2))}),
+        "pad-prefix-softcap": Case(softcap, (4, 6), prefix=(3, 0), pad={"pad": ((1, 0), (0, 2))}, tables={"slope": (2,)}),
     },
 }
 SIMULATED = {
@@ -271,6 +275,7 @@ HELD: dict[str, dict[str, Problem]] = {
     "sizes": {
         "window": Problem(BIASED["window"], (4, 5), dropout=0.3, **IMAGES),
         "prefix": Problem(patterns.neighborhood(3), (4, 5), prefix=1, strides="packed", **IMAGES),
+        "prefix and pad": Problem(patterns.window(3), (4, 5), prefix=1, pad=((0, 1), (1, 0)), dropout=0.3, **IMAGES),
     },
 }
 

@@ -9,8 +9,8 @@ its key and (query, batch item, head, 0) as its counter. A pair's word mixes the
 multiplying and folding (the constants are those of Wellons's 32-bit mixer "triple32"). A whole Philox for each pair would cost ten
 times as much as the mixing, about what the rest of a pair's forward costs.
 
-A call brings what is known at run time as a table of three integers: the seed's low and high half, and how many of 2**31 words keep
-a pair. No kernel is built anew for another seed or another p.
+A call brings what is known at run time as a table of three integers: the seed's low and high half, and the last of the 2**31 words
+that keep a pair. No kernel is built anew for another seed or another p.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _PHILOX, _STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 _MIX = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 
 
-def kept_words(p: float) -> int:
-    """How many of the 2**31 words keep a pair, 1 at least."""
-    return min(max(round((1.0 - p) * WORDS), 1), WORDS - 1)
+def last_kept_word(p: float) -> int:
+    """Words from 0 to this one, of the 2**31, keep a pair: all of them at p = 0 alone, one at least."""
+    return min(max(round((1.0 - p) * 2**31), 1), 2**31 - (1 if p > 0 else 0)) - 1
 
 
 def factor(q_prefix: int, k_prefix: int) -> ir.Expr:
     """What dropout multiplies a weight by. A prefix token's `index` is its number less the number of prefix tokens: negative."""
-    low, high, kept = (ir.load(TABLE, (ir.const(i),), "int") for i in range(3))
+    low, high, last = (ir.load(TABLE, (ir.const(i),), "int") for i in range(3))
     query, key = ir.make("add", ir.index("q"), ir.const(q_prefix)), ir.make("add", ir.index("k"), ir.const(k_prefix))
     words = (ir.make("philox", ir.const(w), low, high, ir.BATCH, ir.HEAD, query) for w in range(2))
-    keep = ir.make("lt", ir.make("mix", *words, key), kept)
+    keep, kept = ir.make("le", ir.make("mix", *words, key), last), ir.make("add", last, ir.const(1.0))
     return ir.make("where", keep, ir.make("truediv", ir.const(float(WORDS)), kept), ir.const(0.0))
 
 

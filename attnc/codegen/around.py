@@ -1,6 +1,6 @@
-"""What surrounds the kernels of a statement, as differentiable torch: row maps before them, a sink after them.
+"""What surrounds the kernels of a statement, as differentiable torch: row maps before them, a sink after them; and dropout's seed.
 
-Both are O(N D) and the same for every backend, so no kernel knows of them. The runtime imports this file; stand-alone modules
+They are O(N D) and the same for every backend, so no kernel knows of them. The runtime imports this file; stand-alone modules
 contain the text of its functions.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnc import ir
+from attnc.analysis.dropout import last_kept_word
 from attnc.errors import UnsupportedError
 
 
@@ -83,6 +84,15 @@ def join_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     return (out * share).to(out.dtype), joined
 
 
+def seed_table(p: float, seed: int | None, device: torch.device) -> Tensor:
+    """What dropout reads at run time (see attnc.analysis.dropout): int64 [3], each a signed 32-bit number."""
+    last = torch.tensor([last_kept_word(p)], device=device)
+    if seed is None:
+        return torch.cat((torch.randint(-(2**31), 2**31, (2,), device=device), last))
+    halves = [(seed // 2 ** (32 * i) + 2**31) % 2**32 - 2**31 for i in range(2)]
+    return torch.cat((torch.tensor(halves, device=device), last))
+
+
 def first_places(tokens: ir.Tokens) -> tuple[int, ...]:
     """Coordinates of the grid's first token: behind the virtual rows that pad it."""
     return tuple(before for before, _ in tokens.pad) if tokens.pad is not None else (0,) * len(tokens.grid)
@@ -139,7 +149,8 @@ def described(a: ir.Attend) -> list[str]:
     softmax = f"softmax with the sink {n.sink}" if n.sink else ""
     words = {"softmax": softmax, "sigmoid": "sigmoid", "relu": f"relu to the power {n.power}"}
     rows = [f"{what} through {m.kind}" for what, m in (("queries", a.q_map), ("keys", a.k_map)) if m is not None]
-    found = ", ".join(x for x in (words[n.kind], *rows) if x)
+    dropped = "dropped out by a seed" if a.dropout is not None else ""
+    found = ", ".join(x for x in (words[n.kind], *rows, dropped) if x)
     return [found] if found else []
 
 
@@ -147,7 +158,9 @@ def texts(a: ir.Attend) -> list[str]:
     """The functions of this file that a stand-alone module of the statement needs."""
     kinds = {m.kind for m in (a.q_map, a.k_map) if m is not None}
     wanted = [f for kind, functions in MAPS.items() if kind in kinds for f in functions]
-    return [inspect.getsource(f) for f in (*wanted, *((join_sink,) if a.normalizer.sink is not None else ()))]
+    sink = (join_sink,) if a.normalizer.sink is not None else ()
+    seed = (last_kept_word, seed_table) if a.dropout is not None else ()
+    return [inspect.getsource(f) for f in (*wanted, *sink, *seed)]
 
 
 def lines(p: ir.Program, a: ir.Attend, grids: tuple[tuple[int, ...], tuple[int, ...]] | None, call: str, table: str) -> list[str]:

@@ -329,8 +329,8 @@ struct Backward {
             offsets(P.dv_layout, segment.box, before, P.k_grid, middle - prefix, stop - prefix, keys.v_offset + (middle - n));
             for (int64_t i = 0; i < length; i++) keys.real_key[i] = true;
             if (PADDED) for (int a = 0; a < RANK; a++) {
-                coordinates(segment.box, a, segment.box.first[a] - before[a], segment.box.step[a], n, stop, keys.c[a]);
-                for (int64_t i = 0; i < length; i++) keys.real_key[i] &= keys.c[a][i] >= 0 && keys.c[a][i] < P.axes[a].real_keys;
+                coordinates(segment.box, a, segment.box.first[a] - before[a], segment.box.step[a], middle - prefix, stop - prefix, keys.c[a] + (middle - n));
+                for (int64_t i = middle - n; i < length; i++) keys.real_key[i] &= keys.c[a][i] >= 0 && keys.c[a][i] < P.axes[a].real_keys;
             }
             element *to_k = P.dk + b * P.dk_layout.batch + kv * P.dk_layout.head, *to_v = P.dv + b * P.dv_layout.batch + kv * P.dv_layout.head;
             for (int64_t i = 0; i < length; i++) {
@@ -365,7 +365,7 @@ extern "C" bool attend_backward(const Problem* problem) {
         const int64_t thread = omp_get_thread_num();
         Backward work(P, arena);
         double *tables = shared + thread * (table_size + pad_size), *pads = tables + table_size;
-        for (int t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++) work.table_sums[t] = tables + at;
+        for (int64_t t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++) work.table_sums[t] = tables + at;
         const int64_t n = omp_get_num_threads(), stop = items * (thread + 1) / n;
         Item now, then;
         int64_t item = items * thread / n;

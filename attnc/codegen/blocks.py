@@ -91,12 +91,14 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
     allowed = value(a.relation)
     g = call.geometry
     beside = (tile.q_coords[0] < 0)[:, :, None] | (tile.k_coords[0] < 0)[:, None, :]
-    inside.append(allowed & ~beside & ~absent[:, None, :])
+    # prefix tokens attend to tokens: virtual keys belong to the relation
+    unseen = absent[:, None, :] | ((tile.q_coords[0] < 0)[:, :, None] & virtual[:, None, :])
+    inside.append(allowed & ~beside & ~unseen)
     leaves[ir.SCORE] = torch.where(inside[0], raw, 0.0)
     score = raw if a.score == ir.SCORE else value(a.score).to(raw.dtype)
     if g.q_prefix or g.k_prefix:
         allowed, score = allowed | beside, torch.where(beside, raw, score)
-    allowed = (allowed & ~absent[:, None, :]).expand(raw.shape)
+    allowed = (allowed & ~unseen).expand(raw.shape)
     score = score.expand(raw.shape)
     factor = None
     if a.post is not None:
@@ -217,8 +219,8 @@ def backward(
             o, s = attend_block(call, tile, qb, kb, vb, {**tables, **t}, group)
             if whole is None:
                 return o, s
-            at = whole[1][:, :, tile.queries.clamp_min(0)].to(dtype)
-            some = torch.isfinite(s)
+            at = whole[1][:, :, tile.queries.clamp_min(0)].to(dtype)  # of another query, where the tile's is virtual
+            some = torch.isfinite(s) & (tile.queries >= 0)
             share = torch.where(some, torch.exp(torch.where(some, s - at, 0.0)), 0.0)
             return o * share[..., None], share
 

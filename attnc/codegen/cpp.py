@@ -160,8 +160,6 @@ def refuse(spec: Spec) -> None:
             f"pattern {a.name}: no C++ kernel is printed for softmax over queries; an operator (attnc.compile, any backend=) runs "
             "it by the kernels of the statement with queries and keys exchanged"
         )
-    if spec.padded and (spec.program.queries.prefix or spec.program.keys.prefix):
-        raise UnsupportedError(f"pattern {a.name}: prefix tokens together with virtual padded keys; {way}")
     for name, dim in (("head dimension", spec.dim), ("value dimension", spec.value_dim)):
         if not 1 <= dim <= 256:
             raise UnsupportedError(f"pattern {a.name}: {name} {dim} is not between 1 and 256; {way}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnc import ir
+from attnc.analysis.dropout import TABLE
 from attnc.codegen import around, cpp_host
 from attnc.codegen.cpp import Spec, channel_source, describe, source
 from attnc.errors import ShapeError
@@ -77,7 +78,7 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, *(gradients.get(name) for name in TABLES)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **tables: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, @DROPOUT@**tables: Tensor) -> Tensor:
     """q [B, H, N, D], k [B, Hkv, N, D], v [B, Hkv, N, Dv], any strides; `tables` by name: @NAMES@."""
     for t, tokens, width in ((q, @NQ@, @D@), (k, @NK@, @D@), (v, @NK@, @DV@)):
         if t.dtype != torch.@DTYPE@ or t.dim() != 4 or t.shape[2:] != (tokens, width):
@@ -204,9 +205,16 @@ def emit_cpu(
         head = [*describe(spec, False), *(f"Weights: {x}." for x in around.described(whole)), "", made]
         pads = [f'    tables.setdefault("pad_{n}", q.new_zeros(1, {w}))\n' for n, w in (("k", head_dim), ("v", value_dim))]
         tables = (*spec.tables, *spec.int_tables, *(("pad_k", "pad_v") if spec.padded else ()))
-        spoken = (*tables, *((whole.normalizer.sink,) if whole.normalizer.sink else ()))
+        drops = spec.attend.dropout is not None
+        names["DROPOUT"] = "dropout_p: float = 0.0, seed: int | None = None, " if drops else ""
+        spoken = (*(t for t in tables if t != TABLE), *((whole.normalizer.sink,) if whole.normalizer.sink else ()))
         names |= {"NQ": str(geo.n_queries), "NK": str(geo.n_keys), "NAMES": ", ".join(spoken) or "none"}
-        names["PADS"] = "".join(pads) if spec.padded else ""
+        seed = [
+            "    if not 0 <= dropout_p < 1:\n",
+            '        raise ValueError(f"dropout_p={dropout_p}; this module wants a number from 0 to less than 1")\n',
+            f'    tables["{TABLE}"] = seed_table(dropout_p, seed, q.device)\n',
+        ]
+        names["PADS"] = "".join([*(pads if spec.padded else ()), *(seed if drops else ())])
         setup = f"TABLES = {tables!r}\n" + "".join(
             f"READY_{name} = {_ready(axis_tables(geo, spec, choice, name == 'BACKWARD', heads, THREADS))}\n"
             for name, choice in zip(("FORWARD", "BACKWARD"), choices, strict=True)

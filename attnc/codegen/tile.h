@@ -168,11 +168,11 @@ struct Tile {
             }
         });
     }
-    // prefix tokens [from, to) as queries: they see every key
+    // prefix tokens [from, to) as queries: they see every key but virtual ones
     void aim_prefix(const Problem& P, int64_t from, int64_t to) {
         prefix = uniform = true; queries = to - from;
 @DROPOUT@        first_prefix = from;
-        for (int a = 0; a < RANK; a++) { k_box.first[a] = 0; k_box.step[a] = 1; k_box.extent[a] = P.axes[a].real_keys; checked[a] = false; key_index[a] = 0; }
+        for (int a = 0; a < RANK; a++) { k_box.first[a] = P.axes[a].keys_before; k_box.step[a] = 1; k_box.extent[a] = P.axes[a].real_keys; checked[a] = false; key_index[a] = 0; }
         k_box.close();
         for (int i = 0; i < queries; i++) { begin[i] = 0; end[i] = k_box.count; }
     }

@@ -113,8 +113,9 @@ def _tiles(call: Call, device: torch.device, batch_heads: int) -> Iterable[Tile]
         shape = mine
     if group:
         yield _pack(group, g.k_prefix, device)
-    if g.q_prefix:  # prefix queries see every key
+    if g.q_prefix:  # prefix queries see every key but virtual ones
         queries, keys = eager.token_sets(g, device)
+        keys = keys[:, keys[0] >= 0]
         step = max(1, budget // max(1, keys.shape[1]))
         for at in range(0, g.q_prefix, step):
             q, k = queries[:, None, at : min(at + step, g.q_prefix)], keys[:, None]

@@ -7,6 +7,7 @@ backend loads the same text with sizes as arguments.
 from __future__ import annotations
 
 import hashlib
+import math
 import pprint
 import re
 import textwrap
@@ -19,7 +20,7 @@ from attnc.codegen import around
 from attnc.codegen.triton_face import PLACE
 from attnc.codegen.triton_host import Host
 from attnc.codegen.triton_kernels import Kernel, can_fuse
-from attnc.codegen.triton_plan import Spec, check, dense_spec, tile_text
+from attnc.codegen.triton_plan import LARGE, Spec, check, dense_spec, tile_text
 from attnc.codegen.triton_shapes import Module
 from attnc.codegen.triton_tables import table_kernel
 from attnc.schedule.geometry import geometry
@@ -52,10 +53,12 @@ def make_spec(
     chosen: Tiles | None = None,
     part: bool = False,
     target: str = "cuda:80",
+    wide: bool = False,
 ) -> Spec:
     """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
 
     part: the statement is a part of a union, whose output and LSE its backward gets; no group of it holds all keys of a row.
+    wide: offsets have 64 bits, for batch items or tables of 2**31 elements and more.
     """
     check(program)
     g = geometry(program, q_grid, k_grid)
@@ -64,9 +67,8 @@ def make_spec(
     structure = analyse(program.attend, program.same_grid, padded)
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
     hopper = target.startswith("cuda:") and int(target.removeprefix("cuda:")) >= 90  # whose products read from shared memory
-    return Spec(
-        program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, reloads=hopper
-    )
+    sizes = None if symbolic else g
+    return Spec(program, structure, chosen, head_dim, value_dim, sizes, plain, part, itemsize=itemsize, reloads=hopper, wide=wide)
 
 
 def kernels_of(spec: Spec, module: Module, fuse: bool | None = None) -> tuple[list[Kernel], list[Kernel]]:
@@ -203,6 +205,8 @@ def emit_triton(
     itemsize = 4 if dtype == "float32" else 2
     core = around.core_program(program)
     sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    tokens = max(math.prod(q_grid) + program.queries.prefix, math.prod(k_grid) + program.keys.prefix)
+    sizes["wide"] = 3 * heads * tokens * max(head_dim, value_dim) >= LARGE  # of one batch item, q, k and v in one tensor
     spec = make_spec(core, q_grid, k_grid, **sizes, chosen=chosen, target=target)
     parts = part_specs(core, q_grid, k_grid, heads, **sizes, target=target)
     return source(spec, parts=parts, heads=heads, dtype=dtype, target=target, whole=program.attend, tuned=tuned)
@@ -218,6 +222,7 @@ def part_specs(
     value_dim: int,
     itemsize: int,
     target: str,
+    wide: bool = False,
 ) -> tuple[Spec, ...]:
     """The parts of a union as one module runs them, one after the other; () where the statement runs whole.
 
@@ -226,7 +231,7 @@ def part_specs(
     runs = split(core, q_grid, k_grid, heads, heads)
     if len(runs) > 1 or len(runs[0].parts) < 2:
         return ()
-    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "wide": wide}
     parts = [make_spec(p, q_grid, k_grid, **sizes, part=True, target=target) for p in runs[0].parts]
     if any(s.learned or s.padded for s in parts):
         return ()

@@ -31,7 +31,7 @@ def read(pointers, mask):
 @triton.jit
 def block(base, st, b, h, n, c, N, D: tl.constexpr):
     """Rows n and channels c of one head, zeros beyond them."""
-    at = base + (b * st[0] + h * st[1]) + n.to(tl.int64)[:, None] * st[2] + c[None, :] * st[3]
+    at = base + (b * st[0] + h.to(tl.int64) * st[1]) + n.to(tl.int64)[:, None] * st[2] + c.to(tl.int64)[None, :] * st[3]
     return read(at, (n < N)[:, None] & (c < D)[None, :])
 
 
@@ -102,7 +102,7 @@ def forward(
         at = j[:, None] * D + i[None, :] if TRANSPOSED else i[None, :] * D + j[:, None]
         m = tl.load(M + first + at, mask=(j < D)[:, None] & (i < D)[None, :], other=0.0)
         acc = tl.dot(x, m.to(x.dtype), acc=acc, input_precision=PRECISION)
-    at = Y + (b * y_st[0] + h * y_st[1]) + n.to(tl.int64)[:, None] * y_st[2] + i[None, :] * y_st[3]
+    at = Y + (b * y_st[0] + h.to(tl.int64) * y_st[1]) + n.to(tl.int64)[:, None] * y_st[2] + i.to(tl.int64)[None, :] * y_st[3]
     tl.store(at, acc.to(Y.dtype.element_ty), mask=(n < N)[:, None] & (i < D)[None, :])
 
 

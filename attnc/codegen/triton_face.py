@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnc import ir
+from attnc.analysis.dropout import TABLE
 from attnc.analysis.evaluate import evaluate
 from attnc.codegen import around
 from attnc.codegen.triton_plan import Spec
@@ -108,7 +109,9 @@ class _Attention(torch.autograd.Function):
         same = spec.program.same_grid
         grids = [] if known else ["grid"] + ([] if same else ["kv_grid"])
         sink = [self.sink] if self.sink else []
-        keywords = ["scale=None", *grids, *self.tables, *sink, *[f"{p}=None" for p in self.pads]]
+        drops = ["dropout_p=0.0", f"{TABLE}=None"] if spec.attend.dropout is not None else []
+        given = [t for t in self.tables if t != TABLE]
+        keywords = ["scale=None", *drops, *grids, *given, *sink, *[f"{p}=None" for p in self.pads]]
         d, dv = spec.head_dim, spec.value_dim
         grid = "GRID" if known else "grid"
         kv = grid if same else "KV_GRID" if known else "kv_grid"
@@ -132,17 +135,26 @@ class _Attention(torch.autograd.Function):
         listed = ", ".join(f"torch.{k}" for k in kinds) + ("," if len(kinds) == 1 else "")
         lines.append(f"    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in ({listed}):")
         lines.append(f'        raise ValueError(f"dtypes {{q.dtype}}, {{k.dtype}}, {{v.dtype}}; this module wants {shown}")')
-        others = "".join(f", {n}" for n in (*self.tables, *sink))
+        others = "".join(f", {n}" for n in (*given, *sink))
         where = f'", ".join(sorted({{str(t.device) for t in (q, k, v{others})}}))'
         told = "tensors on {where}; this module wants all of them on one GPU (TRITON_INTERPRET=1 serves a CPU)"
         lines.append(f"    if any(t.device != q.device for t in (k, v{others})) or not (q.is_cuda or INTERPRETED.value):")
         lines += [f"        where = {where}", f'        raise ValueError(f"{told}")']
+        if not spec.wide:
+            lines.append(f"    for t, first in ((q, 1), (k, 1), (v, 1){''.join(f', ({n}, 0)' for n in given)}):")
+            lines.append("        if sum(s * (n - 1) for n, s in zip(t.shape[first:], t.stride()[first:])) >= 2**31:")
+            told = "a tensor of strides {t.stride()} spans 2**31 elements; this module wants less of a batch item and of a table"
+            lines.append(f'            raise ValueError(f"{told}")')
         lines.append(f"    scale = {d} ** -0.5 if scale is None else float(scale)")
         if spec.plain and spec.bias is not None:
             lines.append("    if not scale > 0:")
             lines.append('        raise ValueError(f"scale={scale}; this module wants a positive one")')
-        for name in self.tables:
+        for name in given:
             lines += self.table_checks(name)
+        if drops:
+            lines.append("    if not 0 <= dropout_p < 1:")
+            lines.append('        raise ValueError(f"dropout_p={dropout_p}; this module wants a number from 0 to less than 1")')
+            lines.append(f"    {TABLE} = seed_table(dropout_p, {TABLE}, q.device)")
         for name, width in (("pad_k", d), ("pad_v", dv)) if self.pads else ():
             lines.append(f"    if {name} is None:")
             lines.append(f"        {name} = q.new_zeros(k.shape[1], {width})")

@@ -100,13 +100,13 @@ class Kernel(Steps):
         self.together([(which, "tl.program_id(1)"), *batch, ("n", columns)], 120)
         self.tile()
         if spec.attend.dropout is not None:
-            self.put(f"kept = tl.load({TABLE}_table + 2 * {TABLE}_st[0]).to(tl.int32)")
+            self.put(f"last = tl.load({TABLE}_table + 2 * {TABLE}_st[0]).to(tl.int32)")
         self.box()
         if spec.padded:
             for t in ("k", "v"):
                 at = f"pad_{t}_table + ({self.head('k')}) * pad_{t}_st[0] + tl.arange(0, {lanes(self.dim(t))}) * pad_{t}_st[1]"
                 less = self.channels(t).removesuffix("[None, :]")
-                self.put(f"pad_{t} = {self.load(at, less)}[None, :]")
+                self.put(f"pad_{t} = {self.load(at, less)}.to({t.upper()}.dtype.element_ty)[None, :]")
         if self.hoist:
             self.together([(f"c{p.name}", self.single_origin(p)) for p in self.plans])
             self.geometric = self.mask(full=False)
@@ -310,7 +310,7 @@ class Kernel(Steps):
         """Rows are keys."""
         real = ""
         if self.spec.padded:
-            self.put(f"real = live & {self.real_keys([self.row(p) for p in self.plans])}")
+            self.put(f"real = live & {self.real_keys([f'k{p.name}' for p in self.plans])}")  # vectors, also of one row
             real = "real[:, None]"
         for t in ("k", "v"):
             value = self.load(self.own(t), real, self.channels(t))

@@ -19,6 +19,7 @@ from attnc.schedule.geometry import Geometry
 from attnc.schedule.tiles import Side, Tile, Tiles, walk
 
 CONSTANT_KINDS = ("full", "residue")
+LARGE = 2**31  # elements that offsets of 32 bits do not reach over
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Spec:
     itemsize: int = 2  # bytes of an element that tiles were chosen for
     reloads: bool = False  # a group's bias is read anew for each batch item: the target has no registers left to keep it in
     adds: bool = False  # its kernels go on from the output, LSE and gradients of an earlier part
+    wide: bool = False  # a batch item or a table may span 2**31 elements: offsets have 64 bits
+    lengths: tuple[str, ...] = ()  # real lengths of another statement's grids that its dropout reads
 
     @property
     def attend(self) -> ir.Attend:
@@ -232,7 +235,8 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     if side == "k" and not columns:
         lo, hi = ir.substitute(lo, {I: J}), ir.substitute(hi, {I: J})
     # tiles begin at block borders, perhaps before 0
-    at = ir.make("floordiv", ir.const(spec.before(axis, side)), form.split)
+    first = spec.before(axis, side) if side == "q" else 0  # virtual keys are rows, virtual queries are not
+    at = ir.make("floordiv", ir.const(first), form.split)
     off = ir.ZERO
     if form.block is not None and form.shift != ir.ZERO:
         off = ir.make("sub", form.block, form.shift)
@@ -306,15 +310,43 @@ def _sizes(g: Geometry, axis: int) -> dict[ir.Expr, int]:
 
 def dense_spec(spec: Spec) -> Spec:
     """The plain kernel between prefix tokens and all tokens: one axis, every key, its own two lengths."""
-    tokens = spec.program.queries.prefix, spec.program.keys.prefix
     dropout = spec.attend.dropout
-    if dropout is not None:  # the index on the one axis counts the prefix tokens
-        less = {ir.index(r): ir.make("sub", ir.index(r), ir.const(n)) for r, n in zip(ir.ROLES, tokens, strict=True)}
-        dropout = ir.substitute(dropout, less)
+    lengths: tuple[str, ...] = ()
+    if dropout is not None:
+        dropout = ir.substitute(dropout, {ir.index(r): _number(spec, r) for r in ir.ROLES})
+        lengths = tuple(dict.fromkeys(n.args[0] for n in ir.walk(dropout) if n.op == "var"))
     a = ir.Attend(spec.attend.name, 1, normalizer=spec.attend.normalizer, dropout=dropout)
     program = ir.Program(a, ir.Tokens((None,)), ir.Tokens((None,)), same_grid=False)
     flat = Tiles(*(replace(spec.tiles.flat) for _ in range(4)))
-    return Spec(program, analyse(a, same_grid=False), flat, spec.head_dim, spec.value_dim, None, spec.plain)
+    return Spec(
+        program, analyse(a, same_grid=False), flat, spec.head_dim, spec.value_dim, None, spec.plain, wide=spec.wide, lengths=lengths
+    )
+
+
+def _number(spec: Spec, role: ir.Role) -> ir.Expr:
+    """`index` on the grid, from that on the one axis, which counts the prefix tokens and no virtual ones; of those negative."""
+    tokens = spec.program.queries if role == "q" else spec.program.keys
+    at = ir.make("sub", ir.index(role), ir.const(tokens.prefix))
+    if not spec.padded:
+        return at
+    real = [ir.var(s.real_queries if role == "q" else s.real_keys) for s in spec.names]
+    out, place, after = ir.ZERO, ir.make("max", at, ir.ZERO), ir.ONE
+    step = ir.ONE
+    for axis in reversed(range(spec.rank)):
+        n = real[axis]
+        position = ir.make("floordiv", place, after)
+        position = position if axis == 0 else ir.make("mod", position, n)
+        before = ir.const(spec.before(axis, role))
+        out = ir.make("add", out, ir.make("mul", step, ir.make("add", position, before)))
+        after = ir.make("mul", after, n)
+        if tokens.pad is not None:
+            extended = ir.make("add", n, ir.const(sum(tokens.pad[axis])))
+        else:
+            assert tokens.pad_multiple is not None
+            m = ir.const(tokens.pad_multiple[axis])
+            extended = ir.make("mul", ir.make("floordiv", ir.make("add", n, ir.make("sub", m, ir.ONE)), m), m)
+        step = ir.make("mul", step, extended)
+    return ir.make("where", ir.make("lt", at, ir.ZERO), at, out)
 
 
 def check(program: ir.Program) -> None:
@@ -328,9 +360,6 @@ def check(program: ir.Program) -> None:
             f"{where} softmax over queries in a kernel; an operator (attnc.compile, any backend=) runs it by the kernels of the "
             "statement with queries and keys exchanged"
         )
-    padded = any(t.pad is not None or t.pad_multiple is not None for t in (program.queries, program.keys))
-    if padded and (program.queries.prefix or program.keys.prefix):
-        raise UnsupportedError(f"{where} pad= together with prefix tokens; use backend='eager'")
 
 
 def lanes(dim: int) -> int:

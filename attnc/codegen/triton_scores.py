@@ -7,7 +7,7 @@ from typing import Literal
 from attnc import ir
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_plan import AxisPlan, lanes, terms
-from attnc.codegen.triton_shapes import INF, Shapes
+from attnc.codegen.triton_shapes import INF, Shapes, long
 from attnc.schedule.tiles import Tile
 
 Kind = Literal["forward", "backward_dq", "backward_dkv", "backward_table"]
@@ -124,7 +124,7 @@ class Scores(Shapes):
     def mask(self, full: bool) -> str:
         """Print what the chunk's mask needs. "" where all pairs are allowed, "bias" for an additive tile, else a condition."""
         spec, self.reach = self.spec, ""
-        pairs = (spec.per_pair and not self.tiled) or (spec.padded and self.side == "q")
+        pairs = (spec.per_pair and not self.tiled) or spec.attend.dropout is not None or (spec.padded and self.side == "q")
         if full:
             if pairs:
                 self.columns(self.plans)
@@ -252,20 +252,22 @@ class Scores(Shapes):
         if of_rows == (role == self.side):
             names = self.dropout_names()
             args = ", ".join(triton_expr.text(e, names, lambda n, _: self.table(n, "")) for e in counter)
-            self.put(f"word0, word1 = {self.module.use('random_words', WORDS)}({args})")
+            self.put(self.module.scan(f"word0, word1 = {self.module.use('random_words', WORDS)}({args})"))
 
     def dropped(self) -> str:
         """What dropout multiplies the weights of a chunk by."""
         dropout = self.spec.attend.dropout
         assert dropout is not None
         mixed = next(n for n in ir.walk(dropout) if n.op == "mix")
-        bits = f"{self.module.use('random_bits', BITS)}(word0, word1, {triton_expr.text(mixed.args[2], self.dropout_names())})"
-        kept = next(n for n in ir.walk(dropout) if n.op == "load" and n.args[1] == ir.const(2))
-        return triton_expr.text(dropout, {mixed: bits, kept: "kept"})
+        number = self.module.scan(triton_expr.text(mixed.args[2], self.dropout_names()))
+        bits = f"{self.module.use('random_bits', BITS)}(word0, word1, {number})"
+        last = next(n for n in ir.walk(dropout) if n.op == "load" and n.args[1] == ir.const(2))
+        return triton_expr.text(dropout, {mixed: bits, last: "last"})
 
     def dropout_names(self) -> dict[ir.Expr, str]:
         """`index` of rows and columns as text that broadcasts to all pairs."""
-        out, names = self.pair_names(), self.pair_names()
+        names = self.pair_names()
+        out = {**names, **{ir.var(n): n for n in self.spec.lengths}}
         for role in ir.ROLES:
             out[ir.index(role)] = triton_expr.text(self.spec.lowered(ir.index(role)), names)
         if self.index:
@@ -309,7 +311,7 @@ class Scores(Shapes):
                 if x != ir.ZERO:
                     text = self.module.scan(triton_expr.text(x, names, lambda n, _: self.table(n, ok)))
                     text = f"({text})" if " " in text or text.startswith("-") else text
-                    parts[role].append(f"{text} * {strides}[{d}]")
+                    parts[role].append(f"{long(text, self.spec.wide)} * {strides}[{d}]")
         return parts
 
     def address(self, n: ir.Expr, strides: str, ok: str = "") -> str:

@@ -50,6 +50,11 @@ def mentions(name: str, body: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", body) is not None
 
 
+def long(text: str, really: bool = True) -> str:
+    """An integer in 64 bits, whose product with a stride may pass 2**31."""
+    return f"tl.cast({text}, tl.int64)" if really else text
+
+
 class Shapes:
     """The geometry half of a kernel printer: one side's rows, the other side's columns."""
 
@@ -196,7 +201,8 @@ class Shapes:
 
     def size_arguments(self) -> list[str]:
         """Names of all lengths, once each."""
-        return list(dict.fromkeys(s for n in self.spec.names for s in (n.queries, n.keys, n.real_queries, n.real_keys)))
+        own = (s for n in self.spec.names for s in (n.queries, n.keys, n.real_queries, n.real_keys))
+        return list(dict.fromkeys([*own, *self.spec.lengths]))
 
     # ---------------------------------------------------------------------------------------------------------------------- ends
     def ends(self, p: AxisPlan, at: str, side: Side | None = None) -> tuple[str, str, str]:
@@ -417,15 +423,15 @@ class Shapes:
     # ----------------------------------------------------------------------------------------------------------------------- rows
     def rows(self, pointer: str, strides: str, head: str, origin: list[str], inside: list[str], lanes: int) -> str:
         """Pointers to rows of channels of one tensor."""
-        axes = list(self.spec.axes)
-        far = " + ".join(f"tl.cast({a}, tl.int64) * st[{i + 2}]" for i, a in enumerate(axes))
-        far_rows = any(p.wrap for p in self.plans)  # as far from the tile's origin as the axis is long
-        near = " + ".join(f"{f'tl.cast(d{a}, tl.int64)' if far_rows else f'd{a}'} * st[{i + 2}]" for i, a in enumerate(axes))
+        axes, wide = self.spec.axes, self.spec.wide
+        far = " + ".join(f"{long(a)} * st[{i + 2}]" for i, a in enumerate(axes))
+        far_rows = wide or any(p.wrap for p in self.plans)  # as far from the tile's origin as the axis is long
+        near = " + ".join(f"{long(f'd{a}', far_rows)} * st[{i + 2}]" for i, a in enumerate(axes))
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
             f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
-            f"    token = base + (b * st[0] + h * st[1] + {far})\n"
-            f"    return token + ({near})[:, None] + tl.arange(0, LANES)[None, :] * st[{len(axes) + 2}]\n"
+            f"    token = base + (b * st[0] + {long('h', wide)} * st[1] + {far})\n"
+            f"    return token + ({near})[:, None] + {long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]\n"
         )
         name = self.module.use("rows", text, "rows_flat")
         return f"{name}({', '.join([pointer, strides, 'b', head, *origin, *inside, str(lanes)])})"

@@ -6,7 +6,7 @@ from attnc import ir
 from attnc.analysis.derivative import derivative
 from attnc.codegen.triton_plan import lanes
 from attnc.codegen.triton_scores import Scores, dot
-from attnc.codegen.triton_shapes import INF
+from attnc.codegen.triton_shapes import INF, long
 
 
 class Steps(Scores):
@@ -200,18 +200,20 @@ class Steps(Scores):
 
     # ---------------------------------------------------------------------------------------------------------------- prefix tokens
     def prefix_columns(self) -> None:
-        """Pairs with prefix tokens: every row sees them, with the plain score."""
+        """Pairs with prefix tokens: every row sees them, with the plain score; a virtual key is not seen by prefix queries."""
         with self.block(f"for i in tl.range(0, tl.cdiv(P, {self.bn}), num_stages={self.tile_choice.stages}):"):
             self.put(f"inside = i * {self.bn} + n < P")
             self.index = f"(i * {self.bn} + n - P)[None, :]"
             self.words(of_rows=False)
             columns = ("q", "g") if self.side == "k" else ("k", "v")
             for t in columns:
+                wide = self.spec.wide
                 text = (
                     "@triton.jit\ndef @@(base, st, b, h, x, dx, LANES: tl.constexpr):\n"
                     '    """Pointers to channels of the tokens dx away from token (x) of head h of batch item b."""\n'
-                    "    token = base + (b * st[0] + h * st[1] + tl.cast(x, tl.int64) * st[2])\n"
-                    "    return token + (dx * st[2])[:, None] + tl.arange(0, LANES)[None, :] * st[3]\n"
+                    f"    token = base + (b * st[0] + {long('h', wide)} * st[1] + tl.cast(x, tl.int64) * st[2])\n"
+                    f"    return token + ({long('dx', wide)} * st[2])[:, None]"
+                    f" + {long('tl.arange(0, LANES)[None, :]', wide)} * st[3]\n"
                 )
                 name = self.module.use("rows_flat", text)
                 at = f"{name}({t.upper()}p, {t}p_st, b, {self.head(t)}, i * {self.bn}, n, {lanes(self.dim(t))})"
@@ -224,7 +226,8 @@ class Steps(Scores):
             row, column = ("k", "q") if self.side == "k" else ("q", "k")
             self.put(f"s = {dot(row, f'{column}.T')}")
             s, scaled = ("s", "s") if self.raw else ("t", "s * c" if self.spec.softmax else "s * scale")
-            self.put(f"{s} = tl.where(inside[None, :], {scaled}, {INF})")
+            there = "inside[None, :] & real[:, None]" if self.spec.padded and self.side == "k" else "inside[None, :]"
+            self.put(f"{s} = tl.where({there}, {scaled}, {INF})")
             if self.kind == "forward":
                 self.forward_step(first=False, post=False)
             else:

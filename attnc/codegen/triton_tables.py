@@ -8,7 +8,7 @@ from attnc import ir
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import AxisPlan, Spec
-from attnc.codegen.triton_shapes import Module, mentions
+from attnc.codegen.triton_shapes import Module, long, mentions
 
 
 def _places(spec: Spec, k: Kernel, module: Module) -> tuple[list[str], list[str], dict[ir.Expr, str], list[str]]:
@@ -42,6 +42,7 @@ def _table_lines(spec: Spec, dq: Kernel, module: Module) -> tuple[list[str], lis
     for d, e in enumerate(n.children):
         if e != ir.HEAD:
             text = module.scan(triton_expr.text(e, names))
+            text = long(text, spec.wide)
             terms.append(f"({text}) * st[{d}]" if " " in text else f"{text} * st[{d}]")
     return rows, columns, terms, splits
 
@@ -67,6 +68,7 @@ def bias_kernel(spec: Spec, k: Kernel, module: Module) -> tuple[str, list[str]]:
                 lines.append(f"i{len(lines)} = {at}")
                 at = f"i{len(lines) - 1}"
                 inside.append(f"({at} >= 0) & ({at} < {name}_n[{d}])")
+            at = long(at, spec.wide)
             terms.append(f"{at} * {name}_st[{d}]" if " " not in at else f"({at}) * {name}_st[{d}]")
         mask = f", mask={' & '.join(inside)}, other=0.0" if inside else ""
         return f"tl.load({name}_table + {' + '.join(terms)}{mask}).to(tl.float32)"
@@ -115,7 +117,7 @@ def table_kernel(spec: Spec, dq: Kernel, module: Module) -> str:
 @triton.jit
 def backward_table({params}):
     """Each entry of `{n.args[0]}` gathers the pairs of a group that read it, in one fixed order."""
-    h, n = tl.program_id(1), tl.arange(0, {dq.bn})
+    h, n = {long("tl.program_id(1)", spec.wide)}, tl.arange(0, {dq.bn})
     entry = tl.program_id(0) * 32 + tl.arange(0, 32)
 {"".join(f"    {line}{chr(10)}" for line in (*splits, *columns))}    total = tl.zeros([32], tl.float32)
     for m in tl.range(0, {count}):

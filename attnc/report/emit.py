@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc import ir
+from attnc.analysis.dropout import with_dropout
 from attnc.arguments import GridLike, PadLike
 from attnc.compiler import compile
 from attnc.errors import CacheError, DeclarationError, ShapeError, UnsupportedError
@@ -34,6 +35,7 @@ def emit(
     value_dim: int | None = None,
     dtype: str | torch.dtype = "float16",
     target: str = "cuda:90",
+    dropout: bool = False,
 ) -> str:
     """The source of a Python module with `attention(q, k, v, *, scale=None, **tables)`, differentiable, that imports no attnc.
 
@@ -46,6 +48,8 @@ def emit(
         heads, head_dim, value_dim: of the tensors the module is made for; value_dim defaults to head_dim.
         dtype: float32, float16 or bfloat16 (float64 for cpu), as a string or a torch dtype.
         target: one of `TARGETS`: Triton for cuda and hip, C++ for cpu.
+        dropout: its `attention` takes `dropout_p=0.0` and `seed=None`, as an operator does, with the same mask. At p = 0 it gives
+            what a module without dropout gives, in the time of one with it.
 
     Raises:
         UnsupportedError: the target is unknown, or its printer does not lower the statement.
@@ -65,12 +69,15 @@ def emit(
     q_grid: tuple[int, ...] = (1,)
     k_grid: tuple[int, ...] = (1,)
     if isinstance(p, Mechanism):
+        if dropout:
+            raise UnsupportedError(f"mechanism {name}: dropout=True belongs to patterns; drop out the output yourself")
         program = _channel(p)
     else:
         op = compile(p, grid=grid, kv_grid=kv_grid, prefix=prefix, pad=pad, heads=heads)
         if op.axes is None or op.grid is None or None in (*op.grid, *(op.kv_grid or ())):
             raise ShapeError(f"{name}: emit needs a grid with known lengths, not grid={grid!r}, kv_grid={kv_grid!r}")
         program = op.program(len(op.axes))
+        program = with_dropout(program) if dropout else program
         q_grid = tuple(int(n) for n in op.grid if n is not None)
         k_grid = q_grid if op.kv_grid is None else tuple(int(n) for n in op.kv_grid if n is not None)
     if target == "cpu":

@@ -203,6 +203,7 @@ def _counts(s: Subject, g: Geometry) -> list[str]:
         extended = "x".join(str(a.keys) for a in g.axes)
         lines.append(
             f"  padded to   {extended}: the added keys exist (rows pad_k, pad_v), the added queries do not; nothing is copied"
+            + ("; prefix queries see the tokens alone" if g.q_prefix else "")
         )
     lines.append(f"  tokens      {g.n_queries:,} queries, {g.n_keys:,} keys")
     dense = s.dense()

@@ -153,6 +153,12 @@ def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
             raise UnsupportedError(f'pattern {name}: {label} is on {t.device}; backend "cpp" takes CPU tensors')
         if t.dtype != q.dtype:
             raise ShapeError(f"pattern {name}: {label} is {t.dtype}, q is {q.dtype}; give all three one dtype")
+    for n in call.attend.int_tables:
+        if call.tables[n].numel() >= 2**31 and q.dtype != torch.float64:
+            raise UnsupportedError(
+                f"pattern {name}: the table {n!r} has {call.tables[n].numel()} elements, more than the integers of a kernel of "
+                f"{str(q.dtype).removeprefix('torch.')} count; use backend='torch'"
+            )
     return _spec(call.program, q.shape[-1], v.shape[-1], q.dtype)
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from attnc import ir
+from attnc.codegen.cpp_host import strides_in_order
 from attnc.codegen.triton import make_spec, source
+from attnc.codegen.triton_plan import LARGE
 from attnc.errors import BuildError, UnsupportedError
 from attnc.runtime import cache, device, triton_choice, tuner
 from attnc.runtime.call import Call, empty_like_order
@@ -67,11 +69,12 @@ def text_for(
     chosen: Tiles | None = None,
     part: bool = False,
     target: str = "cuda:80",
+    wide: bool = False,
 ) -> str:
     """The module of a program, as text. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
     sizes = program, q_grid, k_grid
     dims: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "plain": plain}
-    return source(make_spec(*sizes, **dims, symbolic=True, chosen=chosen, part=part, target=target))
+    return source(make_spec(*sizes, **dims, symbolic=True, chosen=chosen, part=part, target=target, wide=wide))
 
 
 def _runnable(name: str, device: torch.device) -> None:
@@ -93,26 +96,42 @@ def _runnable(name: str, device: torch.device) -> None:
         ) from e
 
 
-def _prepare(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[ModuleType, tuple[Any, ...]]:
-    """The module that runs a call, kept beside the statement, and the grids its launches take."""
-    where = device.of(q.device)
-    key = backward, q.dtype, q.shape[-1], v.shape[-1], call.scale > 0, where, tuner.version(), call.choice
+def _large(call: Call, *rows: Tensor) -> bool:
+    """An offset inside a batch item of these tensors, of what is made like them, or inside a table may pass 2**31."""
+    tables = call.tables.values()
+    if all(t.numel() < LARGE and t.untyped_storage().nbytes() < 2 * LARGE for t in (*rows, *tables)):
+        return False  # no two elements lie so far apart
+
+    def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+        return sum(s * (n - 1) for n, s in zip(shape, strides, strict=True))
+
+    width = max(t.shape[-1] for t in rows)
+    made = ((shape := (*t.shape[:-1], width), strides_in_order(shape, t.stride())) for t in rows)
+    of_rows = [*((t.shape, t.stride()) for t in rows), *made]
+    return max([span(shape[1:], s[1:]) for shape, s in of_rows] + [span(t.shape, t.stride()) for t in tables]) >= LARGE
+
+
+def _prepare(call: Call, *rows: Tensor, backward: bool) -> tuple[ModuleType, tuple[Any, ...]]:
+    """The module that runs a call, kept beside the statement, and the grids its launches take. rows: q, k, v and other inputs."""
+    q, k, v = rows[:3]
+    where, large = device.of(q.device), _large(call, *rows)
+    key = backward, q.dtype, q.shape[-1], v.shape[-1], call.scale > 0, where, tuner.version(), call.choice, large
     found = call.kept.get(key)
     if found is None:
         _check(call, q)
-        text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target_of(where))
+        text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target_of(where), large)
         found = call.kept[key] = _module(text)
     g = call.geometry
     return found, (g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)
 
 
-def text_of(call: Call, rows: tuple[Tensor, ...], choice: Choice | None, target: str) -> str:
-    """The text of the module that runs a choice, or the model's own."""
+def text_of(call: Call, rows: tuple[Tensor, ...], choice: Choice | None, target: str, wide: bool = False) -> str:
+    """The text of the module that runs a choice, or the model's own. wide: offsets have 64 bits."""
     q, _, v = rows
     g = call.geometry
     chosen = None if choice is None else tiles(call, rows, choice, target)
     sizes = g.q_grid, g.k_grid, q.shape[-1], v.shape[-1], q.element_size(), call.scale > 0
-    return text_for(call.program, *sizes, chosen, call.part, target)
+    return text_for(call.program, *sizes, chosen, call.part, target, wide)
 
 
 def _choice(call: Call, rows: tuple[Tensor, ...], backward: bool) -> Choice | None:
@@ -154,7 +173,7 @@ def _check(call: Call, q: Tensor) -> None:
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See runtime.call.Call."""
-    module, grids = _prepare(call, q, k, v, False)
+    module, grids = _prepare(call, q, k, v, backward=False)
     out, lse = module.run_forward(q, k, v, call.tables, call.scale, *grids)
     wanted = empty_like_order(q, v.shape[-1])  # where a grid did not collapse to one axis, rows were copied
     return (out if out.stride() == wanted.stride() else wanted.copy_(out)), lse
@@ -171,7 +190,7 @@ def backward(
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """See runtime.call.Call."""
-    module, grids = _prepare(call, q, k, v, True)
+    module, grids = _prepare(call, q, k, v, out, grad_out, backward=True)
     lse = lse.contiguous()  # a run of heads hands over a slice; the kernels walk it as [B, H, N]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, found = module.run_backward(q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids)

@@ -122,7 +122,7 @@ def tiling(geo: Geometry, kernel: Kernel, sides: tuple[int, ...], items: int, th
             mine = parts if i == 0 else 1
             if whole:
                 n = max(min(mine, len(p)), 1)
-                rows = [(len(p) * i // n, len(p) * (i + 1) // n, 0, 1, a.real_keys) for i in range(n)]
+                rows = [(len(p) * i // n, len(p) * (i + 1) // n, 0, 1, a.keys) for i in range(n)]
                 out.append((np.array(rows, np.int32), np.array([(0, n)], np.int32)))
             else:
                 out.append(_segments(a, lo, hi, p, mine))
