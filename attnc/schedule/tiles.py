@@ -131,6 +131,8 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
     if columns:
         left, right = 0 * left, count + 0 * right
     steps = np.maximum(-(-(right - left) // chunk), 0)
+    if steps.max(initial=0) <= 1:  # no loop is printed, so a tile that sees nothing computes a chunk as well
+        steps = np.maximum(steps, 1)
     inner_left, inner_right = lo[r, last], hi[r, first] + 1
     skip = np.minimum(-(-np.maximum(inner_left - left, 0) // chunk), steps)
     full = np.maximum(np.minimum((inner_right - left) // chunk, steps) - skip, 0)
