@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnc import ir
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
 from attnc.report import sass
@@ -145,11 +146,14 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
     full = chunks * inner.full // max(inner.steps, 1) if k.has_full() else 0
     left = chunks * inner.left // max(inner.steps, 1) if k.has_full() else 0
     right = chunks - full - left
+    maskless = spec.residual == ir.TRUE  # else every pair is asked, in tiles that the intervals fill as well
     outer_loops = [p for p in k.outer if not p.single and not k.hoist]
     expected = (
         []
         if k.hoist
-        else ([("partial", left)] if left else []) + ([("full", full)] if full else []) + ([("partial", right)] if right else [])
+        else ([("partial", left)] if left else [])
+        + ([("full" if maskless else "partial", full)] if full else [])
+        + ([("partial", right)] if right else [])
     )
     loops: list[LoopReport] = []
     executed = float(code.straight * programs)
@@ -172,7 +176,7 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
                 n = heads * batch * math.prod(w.programs for w in ws) if k.batched else times
                 unroll = max(1, round(loop.mma / per_chunk)) if per_chunk else 1
                 executed += loop.instructions * n / unroll
-                kind = "partial" if not all(p.exact for p in k.plans) else "full"
+                kind = "full" if maskless and all(p.exact for p in k.plans) else "partial"
                 loops.append(LoopReport(kind, loop.instructions, n, loop.masks, unroll, "items"))
             elif loop.mma:
                 i = with_mma.index(loop)
