@@ -9,18 +9,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import attnc
 from attnc import patterns
-from attnc.schedule.tiles import shared_limit
+from attnc.schedule.tiles import Kind, padded, shared_bytes, shared_limit
 
 HERE = Path(__file__).parent
 KEPT, PAGE, PEER = HERE / "gpu-static.json", HERE / "gpu-static.md", HERE / "flex-static.json"
@@ -67,11 +69,15 @@ BARS: dict[str, tuple[str, int, float, float, float | None]] = {
     "full(), one axis": ("P6", 64, 7.6, 7.7, 9.5),
 }
 # what is compiled, the most important first: dtype, head dimension, targets
+HELD = ("cuda:90", "cuda:80")  # to the bars; the others of `attnc.emit` are compiled once
 MATRIX = [
-    *[("float16", d, ("cuda:90", "cuda:80")) for d in (64, 32, 128)],
-    *[("bfloat16", d, ("cuda:90", "cuda:80")) for d in (64, 32, 128)],
-    *[("float16", d, ("cuda:75", "cuda:86", "cuda:89", "cuda:120")) for d in (128, 64)],
+    ("float16", 64, HELD),
+    ("float16", 64, ("cuda:100", "hip:gfx942", "hip:gfx1100")),
+    *[("float16", d, HELD) for d in (32, 128)],
+    *[("bfloat16", d, HELD) for d in (64, 32, 128)],
 ]
+# chips whose tiles are checked by computed figures, which are above what is compiled for the targets of the matrix
+SMALLER = ("cuda:75", "cuda:86", "cuda:89", "cuda:120")
 
 
 def name_of(n: int, dtype: str, head_dim: int, target: str) -> str:
@@ -104,21 +110,28 @@ def options(n: int, dtype: str, head_dim: int, target: str) -> dict[str, Any]:
     return {"grid": grid, "heads": heads, "head_dim": head_dim, "dtype": dtype, "target": target, **more}
 
 
-def emitted(n: int, dtype: str, head_dim: int, target: str) -> str:
-    """The module, which `emit` prints for fewer targets than `inspect` compiles for."""
+def digest(setting: dict[str, Any]) -> str:
+    """Of the compiler, the kernels of the module that a setting gives, and its head, which names their tiles."""
+    module = attnc.emit(LIBRARY[setting["n"]][1], **options(**setting))
+    kernels = re.split(r"^def (?:strides|like|precision)\(", module, maxsplit=1, flags=re.MULTILINE)[0]
+    return hashlib.sha256(f"triton {metadata.version('triton')}\n{kernels}".encode()).hexdigest()[:12]
+
+
+def shared(n: int, dtype: str, head_dim: int, target: str) -> dict[str, int]:
+    """Shared memory of each kernel that walks the relation, as computed: an upper bound."""
     from attnc.codegen.around import core_program
-    from attnc.codegen.triton import emit_triton
+    from attnc.codegen.triton import make_spec, part_specs
 
     _, p, grid, heads, more = LIBRARY[n]
-    op = attnc.compile(p, grid=grid, heads=heads, **more)
-    sizes = {"heads": heads, "head_dim": head_dim, "value_dim": head_dim, "dtype": dtype, "target": target}
-    return emit_triton(core_program(op.program(len(grid))), grid, more.get("kv_grid", grid), **sizes)
-
-
-def digest(setting: dict[str, Any]) -> str:
-    """Of the kernels of the module that a setting gives, and of its head, which names their tiles."""
-    kernels = re.split(r"^def (?:strides|like|precision)\(", emitted(**setting), maxsplit=1, flags=re.MULTILINE)[0]
-    return hashlib.sha256(kernels.encode()).hexdigest()[:12]
+    program = core_program(attnc.compile(p, grid=grid, heads=heads, **more).program(len(grid)))
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": head_dim, "itemsize": 4 if dtype == "float32" else 2}
+    grids = program, grid, more.get("kv_grid", grid)
+    every = part_specs(*grids, heads, **sizes, target=target) or (make_spec(*grids, **sizes, target=target),)
+    kinds: dict[str, Kind] = {"forward": "forward", "backward_dq": "dq", "backward_dkv": "dkv"}
+    return {
+        name: max(shared_bytes(kind, getattr(s.tiles, kind), head_dim, sizes["itemsize"], target) for s in every)
+        for name, kind in kinds.items()
+    }
 
 
 def measure(setting: dict[str, Any], module: str) -> dict[str, Any]:
@@ -191,6 +204,43 @@ def faults(key: str, report: dict[str, Any]) -> list[str]:
     return out
 
 
+def dearer(key: str, reports: dict[str, Any]) -> list[str]:
+    """Loops over full tiles that take more than the dense kernel's: instructions for a score (a tenth more is allowed), compares
+    and selects for a score (as many, and two for a chunk, are allowed)."""
+    setting = " | ".join(key.split(" | ")[-2:])
+    dense = reports.get(f"full(), one axis 4096 | {setting}", {}).get("kernels", {})
+    out = []
+    for name, k in reports[key].get("kernels", {}).items():
+        for x in k["loops"]:
+            if x["kind"] != "full" or x["over"] != "chunks" or name not in dense:
+                continue
+            least = min(per_score(dense[name], y)[0] for y in dense[name]["loops"])
+            masks = min(per_score(dense[name], y)[1] for y in dense[name]["loops"])
+            found, tests = per_score(k, x)
+            if found > 1.1 * least:
+                out.append(f"{name}'s full loop takes {found:.1f} instructions a score, dense attention's {least:.1f}")
+            if tests > masks + 2 * lanes_of(k) / scores_of(k):
+                out.append(f"{name}'s full loop has {tests:.2f} selects a score, dense attention's {masks:.2f}")
+    return out
+
+
+def scores_of(k: dict[str, Any]) -> int:
+    """Scores of one chunk of a kernel, in registers."""
+    sides = [math.prod(map(int, side.split("x"))) for side in k["tile"].partition(" + ")[0].split("/")]
+    return padded(sides[0]) * padded(sides[1])
+
+
+def lanes_of(k: dict[str, Any]) -> int:
+    """Threads of a program."""
+    return 32 * int(k["num_warps"])
+
+
+def per_score(k: dict[str, Any], loop: dict[str, Any]) -> tuple[float, float]:
+    """Instructions of a loop, and compares and selects, that threads execute for a score."""
+    each = lanes_of(k) / scores_of(k) / loop["unrolled"]
+    return loop["instructions"] * each, loop["mask_instructions"] * each
+
+
 def cell(k: dict[str, Any] | None) -> str:
     """A kernel on one line: TI, registers, shared KiB, MMA, loads."""
     if k is None:
@@ -250,10 +300,22 @@ def page(reports: dict[str, Any]) -> str:
                 shown = [cell(ks.get(n)) for n in ("forward", "backward_dq", "backward_dkv")]
                 rows.append(f"{head} | {report['waste']:.2f} | {report['key_rows_per_query']:.1f} | {' | '.join(shown)} |\n")
     wrong = [f"- {key}: {', '.join(found)}\n" for key, r in reports.items() if (found := faults(key, r))]
+    slow = [f"- {key}: {'; '.join(found)}\n" for key in reports if (found := dearer(key, reports))]
+    chips = []
+    for target in SMALLER:
+        each = [
+            (most, f"`{plain(call)}`, {name}, dim {dim}")
+            for dim in (32, 64, 128)
+            for n, (call, *_) in enumerate(LIBRARY)
+            for name, most in shared(n, "float16", dim, target).items()
+        ]
+        most, which = max(each)
+        chips.append(f"| {target} | {shared_limit(target) / 1024:.0f} KiB | {most / 1024:.0f} KiB | {which} |\n")
     missing = sum(key not in reports for key, _ in wanted([]))
     return HEAD.format(
-        bars="".join(bars), rows="".join(rows), wrong="".join(wrong) or "None.\n", count=len(reports), missing=missing, batch=BATCH
-    )
+        bars="".join(bars), rows="".join(rows), wrong="".join(wrong) or "None.\n", slow="".join(slow) or "None.\n",
+        chips="".join(chips), count=len(reports), missing=missing, batch=BATCH,
+    )  # fmt: skip
 
 
 HEAD = """# The Triton kernels as machine code
@@ -281,6 +343,18 @@ float16. *asked*: what the project asks of itself. *FlexAttention*: its loops al
 Spills, local memory, shared memory beyond the chip's, products without tensor cores, rows not loaded 128 bits at a time:
 
 {wrong}
+Loops over full tiles that take over a tenth more instructions for a score than dense attention's of the same setting, or more
+compares and selects:
+
+{slow}
+## Shared memory of smaller chips
+
+A block's limit, and the most that any kernel of the library asks for with the tiles chosen for that chip, at head dimensions 32,
+64 and 128 in float16 or bfloat16. Computed, from above: every kernel of the table below has less than the figure computed for it.
+
+| target | limit | most | kernel |
+|---|---|---|---|
+{chips}
 ## All
 
 | pattern | dtype | dim | target | waste | rows | forward | dq | dk, dv (or all gradients) |

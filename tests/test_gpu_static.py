@@ -10,12 +10,31 @@ from typing import Any
 
 import pytest
 
+from attnc.schedule import tiles
+from attnc.schedule.chips import chip
+
 DOCS = Path(__file__).parents[1] / "docs"
 REPORTS: dict[str, dict[str, Any]] = json.loads((DOCS / "gpu-static.json").read_text(encoding="utf-8"))
 # kernels that spill all the same, with the bytes: registers that ptxas fills with a group's five products at 64 channels
-SPILLS: dict[str, int] = {'axial("y") | axial("x") 64x64 | float16 64 | cuda:80': 8}
+SPILLS: dict[str, int] = {
+    f"{call} | float16 64 | cuda:80": spilled
+    for call, spilled in {
+        'axial("y") | axial("x") 64x64': 8,
+        'window(7, bias="relative") 56x56': 64,
+        "window(7) 56x56": 16,
+        "window(7, shift=3) 56x56": 48,
+        'window(7, shift=3, bias="relative") 56x56': 48,
+        "blocks((14, 4)) 56x56": 32,
+        "grid(7) 56x56": 24,
+        'axial("x") 56x56': 32,
+        "cross(8) 64x64": 8,
+    }.items()
+}
+SPILLS["per_head([window(7), grid(7)]) 56x56 | float16 64 | cuda:90"] = 8
 # thread-instructions that are above what is asked
 ABOVE = {("full(), one axis", "cuda:80", "backward_dkv"): 13.4}
+# statements with loops over full tiles that take more than dense attention's
+DEARER = {"causal(), one axis 4096", "full() 56x56"}
 
 
 def generator() -> Any:
@@ -31,6 +50,9 @@ def generator() -> Any:
 PAGE = generator()
 
 
+SETTINGS: dict[str, dict[str, Any]] = dict(PAGE.wanted([]))
+
+
 @pytest.mark.parametrize("key", list(REPORTS))
 def test_no_kernel_spills_or_asks_for_more_than_its_chip_has(key: str) -> None:
     found = PAGE.faults(key, REPORTS[key])
@@ -40,6 +62,54 @@ def test_no_kernel_spills_or_asks_for_more_than_its_chip_has(key: str) -> None:
     else:
         assert [f for f in found if "spills" not in f] == []
         assert max(k["spill_bytes"] for k in REPORTS[key]["kernels"].values()) == allowed
+
+
+def test_loops_over_full_tiles_are_dense_attentions() -> None:
+    """Instructions, compares and selects for a score, but for what the page lists."""
+    assert {key.partition(" | float16")[0] for key in REPORTS if PAGE.dearer(key, REPORTS)} <= DEARER
+
+
+@pytest.mark.parametrize("target", PAGE.HELD)
+@pytest.mark.parametrize("call", [call for call, *_ in PAGE.LIBRARY])
+def test_forwards_without_tables_load_rows_128_bits_at_a_time_and_nothing_else(call: str, target: str) -> None:
+    """A later part of a union reads the log-sum-exp of those before it, one number a row."""
+    n = [each[0] for each in PAGE.LIBRARY].index(call)
+    report = REPORTS.get(PAGE.name_of(n, "float16", 64, target))
+    if report is None or "bias" in call:
+        return
+    parts = report["strategy"].count(" + ")
+    loads = report["kernels"]["forward"]["global_loads"]
+    assert sum(count for bits, count in loads.items() if bits != "128") <= 2 * parts, loads
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100"])
+@pytest.mark.parametrize("call", [call for call, *_ in PAGE.LIBRARY])
+def test_every_module_compiles_for_every_target(call: str, target: str) -> None:
+    """float16, 64 channels, forward and backward. The table's report is of a module with this very text, compiled by this very
+    triton; a module that has changed since is compiled here."""
+    n = [each[0] for each in PAGE.LIBRARY].index(call)
+    setting = {"n": n, "dtype": "float16", "head_dim": 64, "target": target}
+    kept = REPORTS.get(PAGE.name_of(**setting))
+    if kept is None:  # two to eight seconds each
+        pytest.skip("not in the table yet; `make gpu-static` compiles it")
+    report = PAGE.settled((call, setting, kept["module"]))[1] or kept
+    assert {"forward", "backward_dkv"} <= set(report["kernels"])
+    assert all(k["instructions"] > 0 for k in report["kernels"].values())
+
+
+def test_tiles_fit_the_shared_memory_of_smaller_chips() -> None:
+    """Computed, for the tiles chosen there; what was compiled for others never had more than the figure computed for it."""
+    for target in PAGE.SMALLER:
+        assert tiles.shared_limit(target) == 1024 * chip(target).shared_block
+        for dim in (32, 64, 128):
+            for n in range(len(PAGE.LIBRARY)):
+                assert max(PAGE.shared(n, "float16", dim, target).values()) <= tiles.shared_limit(target), (target, dim, n)
+    for key, report in REPORTS.items():
+        setting = SETTINGS[key]
+        computed = PAGE.shared(**setting)
+        for name, k in report["kernels"].items():
+            if name in computed:
+                assert k["shared_bytes"] <= computed[name], (key, name)
 
 
 @pytest.mark.parametrize("target, more", [("cuda:90", 1.0), ("cuda:80", 1.3)])

@@ -10,12 +10,15 @@ import argparse
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from counting import counting
 from strategies import Problem, capped, hold, weighted
 
 import attnc
@@ -23,7 +26,10 @@ from attnc import ir, patterns
 from attnc.codegen import eager
 from attnc.lang import functions as fn
 from attnc.lang.pattern import Pattern
+from attnc.runtime import device
 from attnc.runtime.call import Call
+from attnc.runtime.triton_choice import target_of
+from attnc.schedule import tiles
 from attnc.schedule.geometry import geometry
 
 BUDGET = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value of a tensor
@@ -338,6 +344,38 @@ def errors(c: Case) -> dict[str, float]:
     return found
 
 
+COUNTED: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.int64))
+
+
+def count_scores() -> None:
+    """Have the kernels of every module that is loaded from now on count the score elements they compute."""
+    from attnc.runtime import triton as backend
+
+    plain = backend.load
+
+    def load(text: str) -> ModuleType:
+        module = plain(counting(text)[0])
+        module.COUNTED = COUNTED  # type: ignore[attr-defined]
+        return module
+
+    backend.load = load
+
+
+def counted(c: Case) -> None:
+    """What kernels have counted in `errors`, one forward and two backwards, is what the report says that they issue."""
+    call, _ = problem(c)
+    g, target = call.geometry, target_of(device.of(torch.device("cpu")))
+    chosen = tiles.tiles(g, c.dim, c.value_dim, torch.empty(0, dtype=c.dtype).element_size(), target)
+    side: tiles.Side = "k" if "backward_dq" in COUNTED else "q"  # else one kernel makes all gradients of a group
+    walked = {"forward": ("q", chosen.forward, 1), "backward_dq": ("q", chosen.dq, 2), "backward_dkv": (side, chosen.dkv, 2)}
+    for name, n in COUNTED.items():
+        of, tile, runs = walked[name]
+        issued = runs * c.heads * c.batch * tiles.issued(g, of, tile)  # type: ignore[arg-type]
+        assert int(n) == issued, f"{name} counted {int(n)} score elements, the report says {issued}"
+    assert {"forward", "backward_dkv"} <= set(COUNTED)
+    COUNTED.clear()
+
+
 GROUPS: dict[str, dict[str, Any]] = {
     **CASES,
     **HELD,
@@ -376,6 +414,8 @@ def main() -> None:
     if options.sim:
         simulate(str(Path(options.sim[0]).resolve()), int(options.sim[1]))
     for group in options.groups:
+        if group == "library":
+            count_scores()
         for name, case in GROUPS[group].items():
             try:
                 line: dict[str, Any] = {"case": name}
@@ -383,6 +423,8 @@ def main() -> None:
                     hold(case, "triton")
                 else:
                     line["errors"] = errors(case)
+                    if group == "library":
+                        counted(case)
             except Exception as e:
                 line = {"case": name, "failure": f"{type(e).__name__}: {e}"}
             print(json.dumps(line), flush=True)  # noqa: T201

@@ -225,7 +225,7 @@ def inspect_triton(
         owner, kernel = kernels.get(launch.name, (spec, None))
         report = kernel_report(owner, launch, code_of(launch, target), kernel, most * batch, heads, batch, target)
         found.setdefault(launch.name.removesuffix(owner.suffix), []).append(report)
-    sent = sum(schedule.issued(_geometry(s), "q", s.tiles.forward) * heads + _prefix_elements(s, heads) for s in every)
+    sent = issued_by(spec, parts, heads)
     chunks = sum(schedule.issued(_geometry(s), "q", s.tiles.forward) * heads // s.tiles.forward.bm for s in every)
     g, width = _geometry(spec), head_dim + value_dim
     statistics = batch * heads * g.n_queries * 4
@@ -237,6 +237,11 @@ def inspect_triton(
         2 * width * most * batch, least, moved + again * statistics, round(seconds, 3),
         {name: together(each) for name, each in found.items()}, round(chunks / heads / max(g.n_queries, 1), 3),
     )  # fmt: skip
+
+
+def issued_by(spec: Spec, parts: tuple[Spec, ...], heads: int) -> int:
+    """Score elements that the forward of a module computes for one batch item, those of prefix tokens included."""
+    return sum(schedule.issued(_geometry(s), "q", s.tiles.forward) * heads + _prefix_elements(s, heads) for s in parts or (spec,))
 
 
 def _geometry(spec: Spec) -> Geometry:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnc import ir
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
 from attnc.report import sass
@@ -22,12 +23,15 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class LoopReport:
-    """A loop over chunks: instructions of its body, how often it runs in all programs together, and compares and selects in it."""
+    """A loop over chunks (or, of a program that has one chunk, over batch items or heads): instructions of its body, how often it
+    runs in all programs together, and compares and selects in it."""
 
     kind: str
     instructions: int
     iterations: int
     mask_instructions: int = 0
+    unrolled: int = 1  # chunks (or items) in one run of the body
+    over: str = "chunks"  # or "items"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class KernelReport:
     num_stages: int
     global_loads: dict[int, int] = field(default_factory=dict)  # load instructions by the bits that one lane loads
     local_accesses: int = 0  # loads and stores of local memory
+    issued_elements: int = 0  # score elements computed for pairs on the grid; 0 of a kernel that walks no relation
     parts: list[KernelReport] = field(default_factory=list)  # where a union runs as several kernels, each of them
 
 
@@ -72,6 +77,7 @@ def together(reports: list[KernelReport]) -> KernelReport:
         num_stages=max(r.num_stages for r in reports),
         global_loads=dict(sorted(widths.items(), reverse=True)),
         local_accesses=sum(r.local_accesses for r in reports),
+        issued_elements=sum(r.issued_elements for r in reports),
         parts=reports,
     )
 
@@ -112,18 +118,20 @@ def kernel_report(
     programs = math.prod(launch.grid)
     executed = float(code.straight * programs)
     loops: list[LoopReport] = []
-    tile, stages = "-", 1
+    tile, stages, sent = "-", 1, 0
     if printed is not None and launch.name == printed.name:
         t = printed.tile_choice
         tile, stages = f"{'x'.join(map(str, t.rows))}/{'x'.join(map(str, t.chunk))}", t.stages
         executed, loops = _weigh(spec, printed, code, programs, heads, batch)
+        if spec.geometry is not None and not printed.prefix:
+            sent = heads * batch * schedule.issued(spec.geometry, printed.side, t)
     else:
         for loop in code.loops:
             executed += programs * loop.instructions
             loops.append(LoopReport("full", loop.instructions, programs, loop.masks))
     return KernelReport(
         code.registers, code.spill_bytes, code.shared_bytes, code.mma, code.instructions, loops, executed * lanes / max(allowed, 1),
-        occupancy(code, launch.warps, target), tile, launch.warps, stages, code.global_loads, code.local,
+        occupancy(code, launch.warps, target), tile, launch.warps, stages, code.global_loads, code.local, sent,
     )  # fmt: skip
 
 
@@ -138,11 +146,14 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
     full = chunks * inner.full // max(inner.steps, 1) if k.has_full() else 0
     left = chunks * inner.left // max(inner.steps, 1) if k.has_full() else 0
     right = chunks - full - left
+    maskless = spec.residual == ir.TRUE  # else every pair is asked, in tiles that the intervals fill as well
     outer_loops = [p for p in k.outer if not p.single and not k.hoist]
     expected = (
         []
         if k.hoist
-        else ([("partial", left)] if left else []) + ([("full", full)] if full else []) + ([("partial", right)] if right else [])
+        else ([("partial", left)] if left else [])
+        + ([("full" if maskless else "partial", full)] if full else [])
+        + ([("partial", right)] if right else [])
     )
     loops: list[LoopReport] = []
     executed = float(code.straight * programs)
@@ -165,14 +176,14 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
                 n = heads * batch * math.prod(w.programs for w in ws) if k.batched else times
                 unroll = max(1, round(loop.mma / per_chunk)) if per_chunk else 1
                 executed += loop.instructions * n / unroll
-                kind = "partial" if not all(p.exact for p in k.plans) else "full"
-                loops.append(LoopReport(kind, loop.instructions, n, loop.masks))
+                kind = "full" if maskless and all(p.exact for p in k.plans) else "partial"
+                loops.append(LoopReport(kind, loop.instructions, n, loop.masks, unroll, "items"))
             elif loop.mma:
                 i = with_mma.index(loop)
                 kind, n = expected[i] if i < len(expected) else ("partial", 0)
                 unroll = max(1, round(loop.mma / per_chunk)) if per_chunk else 1
                 executed += loop.instructions * n / unroll
-                loops.append(LoopReport(kind, loop.instructions, n, loop.masks))
+                loops.append(LoopReport(kind, loop.instructions, n, loop.masks, unroll))
             else:
                 executed += loop.instructions * times
 

@@ -131,6 +131,8 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
     if columns:
         left, right = 0 * left, count + 0 * right
     steps = np.maximum(-(-(right - left) // chunk), 0)
+    if steps.max(initial=0) <= 1:  # no loop is printed, so a tile that sees nothing computes a chunk as well
+        steps = np.maximum(steps, 1)
     inner_left, inner_right = lo[r, last], hi[r, first] + 1
     skip = np.minimum(-(-np.maximum(inner_left - left, 0) // chunk), steps)
     full = np.maximum(np.minimum((inner_right - left) // chunk, steps) - skip, 0)
@@ -219,7 +221,9 @@ _HELD = {"forward": 128, "dq": 64, "dkv": 32}
 # multiply-adds of one float32 product that one lane may do: they are unrolled, and each is an instruction to compile
 _UNROLLED = 512
 # bytes of shared memory that a block may have; targets without an entry have at least those of cuda:80
-_SHARED = {"cuda:75": 64, "cuda:86": 99, "cuda:89": 99, "cuda:120": 99, "hip:gfx942": 64, "hip:gfx1100": 64}
+_SHARED = {"cuda:75": 64, "cuda:86": 99, "cuda:89": 99, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99}
+_SHARED |= {"hip:gfx942": 64, "hip:gfx1100": 64}
+_WARPGROUPS = ("cuda:90", "cuda:100")  # multiply out of shared memory
 
 
 def shared_limit(target: str) -> int:
@@ -239,11 +243,15 @@ def _like(target: str) -> tuple[bool, int, bool]:
 
 
 def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
-    """Shared memory of one program, from above: rows that products reread, two chunks of columns, and the weights."""
-    rows, columns = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize
+    """Shared memory of one program, from above: rows that products reread, two tensors' chunks of columns, and the weights with
+    the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, and statistics."""
+    rows, columns, weights = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize, tile.bm * tile.bn * itemsize
     if target.startswith("hip"):  # rows pass through it once, before the loop
-        return max(rows, columns + tile.bm * tile.bn * itemsize)
-    return rows * (1 if kind == "forward" else 2) + columns + tile.bm * tile.bn * itemsize
+        return max(rows, columns + weights)
+    more = 1 if kind == "forward" else 2
+    if target in _WARPGROUPS and itemsize <= 2:
+        return more * (rows + weights) + min(tile.stages, 2) * columns + 8 * tile.bn
+    return more * (rows + weights) + columns
 
 
 def unrolled(tile: Tile, width: int) -> float:
@@ -362,7 +370,9 @@ def _fitting(
             limit = held if one else min(held, 64) if tile.warps > 1 else held / 2 if kind != "dkv" else held
             rows_held = tile.bm * width / (LANES * tile.warps)  # operands stay in registers where one warp multiplies
             columns_held = tile.bn * width / LANES
-            most_rows, most_columns = (32, 64) if kind == "dkv" or (kind == "dq" and width > 32) else (64, 128)
+            # beside them forwards keep a table's addresses
+            tight = kind == "dkv" or (width > 32 and (kind == "dq" or bool(g.attend.tables)))
+            most_rows, most_columns = (32, 64) if tight else (64, 128)
             if tile.warps == 1 and (rows_held > most_rows or columns_held > most_columns):
                 continue
             if tile.bm * tile.bn > max(limit * LANES * tile.warps, 16 * 16):
