@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -381,6 +382,9 @@ def main() -> None:
             except Exception as e:
                 line = {"case": name, "failure": f"{type(e).__name__}: {e}"}
             print(json.dumps(line), flush=True)  # noqa: T201
+            right = "failure" not in line and all(e <= 1 for e in line.get("errors", {}).values())
+            if os.environ.get("ATTNC_TEST_STOP") and not right:  # what follows would say no more
+                return
 
 
 if __name__ == "__main__":
