@@ -9,7 +9,7 @@ from attnc.codegen import cpp_host
 from attnc.runtime import cpp, operator
 
 SHIPPED = tuple(cpp_host.FLAGS)
-QUICK = ("-O1", *SHIPPED[1:])
+QUICK = ("-O0", *SHIPPED[1:])
 
 
 def _use(flags: Sequence[str]) -> None:
