@@ -175,7 +175,10 @@ def drawn(number: int, seed: int) -> list[Site]:
 
 FORMS = "-k 'not cpp and not triton' printed forms implied lift geometry explain cost"
 MEANING = "backends patterns pattern_grids parts"
-TRITON = "-k '(printed or interpreted or alone or triton) and not compile' printed triton normalizers scores_on_every_grid parts dropout rotary emit"
+TRITON = (
+    "-k '(printed or interpreted or alone or triton) and not compile' "
+    "printed triton normalizers scores_on_every_grid parts dropout rotary emit"
+)
 CPP = "-k 'printed or cpp or bands or built' printed cpp bands scores_on_every_grid normalizers dropout sizes"
 TESTS = {  # what a path begins with: its tests, in the order in which they are asked
     "attnc/analysis/dropout": "-k 'not triton' printed dropout",

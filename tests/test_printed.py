@@ -87,3 +87,12 @@ def test_cpu_modules() -> None:
         text = emit_cpu(made, grid=grid, kv_grid=keys, heads=2, head_dim=32, value_dim=options["value_dim"])
         between = text[text.index("TABLES = ") : text.index("\nFORWARD = (")]
         snapshot.matches(f"module_{name}.txt", between)
+
+
+def test_a_band_s_module_has_the_other_kernel_too() -> None:
+    """The band's own kernel comes first; on a machine whose vectors are too long for the grid's rows the other one runs."""
+    tokens = ir.Tokens((None, None))
+    made = ir.Program(patterns.neighborhood(7).trace(("y", "x")), tokens, tokens)
+    text = emit_cpu(made, grid=(56, 56), heads=4, head_dim=32)
+    for one in text[text.index("\nFORWARD = (") :].split("\nBACKWARD = ("):
+        assert [f"constexpr int BAND = {7}" in kernel for kernel in one.split('r"""')[1:]] == [True, False]
