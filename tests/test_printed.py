@@ -19,7 +19,9 @@ from attnc.codegen.around import core_program
 from attnc.codegen.cpp import Spec, header, source
 from attnc.codegen.cpp_module import emit_cpu
 from attnc.codegen.triton import emit_triton
+from attnc.codegen.triton_channel import emit_channel
 from attnc.lang import functions as fn
+from attnc.runtime.triton import text_for
 
 
 @attnc.pattern
@@ -47,6 +49,9 @@ STATEMENTS: dict[str, tuple[attnc.Pattern, tuple[int, ...], dict[str, Any]]] = {
     "predicate": (triangle(), (9, 12), {"dropout": True}),
     "sigmoid": (weighted(patterns.strip("x", 2), "sigmoid", post=True), (5, 18), {}),
     "documents": (patterns.window(4) & draws.documents(), (8, 9), {"dtype": "float32"}),
+    "joined_bias": (patterns.window(3, shift=1, bias="relative"), (6, 6), {"dtype": "float32"}),
+    "volume": (patterns.neighborhood(3), (3, 6, 8), {}),
+    "grid": (patterns.grid(2), (5, 6), {}),
 }
 
 
@@ -66,6 +71,18 @@ def program(name: str) -> tuple[ir.Program, tuple[int, ...], tuple[int, ...], di
 def test_text_for_gpus(name: str) -> None:
     made, grid, keys, options = program(name)
     snapshot.matches(f"triton_{name}.txt", emit_triton(made, grid, keys, heads=2, head_dim=32, **options))
+
+
+@pytest.mark.parametrize("name", ["padded_window", "dilated_bias", "volume"])
+def test_text_for_every_grid(name: str) -> None:
+    """What operators run: sizes are arguments."""
+    made, grid, keys, options = program(name)
+    text = text_for(made, grid, keys, 32, options["value_dim"], 2, plain=True, target=options["target"])
+    snapshot.matches(f"triton_{name}_any_size.txt", text)
+
+
+def test_text_of_channel_attention() -> None:
+    snapshot.matches("triton_channel.txt", emit_channel())
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
