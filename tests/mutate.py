@@ -240,15 +240,17 @@ def run(tree: Path, words: list[str], limit: int) -> str:
         finally:
             sys.stdout.flush()
             os._exit(status)
-    while status is None and time.monotonic() - begun < 10 * limit:
-        time.sleep(0.05)
-        ended, code = os.waitpid(pid, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(code) if ended else None
-    if status is None:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    try:
+        while status is None and time.monotonic() - begun < 10 * limit:
+            time.sleep(0.05)
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(code) if ended else None
+    finally:
+        if status is None:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     shutil.rmtree(cache, ignore_errors=True)
-    said = re.findall(r"^(?:FAILED|ERROR) (\S+)", log.read_text(errors="replace"), re.M)
+    said = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
     return (
         "time-out"
         if status is None
