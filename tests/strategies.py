@@ -14,7 +14,7 @@ from typing import Any
 
 import by_the_book
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,6 +40,7 @@ from attnc.patterns.relation import rescored
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_QUIET, print_blob=True, database=None)
 settings.register_profile("search", deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.register_profile("once", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 import torch
-from test_cpp import (  # noqa: F401
+from builds import QUICK, SHIPPED, built_with
+from test_cpp import (
     absolute,
     axial,
     causal_axes,
@@ -19,12 +20,10 @@ from test_cpp import (  # noqa: F401
     near_bias,
     neighborhood,
     overlapping,
-    quick_builds,
     window,
 )
 
 from attnc import patterns
-from attnc.codegen import cpp_host
 from attnc.codegen.cpp import Spec
 from attnc.lang import functions as fn
 from attnc.lang.functions import HEAD, SCORE, where
@@ -235,35 +234,19 @@ def test_the_same_bits_on_any_number_of_threads(name, threads):
 
 def test_as_shipped():
     """With the flags that users get."""
-    flags, caches = cpp_host.FLAGS[0], (cpp._machine, cpp._function, cpp._kernel)
-    cpp_host.FLAGS[0] = "-O3"
-    try:
-        for c in caches:
-            c.cache_clear()
+    with built_with(SHIPPED):
         check(neighborhood(s=7), (14, 45), dim=32)
         check(neighborhood(s=7), (14, 14), dim=32)
-    finally:
-        cpp_host.FLAGS[0] = flags
-        for c in caches:
-            c.cache_clear()
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 instruction sets")
 @pytest.mark.parametrize("instructions", ["haswell", "x86-64"])
-def test_other_instruction_sets(instructions, monkeypatch):
+def test_other_instruction_sets(instructions):
     """Vectors of 8 and of 4 lanes."""
-    flags = [f"-march={instructions}" if f == "-march=native" else f for f in cpp_host.FLAGS]
-    monkeypatch.setattr(cpp_host, "FLAGS", flags)
-    caches = (cpp._machine, cpp._function, cpp._kernel)
-    for c in caches:
-        c.cache_clear()
-    try:
+    with built_with([f"-march={instructions}" if f == "-march=native" else f for f in QUICK]):
         for name in ("two vectors", "volume", "dilated", "shared windows"):
             p, grid, options = BANDS[name]
             check(p, grid, **options)
-    finally:
-        for c in caches:
-            c.cache_clear()
 
 
 class _Memory(ctypes.Structure):

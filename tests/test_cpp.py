@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
+from builds import QUICK, SHIPPED, built_with
 from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
-from attnc.codegen import cpp_host
 from attnc.codegen.cpp import Spec, source
 from attnc.codegen.cpp_module import emit_cpu
 from attnc.errors import BuildError, UnsupportedError
@@ -22,27 +22,13 @@ from attnc.lang import functions as fn
 from attnc.lang.functions import BATCH, HEAD, SCORE, where
 from attnc.lang.pattern import pattern
 from attnc.lang.symbols import Table
-from attnc.runtime import cpp, operator
+from attnc.runtime import cpp
 from attnc.runtime.call import Call
 from attnc.schedule.geometry import geometry
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 R = torch.randn
 AXES = {1: ("x",), 2: ("y", "x"), 3: ("t", "y", "x")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_builds():
-    """Kernels are built without costly optimisation: their meaning is what is tested (`test_as_shipped` uses the real flags)."""
-    flags = list(cpp_host.FLAGS)
-    caches = (cpp._machine, cpp._function, cpp._kernel, cpp._channel_kernel, operator._parts)
-    cpp_host.FLAGS[0] = "-O1"
-    for c in caches:
-        c.cache_clear()
-    yield
-    cpp_host.FLAGS[:] = flags
-    for c in caches:
-        c.cache_clear()
 
 
 @pattern
@@ -518,40 +504,25 @@ def test_channel_passes_nan_and_inf_on():
     assert out[1, 0, :7].isfinite().all()
 
 
-def test_as_shipped():
+def test_as_shipped(monkeypatch):
     """With the flags that users get; nothing is read from outputs that were never written."""
-    flags, caches = cpp_host.FLAGS[0], (cpp._machine, cpp._function, cpp._kernel, cpp._channel_kernel)
-    cpp_host.FLAGS[0] = "-O3"
-    for c in caches:
-        c.cache_clear()
     empty = torch.empty
-    try:
-        torch.empty = lambda *a, **k: empty(*a, **k).fill_(math.nan)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    with built_with(SHIPPED):
         check(biased(s=7), (14, 15), tables={"bias": R(2, 13, 13)}, dim=32)
-    finally:
-        torch.empty = empty
-        cpp_host.FLAGS[0] = flags
-        for c in caches:
-            c.cache_clear()
+        check(*WORDS["shifted window"][:2], dtype=torch.bfloat16, **WORDS["shifted window"][2])
+        check_channel("channels first")
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 instruction sets")
 @pytest.mark.parametrize("instructions", ["haswell", "x86-64"])
-def test_other_instruction_sets(instructions, monkeypatch):
+def test_other_instruction_sets(instructions):
     """Vectors of 8 and of 4 lanes."""
-    flags = [f"-march={instructions}" if f == "-march=native" else f for f in cpp_host.FLAGS]
-    monkeypatch.setattr(cpp_host, "FLAGS", flags)
-    caches = (cpp._machine, cpp._function, cpp._kernel, cpp._channel_kernel)
-    for c in caches:
-        c.cache_clear()
-    try:
+    with built_with([f"-march={instructions}" if f == "-march=native" else f for f in QUICK]):
         check(window(s=4), (9, 11), dim=24)
         check(*WORDS["shifted window"][:2], dtype=torch.bfloat16, **WORDS["shifted window"][2])
         for name in ("long", "channels first", "bfloat16 packed"):
             check_channel(name)
-    finally:
-        for c in caches:
-            c.cache_clear()
 
 
 def test_refusals():
@@ -578,9 +549,9 @@ def test_the_same_source_each_time():
 def test_stand_alone_module(tmp_path):
     """The emitted module runs where attnc cannot be imported, and gives what the backend gives."""
     program = make_program(biased(s=4), multiple=(4, 4))
-    (tmp_path / "made.py").write_text(emit_cpu(program, grid=(6, 9), heads=2, head_dim=8).replace('"-O3', '"-O1'))
+    (tmp_path / "made.py").write_text(emit_cpu(program, grid=(6, 9), heads=2, head_dim=8).replace('"-O2"', '"-O1"'))
     channel = ir.Program(ir.Channel(), ir.Tokens((None,)), ir.Tokens((None,)))
-    (tmp_path / "channel.py").write_text(emit_cpu(channel, heads=2, head_dim=8).replace('"-O3', '"-O1'))
+    (tmp_path / "channel.py").write_text(emit_cpu(channel, heads=2, head_dim=8).replace('"-O2"', '"-O1"'))
     torch.manual_seed(0)
     q, k, v, bias = R(1, 2, 54, 8), R(1, 2, 54, 8), R(1, 2, 54, 8), R(2, 7, 7)
     torch.save([q, k, v, bias], tmp_path / "in.pt")

@@ -435,6 +435,8 @@ UNIONS: list[tuple[Body, bool]] = [  # intervals that meet are one; whether they
     (lambda q, k: (k.x <= q.x) | (q.x < 3), False),
     (lambda q, k: ((k.x >= q.x + 3) & (k.x <= q.x)) | ((k.x > q.x) & (k.x <= q.x + 2)), True),  # the first is empty
     (lambda q, k: (k.x < 5) | (k.x <= q.x) | (k.x <= q.x // 4 * 4 + 2), True),
+    (lambda q, k: ((k.x >= 2) & (k.x <= q.x + 5)) | ((k.x >= q.x) & (k.x <= q.x + 9)), True),  # either may begin first
+    (lambda q, k: ((k.x >= q.x) & (k.x <= q.x + 5)) | ((k.x >= q.x - 3) & (k.x <= 11)), False),  # they meet for some queries
 ]
 
 

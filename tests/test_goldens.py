@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import golden_files
 import pytest
 import torch
 
-from attnc.codegen import cpp_host
 from attnc.compiler import has_compiler
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
@@ -16,14 +13,6 @@ RUNS = [
     *(pytest.param(dtype, backend, id=f"{dtype}-{backend}") for dtype in ("float32", "float64") for backend in ("eager", "torch")),
     pytest.param("float32", "cpp", id="float32-cpp", marks=needs_compiler),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_builds() -> Iterator[None]:
-    """Hundreds of kernels are built here, each for a few tokens."""
-    flags, cpp_host.FLAGS[0] = cpp_host.FLAGS[0], "-O1"
-    yield
-    cpp_host.FLAGS[0] = flags
 
 
 @pytest.mark.parametrize("kind, backend", RUNS)

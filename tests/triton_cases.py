@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -314,6 +316,23 @@ def problem(c: Case) -> tuple[Call, dict[str, torch.Tensor]]:
     return Call(program, geometry(program, c.grid, key_grid), scale, tables), tensors
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Nothing may be read, or left in a result, that was never written: it is NaN."""
+    makers = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+
+    def filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *a, **k: x.fill_(math.nan) if (x := make(*a, **k)).is_floating_point() else x
+
+    for name, make in makers.items():
+        setattr(torch, name, filled(make))
+    try:
+        yield
+    finally:
+        for name, make in makers.items():
+            setattr(torch, name, make)
+
+
 def errors(c: Case) -> dict[str, float]:
     """Error of each output and gradient against float64, in units of the budget (at most 1 passes)."""
     from attnc.runtime import triton as backend
@@ -325,18 +344,19 @@ def errors(c: Case) -> dict[str, float]:
     grad_lse = torch.where(some, t["grad_lse"], 0.0)
     rest64 = (t["grad_out"].double(), grad_lse.double())
     wanted64 = eager.backward(wide, *(t[n].double() for n in "qkv"), out64, lse64, *rest64)
-    out, lse = backend.forward(call, t["q"], t["k"], t["v"])
-    assert torch.equal(torch.isfinite(lse), some), "rows without keys"
-    got = backend.backward(call, t["q"], t["k"], t["v"], out, lse, t["grad_out"], grad_lse)
-    again = backend.backward(call, t["q"], t["k"], t["v"], out, lse, t["grad_out"], grad_lse)
+    with poisoned():
+        out, lse = backend.forward(call, t["q"], t["k"], t["v"])
+        assert torch.equal(torch.isfinite(lse), some), "rows without keys"
+        got = backend.backward(call, t["q"], t["k"], t["v"], out, lse, t["grad_out"], grad_lse)
     pairs = {"out": (out, out64), "lse": (lse[some], lse64[some])}
     pairs |= {f"d{n}": (a, b) for n, a, b in zip("qkv", got, wanted64, strict=False)}
     learned = [n for n, x in call.tables.items() if x.is_floating_point()]
     pairs |= {f"d{n}": (got[3][n], wanted64[3][n]) for n in learned}
-    same = all(torch.equal(a, b) for a, b in zip(got[:3], again[:3], strict=True)) and all(
-        torch.equal(got[3][n], again[3][n]) for n in learned
-    )
-    found = {"bitwise rerun": 0.0 if same else math.inf}
+    found = {}
+    if learned:  # sums over programs: a second run has the same bits
+        again = backend.backward(call, t["q"], t["k"], t["v"], out, lse, t["grad_out"], grad_lse)
+        same = all(map(torch.equal, (*got[:3], *map(got[3].get, learned)), (*again[:3], *map(again[3].get, learned))))
+        found["bitwise rerun"] = 0.0 if same else math.inf
     for name, (a, b) in pairs.items():
         gap = (a.double() - b).abs().max().item() if a.numel() else 0.0
         found[name] = gap / (BUDGET[c.dtype] * max(1.0, b.abs().max().item() if b.numel() else 0.0))
@@ -428,6 +448,9 @@ def main() -> None:
             except Exception as e:
                 line = {"case": name, "failure": f"{type(e).__name__}: {e}"}
             print(json.dumps(line), flush=True)  # noqa: T201
+            right = "failure" not in line and all(e <= 1 for e in line.get("errors", {}).values())
+            if os.environ.get("ATTNC_TEST_STOP") and not right:  # what follows would say no more
+                return
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ struct Ahead {
     const element *q, *k, *v, *out;
     int query, key, queries, keys, pace;
 };
+// (Not a static of the class: that would be one for all libraries of a process, whatever their `real` is.)
+constexpr real ONES[ROWS] = {1, 1, 1, 1, 1, 1};
 struct Forward {
     const Problem& P;
     Aimed aimed[2], *here = aimed, *next = aimed + 1;
@@ -289,14 +291,13 @@ struct Forward {
         }
         const bool direct = last && DV % L == 0 && P.out_layout.channel == 1;
         constexpr int longest = WORD > 1 ? CHUNK : LONGEST_SUM;         // sums are cut here, too
-        static constexpr real again[ROWS] = {1, 1, 1, 1, 1, 1};
         for (int r = 0, n; r < m; r += n) {
             n = share(m - r, ROWS);
             const Run run = sights[r].run;
             const bool more = started[i + r], some = run.begin < run.end;       // (rows of a block start together)
             for (int t = run.begin / WORD * WORD; t < run.end; t += longest) {
                 const int stop = min(t + longest, run.end);
-                const real* before = t > run.begin ? again : more ? factor + r : nullptr;
+                const real* before = t > run.begin ? ONES : more ? factor + r : nullptr;
                 value_rows(n, i + r, {t, stop}, before, direct && stop == run.end ? inverse + r : nullptr);
             }
             for (int t = r; t < r + n; t++) started[i + t] |= some;

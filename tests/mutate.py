@@ -1,0 +1,324 @@
+"""`python tests/mutate.py --number 200 --seed 1`: is a wrong operator in the geometry or in a printer noticed?
+
+Single operators are made wrong, one at a time, in a copy of the project; each time the tests of what was touched run until one
+fails. Sites: comparisons, arithmetic, `and`/`or`/`not`, minimum and maximum, True and False, 0 and 1; in code by its syntax tree,
+in printed text (strings of attnc/codegen, its headers) by a pattern. By rule no site is: what only chooses among tilings of one
+meaning or predicts time (CHOICES), annotations, decorators, docstrings, comments, `strict=`, texts of errors and of descriptions.
+
+A result is a line of `--out`; sites that it has are not run again (with `--again`, those of them that nothing noticed are).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARES = {"geometry": 0.4, "printers": 0.4, "headers": 0.2}
+CHOICES = {  # file: its functions, or all of it
+    "choose.py": "all", "cost.py": "all", "chips.py": "all", "counts.py": "all",
+    "tiles.py": "_grouped instructions _cost _warps _whole _settled choose _launched _fitting candidates reread tiles _powers "
+                "_lengths alike _like unrolled",
+}  # fmt: skip
+DESCRIPTIONS = "describe described show __repr__ kernels_version"
+BOTH = "< <=,> >=,== !=,+ -,and or,& |,&& ||,min max,minimum maximum,True False,true false,+= -=,&= |=,is is_not,in not_in"
+SWAP = {a: b.replace("_", " ") for p in BOTH.split(",") for a, b in (p.split(), p.split()[::-1])}
+SWAP = {a.replace("_", " "): b for a, b in SWAP.items()} | {"*": "+", "//": "*", "/": "*", "%": "//", "0": "1", "1": "2"}
+SIGNS = "Lt <,LtE <=,Gt >,GtE >=,Eq ==,NotEq !=,Is is,IsNot is not,In in,NotIn not in,Add +,Sub -,Mult *,FloorDiv //,Div /,Mod %"
+SIGN = dict(s.split(" ", 1) for s in f"{SIGNS},BitAnd &,BitOr |,And and,Or or".split(","))
+PRINTED = re.compile(
+    r"(?<= )(?:<=|>=|==|!=|<|>|\+=|-=|\+|-|\*|//|/|%|&&|\|\||&|\|)(?= )|\b(?:min|max|minimum|maximum)(?=\()"
+    r"|(?<![\w.\"'])(?:[01]|True|False|true|false)(?![\w.\"'])"
+)
+Place = tuple[int, str, str]  # characters from the file's beginning, what is there, what it becomes
+
+
+@dataclass(frozen=True)
+class Site:
+    """A mutation."""
+
+    path: str
+    line: int
+    at: int
+    old: str
+    new: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.old.strip()} -> {self.new or 'nothing'}   {self.text}"
+
+
+class OfCode(ast.NodeVisitor):
+    """Places of operators in Python, and the spans that hold none."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text, self.rows = path, text, text.split("\n")
+        self.lines = [0]
+        for row in self.rows:
+            self.lines.append(self.lines[-1] + len(row) + 1)
+        self.found: list[Place] = []
+        self.spans: list[tuple[int, int]] = []
+        self.visit(ast.parse(text))
+
+    def place(self, row: int, column: int) -> int:  # columns of the tree are bytes
+        return self.lines[row - 1] + len(self.rows[row - 1].encode()[:column].decode())
+
+    def span(self, n: ast.AST) -> tuple[int, int]:
+        begin = self.place(n.lineno, n.col_offset)  # type: ignore[attr-defined]
+        return begin, self.place(n.end_lineno, n.end_col_offset)  # type: ignore[attr-defined]
+
+    def between(self, left: ast.AST, right: ast.AST, sign: ast.AST) -> None:
+        old = SIGN.get(type(sign).__name__, "")
+        at = self.text.find(old, self.span(left)[1], self.span(right)[0])
+        if at >= 0 and old in SWAP:
+            more = "=" * isinstance(left.ctx if hasattr(left, "ctx") else None, ast.Store)
+            self.found += [(at, old + more, SWAP[old + more])] if old + more in SWAP else []
+
+    def visit(self, n: ast.AST) -> None:
+        parts: list[ast.AST | None] = []
+        if isinstance(n, ast.FunctionDef):
+            chosen = f"{CHOICES.get(self.path.name, '')} {DESCRIPTIONS}".split()
+            parts = [n, *n.decorator_list] if n.name in chosen else [*n.decorator_list, n.returns]
+        elif isinstance(n, ast.ClassDef):
+            parts = [*n.decorator_list]
+        elif isinstance(n, ast.arg | ast.AnnAssign):
+            parts = [n.annotation]
+        elif (
+            isinstance(n, ast.Raise)
+            or (isinstance(n, ast.keyword) and n.arg == "strict")
+            or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+        ):
+            parts = [n]
+        elif isinstance(n, ast.Compare):
+            for a, sign, b in zip([n.left, *n.comparators], n.ops, n.comparators, strict=False):
+                self.between(a, b, sign)
+        elif isinstance(n, ast.BinOp):
+            self.between(n.left, n.right, n.op)
+        elif isinstance(n, ast.AugAssign):
+            self.between(n.target, n.value, n.op)
+        elif isinstance(n, ast.BoolOp):
+            for a, b in zip(n.values, n.values[1:], strict=False):
+                self.between(a, b, n.op)
+        elif isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.Not):
+            self.found.append((self.span(n)[0], "not ", ""))
+        elif isinstance(n, ast.Call) and isinstance(n.func, ast.Name | ast.Attribute):
+            name = n.func.id if isinstance(n.func, ast.Name) else n.func.attr
+            self.found += [(self.span(n.func)[1] - len(name), name, SWAP[name])] if name in SWAP else []
+        elif isinstance(n, ast.Constant) and repr(n.value) in SWAP:
+            self.found.append((self.span(n)[0], repr(n.value), SWAP[repr(n.value)]))
+        self.spans += [self.span(p) for p in parts if p is not None]
+        if not isinstance(n, ast.JoinedStr):  # its parts have no places of their own
+            self.generic_visit(n)
+
+
+def of_text(text: str, at: int, comment: str) -> Iterator[Place]:
+    """Places in printed text, line by line, up to the line's comment."""
+    for line in text.splitlines(keepends=True):
+        code = re.split(r"//(?=[ -])" if comment == "//" else r"(?:^|\s)#", line)[0]
+        if not re.match(r"\s*(#|raise |template)", code) and "ValueError" not in code and '"""' not in code:
+            yield from ((at + m.start(), m[0], SWAP[m[0]]) for m in PRINTED.finditer(code))
+        at += len(line)
+
+
+def sites(path: Path) -> list[Site]:
+    """Every site of a file."""
+    text = path.read_text()
+    if path.suffix == ".h":
+        found = set(of_text(text, 0, "//"))
+    else:
+        code = OfCode(path, text)
+        found = set(code.found)
+        for token in tokenize.generate_tokens(io.StringIO(text).readline) if path.parent.name == "codegen" else ():
+            if token.type == tokenize.STRING:
+                at = code.lines[token.start[0] - 1] + token.start[1]
+                found |= set(of_text(token.string, at, "//" if path.name.startswith("cpp") else "#"))
+        found = {f for f in found if text.startswith(f[1], f[0]) and not any(a <= f[0] < b for a, b in code.spans)}
+    rows, name = text.split("\n"), str(path.relative_to(ROOT))
+    lines = [(text.count("\n", 0, at), at, old, new) for at, old, new in sorted(found)]
+    return [Site(name, n + 1, at, old, new, rows[n].strip()) for n, at, old, new in lines]
+
+
+def drawn(number: int, seed: int) -> list[Site]:
+    """So many sites, each kind of file by its share, each site of a kind equally likely."""
+    folder, rng, chosen = ROOT / "attnc", random.Random(seed), []
+    planned = [p for f in ("analysis", "schedule") for p in sorted((folder / f).glob("*.py"))] + [folder / "report" / "issued.py"]
+    kinds = {
+        "geometry": [p for p in planned if CHOICES.get(p.name) != "all"],
+        "printers": sorted((folder / "codegen").glob("*.py")),
+        "headers": sorted((folder / "codegen").glob("*.h")),
+    }
+    for kind, files in kinds.items():
+        every = [s for p in files for s in sites(p)]
+        print(f"{kind}: {len(every)} sites in {len(files)} files", flush=True)
+        chosen += rng.sample(every, min(round(number * SHARES[kind]), len(every)))
+    rng.shuffle(chosen)
+    return chosen
+
+
+FORMS = "-k 'not cpp and not triton' printed forms implied lift geometry explain cost"
+MEANING = "backends patterns pattern_grids parts"
+TRITON = (
+    "-k '(printed or interpreted or alone or triton) and not compile' "
+    "printed triton normalizers scores_on_every_grid parts dropout rotary emit"
+)
+CPP = "-k 'printed or cpp or bands or built' printed cpp bands scores_on_every_grid normalizers dropout sizes"
+TESTS = {  # what a path begins with: its tests, in the order in which they are asked
+    "attnc/analysis/dropout": "-k 'not triton' printed dropout",
+    "attnc/analysis/derivative": "-k 'not triton' printed pattern_scores scores_on_every_grid cpp",
+    "attnc/analysis": f"{FORMS} {MEANING}",
+    "attnc/schedule/boxes": "printed tuning report cpp",
+    "attnc/schedule/split": "-k 'not triton' parts backends pattern_grids sizes",
+    "attnc/schedule/plan": "explain cost cli",
+    "attnc/schedule/tiles": f"{TRITON} cost report tuning_gpu",
+    "attnc/schedule": f"{FORMS} errors draw {MEANING}",
+    "attnc/report": "report explain",
+    "attnc/codegen/triton_channel": "-k channel emit davit",
+    "attnc/codegen/triton": TRITON,
+    "attnc/codegen/channel": "cpp",
+    "attnc/codegen/band": "bands",
+    "attnc/codegen/random": "dropout",
+    "attnc/codegen/over_queries": "normalizers",
+    "attnc/codegen/around": "normalizers rotary",
+    "attnc/codegen/eager": "-k 'not cpp and not triton' backends pattern_scores normalizers sizes",
+    "attnc/codegen/torch": "-k 'not cpp and not triton' backends normalizers sizes regressions",
+    "attnc/codegen/blocks": "-k 'not cpp and not triton' backends normalizers dropout sizes",
+    "attnc/codegen": CPP,
+}
+
+
+def asked(path: str) -> list[str]:
+    """What pytest is given for a file."""
+    words = shlex.split(next(names for start, names in TESTS.items() if path.startswith(start)))
+    files = words[2:] if words[0] == "-k" else words
+    return [*(words[:2] if words[0] == "-k" else []), *(f"tests/test_{name}.py" for name in files)]
+
+
+def run(tree: Path, words: list[str], limit: int) -> str:
+    """Tests of a tree until one fails, in a fork: "passed", "time-out", or what failed."""
+    log, cache = tree.parent / "log", Path(tempfile.mkdtemp(prefix="cache-", dir=tree.parent))
+    (cache / ".attnc-cache").touch(0o600)
+    for kind in ("cpp", "proofs"):  # whose keys are all that their entries depend on: all runs share them
+        (tree.parent / kind).mkdir(mode=0o700, exist_ok=True)
+        (cache / kind).symlink_to(tree.parent / kind)
+    begun, status, pid = time.monotonic(), None, os.fork()
+    if pid == 0:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        status = 99
+        try:
+            os.chdir(tree)
+            os.environ |= {"ATTNC_CACHE_DIR": str(cache), "PYTHONPATH": f"{tree}:{tree / 'tests'}"}
+            os.environ |= {"HYPOTHESIS_PROFILE": "once", "ATTNC_TEST_STOP": "1"}
+            outside = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+            sys.path[:] = [str(tree), str(tree / "tests"), *outside]
+            import pytest
+
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *words]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    try:
+        while status is None and time.monotonic() - begun < 10 * limit:
+            time.sleep(0.05)
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(code) if ended else None
+    finally:
+        if status is None:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    shutil.rmtree(cache, ignore_errors=True)
+    said = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
+    return (
+        "time-out"
+        if status is None
+        else "passed"
+        if status == 0
+        else said[0]
+        if said
+        else f"status {status}: {log.read_text()[-300:]}"
+    )
+
+
+def forget(path: Path) -> None:
+    """Drop what Python compiled of a file: its size and the second of its change may be the same."""
+    for old in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+        old.unlink()
+
+
+def main() -> None:
+    """Sample, copy, run, count."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--number", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
+    parser.add_argument("--again", action="store_true", help="also those that nothing noticed before")
+    parser.add_argument("--limit", type=int, default=200, help="seconds of a processor for one mutant")
+    parser.add_argument("--list", action="store_true", help="show the sample and run nothing")
+    options = parser.parse_args()
+    chosen = drawn(options.number, options.seed)
+    if options.list:
+        print(*chosen, sep="\n")
+        return
+    lines = options.out.read_text().splitlines() if options.out.exists() else []
+    known = {Site(**{k: r[k] for k in Site.__match_args__}): r for r in map(json.loads, lines)}
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    import networkx  # noqa: F401  # what every run needs and no mutant changes: forked with it
+    import sympy  # noqa: F401
+    import torch  # noqa: F401
+
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = Path(folder) / "tree"
+        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, tracked.split("\0")):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+        for name in ("patterns", "models"):  # as the package has them, without the mapping of an installed one
+            (tree / "attnc" / name).symlink_to(tree / name)
+        for s in chosen:
+            if s in known and (known[s]["by"] != "passed" or not options.again):
+                continue
+            path, begun = tree / s.path, time.monotonic()
+            text = path.read_text()
+            forget(path)
+            path.write_text(text[: s.at] + s.new + text[s.at + len(s.old) :])
+            by = run(tree, asked(s.path), options.limit)
+            path.write_text(text)
+            forget(path)
+            known[s] = {**asdict(s), "by": by, "seconds": round(time.monotonic() - begun, 1)}
+            with options.out.open("a") as f:
+                f.write(json.dumps(known[s]) + "\n")
+            print(f"{s}\n    {by}, {known[s]['seconds']} s", flush=True)
+        tests = sorted({r["by"] for r in known.values() if "::" in r["by"]})
+        if tests:
+            print("the tests that failed, without a mutation:", run(tree, tests, 10 * options.limit), flush=True)
+    left = [s for s in chosen if known[s]["by"] == "passed"]
+    late = [s for s in chosen if known[s]["by"] == "time-out"]
+    print(f"{len(chosen) - len(left)} of {len(chosen)} noticed, {len(late)} of them by time-out:", *late, sep="\n  ")
+    print("unnoticed:", *left, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
