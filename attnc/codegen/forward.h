@@ -191,6 +191,7 @@ struct Forward {
         }
         s.check = s.plain ? !PLAIN_SCORE : RESIDUAL || !USES_SCORE;
         for (int a = 0; a < RANK; a++) s.check |= tile.checked[a] && !keys.prefix;
+@LISTS@        if (keys.full) s.check = !USES_SCORE;
         return s;
     }
     __attribute__((noinline)) void find_elements(int i, int m, int from, int to, const real* (*elements)[LOADS + 1]) const {
