@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +252,14 @@ CASES: dict[str, Problem] = {
     "bigbird": Problem(bigbird(side=6, every=96), (500,), batch=1),
     "by head": Problem(by_head(), (12, 30), heads=4),
 }
+# interpreted kernels take their time
+TRITON: dict[str, Problem] = {
+    "checker": Problem(checker(), (16, 16), heads=1, kv_heads=1, batch=1),
+    "half plane with a prefix": Problem(half_plane(), (9, 10), prefix=3, batch=1, heads=2, kv_heads=1),
+    "biased half plane": Problem(biased_half_plane(), (8, 12), heads=1, kv_heads=1, reach=31, batch=1),
+    "bigbird": Problem(bigbird(side=6, every=48), (150,), heads=1, kv_heads=1, batch=1),
+    "diagonals": Problem(diagonals(step=48), (100,), heads=1, kv_heads=1, batch=1),
+}
 NARROW = Limits(32, 32, partial=1.0, query=1.0, key=1.0)
 
 
@@ -340,8 +351,23 @@ def test_stand_alone_modules_carry_short_lists(longest: int, monkeypatch: pytest
 
 def test_explain_tells_of_lists() -> None:
     text = attnc.explain(checker(), grid=(40, 40))
-    assert "lists       cpp and torch: tiles of 1x40 queries visit 640 blocks of 40x1 keys, 640 of them in full;" in text
+    assert "lists       tiles of 1x40 queries visit 640 blocks of 40x1 keys, 640 of them in full;" in text
     assert "40.0 % of the boxes' 1,600" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
+def test_interpreted_triton_walks_lists() -> None:
+    """Forward and backward against float64, full chunks and partial ones, with prefix tokens, a table and shared key heads."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(here / "triton_lists.py"), *TRITON],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, cwd=here,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert set(told) == set(TRITON)
+    assert not any(line.startswith("0 lists") for line in told.values()), told
+    assert sum(int(line.split()[-2]) for line in told.values()) > 0, told
 
 
 def test_the_rule_leaves_what_lists_would_not_help() -> None:

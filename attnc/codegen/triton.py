@@ -52,9 +52,11 @@ def make_spec(
     chosen: Tiles | None = None,
     part: bool = False,
     target: str = "cuda:80",
+    listed: bool = False,
 ) -> Spec:
     """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
 
+    listed: its tiles, which are `chosen`, walk lists of chunks.
     part: the statement is a part of a union, whose output and LSE its backward gets; no group of it holds all keys of a row.
     """
     check(program)
@@ -65,8 +67,9 @@ def make_spec(
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
     hopper = target.startswith("cuda:") and int(target.removeprefix("cuda:")) >= 90  # whose products read from shared memory
     return Spec(
-        program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, reloads=hopper
-    )
+        program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, reloads=hopper,
+        listed=listed,
+    )  # fmt: skip
 
 
 def kernels_of(spec: Spec, module: Module, fuse: bool | None = None) -> tuple[list[Kernel], list[Kernel]]:

@@ -24,19 +24,21 @@ def lines(s: Subject, allowed: int | None) -> list[str]:
     for n, p in enumerate(s.parts):
         if p.structure.residual == ir.TRUE or p.geometry is None:
             continue
-        who = "cpp and torch" + (f", part {n + 1}" if len(s.parts) > 1 else "")
+        who = f"part {n + 1}: " if len(s.parts) > 1 else ""
         if mentions(p.geometry, "load"):
-            out.append(f"  lists       {who}: made of blocks when it runs, if the values of its tables skip enough of them")
+            out.append(
+                f"  lists       {who}made of blocks when it runs, where the values of its tables are in CPU memory and skip enough"
+            )
             continue
         x = found(p)
         if x is None:
-            out.append(f"  lists       {who}: none, they would save too little of the boxes' work")
+            out.append(f"  lists       {who}none, they would save too little of the boxes' work")
             continue
         q, k = ("x".join(map(str, sides)) for sides in (x.query_sides, x.key_sides))
         full, share = int(x.lists.full.sum()), 100 * x.lists.visited / max(x.lists.boxed, 1)
         total = len(x.lists.full) * x.lists.columns
         out.append(
-            f"  lists       {who}: tiles of {q} queries visit {x.lists.visited:,} blocks of {k} keys, {full:,} of them in full;"
+            f"  lists       {who}tiles of {q} queries visit {x.lists.visited:,} blocks of {k} keys, {full:,} of them in full;"
         )
         out.append(
             f"  {'':11} {share:.1f} % of the boxes' {x.lists.boxed:,}, of {total:,} in all; {x.lists.bytes:,} bytes of lists"

@@ -22,6 +22,7 @@ WORTH = 0.85  # lists are used where their work is less than this share of that 
 FEW, MANY = 512, 4096  # blocks that say what a shape would cost
 MOST = 1 << 25  # entries: 128 MiB; longer lists are not made
 LARGEST_TABLE = 1 << 22  # elements of a table whose values are looked at
+Sides = tuple[tuple[int, ...], tuple[int, ...]]  # of tiles and of blocks, per axis
 Known = tuple[tuple[str, str, tuple[int, ...], bytes], ...]  # tables whose values are known: name, dtype, shape, contents
 
 
@@ -34,6 +35,7 @@ class Limits:
     partial: float = 1.4  # a score element that is masked
     query: float = 8.0  # per block, for each of its queries: a running sum taken along
     key: float = 12.0  # per block, for each of its keys: loaded
+    lattice: bool = False  # sides are powers of two, and tiles begin at their multiples
 
     def work(self, queries: float, keys: float, full: float, partial: float) -> float:
         """Of so many full and partial blocks."""
@@ -51,6 +53,14 @@ class Listed:
     lists: BlockLists
     work: float
 
+    def for_chunks(self) -> tuple[BlockLists, BlockLists]:
+        """Lists of each tile's blocks and of each block's tiles, for kernels that mask what a chunk cut by the axis lacks."""
+        cut_queries, cut_keys = (
+            _any([p[:, 2] - p[:, 1] < side for p, side in zip(per_axis, sides, strict=True)])
+            for per_axis, sides in ((self.queries, self.query_sides), (self.keys, self.key_sides))
+        )
+        return self.lists.masked(cut_keys), self.lists.transposed().masked(cut_queries)
+
     def elements(self) -> int:
         """Score elements of the visited blocks, full and partial."""
         size = [np.array([1], np.int64), np.array([1], np.int64)]
@@ -59,6 +69,14 @@ class Listed:
                 size[side] = np.multiply.outer(size[side], p[:, 2] - p[:, 1]).ravel().astype(np.int64)
         tiles = np.repeat(size[0], np.diff(self.lists.offsets))
         return int((tiles * size[1][self.lists.blocks]).sum())
+
+
+def _any(per_axis: list[Ints]) -> Ints:
+    """Whether it holds on any axis, of every product of pieces in row-major order."""
+    out = np.zeros(1, bool)
+    for on_axis in per_axis:
+        out = np.logical_or.outer(out, on_axis).ravel()
+    return out
 
 
 def shapes(lengths: tuple[int, ...], most: int) -> Iterator[tuple[int, ...]]:
@@ -84,9 +102,14 @@ def _key_lengths(g: Geometry) -> tuple[int, ...]:
     return tuple(-(-a.keys // a.split) for a in g.axes)
 
 
-def _walk(g: Geometry, sides: tuple[tuple[int, ...], tuple[int, ...]], heads: int, batch: int, tables: Known) -> Walk:
-    queries = [pieces(a, side) for a, side in zip(g.axes, sides[0], strict=True)]
-    keys = [cut(a.keys, a.split, side) for a, side in zip(g.axes, sides[1], strict=True)]
+def _pieces(g: Geometry, sides: Sides, lattice: bool) -> tuple[list[Ints], list[Ints]]:
+    each = list(zip(g.axes, *sides, strict=True))
+    queries = [cut(a.queries, a.split, side) if lattice else pieces(a, side) for a, side, _ in each]
+    return queries, [cut(a.keys, a.split, side) for a, _, side in each]
+
+
+def _walk(g: Geometry, sides: Sides, heads: int, batch: int, tables: Known, lattice: bool) -> Walk:
+    queries, keys = _pieces(g, sides, lattice)
     return Walk(g, queries, keys, heads, batch, {name: _table(*rest) for name, *rest in tables})
 
 
@@ -127,22 +150,24 @@ def listed(g: Geometry, limits: Limits, boxes: tuple[int, ...], heads: int, batc
         return None
     plain = box_work(g, boxes, limits)
     q_lengths, k_lengths = tuple(_longest(a) for a in g.axes), _key_lengths(g)
+    if limits.lattice:
+        q_lengths, k_lengths = (tuple(1 << (n - 1).bit_length() for n in lengths) for lengths in (q_lengths, k_lengths))
     heads, batch = (heads if mentions(g, "head") or mentions(g, "heads") else 1), (batch if mentions(g, "batch") else 1)
 
-    def work_of(pair: tuple[tuple[int, ...], tuple[int, ...]], samples: int) -> float:
-        return _work_of(_walk(g, pair, heads, batch, tables), limits, samples)
+    def work_of(pair: Sides, samples: int) -> float:
+        return _work_of(_walk(g, pair, heads, batch, tables, limits.lattice), limits, samples)
 
     # any shape of one side may only help beside a certain one of the other: a line of queries beside a line of keys across it
     every = [(q, k) for q in shapes(q_lengths, limits.queries) for k in shapes(k_lengths, limits.keys)]
     q_best, k_best = best = min(every, key=lambda pair: work_of(pair, FEW))
-    smaller = [
-        (q, k) for q in (q_best, *shapes(q_lengths, limits.queries // 4)) for k in (k_best, *shapes(k_lengths, limits.keys // 4))
-    ]
+    least = 16 if limits.lattice else 1  # rows and columns of a product in registers
+    few_queries, few_keys = max(limits.queries // 4, least), max(limits.keys // 4, least)
+    smaller = [(q, k) for q in (q_best, *shapes(q_lengths, few_queries)) for k in (k_best, *shapes(k_lengths, few_keys))]
     near = [(q, k) for q, k in smaller if (q == q_best or k == k_best) and (q, k) != best]
     q_best, k_best = best = min((best, *near), key=lambda pair: work_of(pair, FEW))
     if work_of(best, MANY) >= WORTH * plain * 1.05:  # a sample may err by as much
         return None
-    w = _walk(g, best, heads, batch, tables)
+    w = _walk(g, best, heads, batch, tables, limits.lattice)
     if sum(w.sampled(FEW)) * w.boxed() > MOST:
         return None
     lists = w.lists()
@@ -152,9 +177,8 @@ def listed(g: Geometry, limits: Limits, boxes: tuple[int, ...], heads: int, batc
     work = limits.work(rows, columns, full, lists.visited - full)
     if work >= WORTH * plain:
         return None
-    queries = tuple(pieces(a, side) for a, side in zip(g.axes, q_best, strict=True))
-    keys = tuple(cut(a.keys, a.split, side) for a, side in zip(g.axes, k_best, strict=True))
-    return Listed(q_best, k_best, queries, keys, lists, work / max(plain, 1.0))
+    queries, keys = _pieces(g, best, limits.lattice)
+    return Listed(q_best, k_best, tuple(queries), tuple(keys), lists, work / max(plain, 1.0))
 
 
 def _longest(a: Axis) -> int:

@@ -52,11 +52,22 @@ class BlockLists:
 
     def transposed(self) -> BlockLists:
         """Per block the tiles that visit it."""
-        tiles = np.repeat(np.arange(len(self.full)), np.diff(self.offsets))
-        place = np.arange(self.visited) - self.offsets[tiles]
-        partial = (place >= self.full[tiles]).astype(np.int64)
+        tiles, partial = self._entries()
         keys = (self.blocks.astype(np.int64) * 2 + partial) * len(self.full) + tiles
         return _listed(keys, self.columns, len(self.full), self.boxed)
+
+    def masked(self, columns: Ints) -> BlockLists:
+        """The same with these blocks (bool [columns]) in part only."""
+        tiles, partial = self._entries()
+        return _listed(
+            (tiles * 2 + (partial | columns[self.blocks])) * self.columns + self.blocks, len(self.full), self.columns, self.boxed
+        )
+
+    def _entries(self) -> tuple[Ints, Ints]:
+        """Of each entry its tile, and whether it is partial."""
+        tiles = np.repeat(np.arange(len(self.full)), np.diff(self.offsets))
+        place = np.arange(self.visited) - self.offsets[tiles]
+        return tiles, (place >= self.full[tiles]).astype(np.int64)
 
 
 def _listed(keys: Ints, rows: int, columns: int, boxed: int) -> BlockLists:
