@@ -16,7 +16,7 @@ import strategies as draws
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Problem, hold
+from strategies import Problem, hold, weighted
 
 import attnc
 from attnc import ir
@@ -194,11 +194,6 @@ def checker(q: Any, k: Any) -> Any:
 
 
 @attnc.pattern
-def disk(q: Any, k: Any, *, radius: int) -> Any:
-    return (q.y - k.y) ** 2 + (q.x - k.x) ** 2 <= radius**2
-
-
-@attnc.pattern
 def ring(q: Any, k: Any, *, inner: int, outer: int) -> Any:
     d = (q.y - k.y) ** 2 + (q.x - k.x) ** 2
     return (d >= inner**2) & (d <= outer**2)
@@ -243,7 +238,7 @@ def biased_half_plane(q: Any, k: Any, *, bias: attnc.Table) -> Any:
 
 CASES: dict[str, Problem] = {
     "checker": Problem(checker(), (20, 24)),
-    "disk": Problem(disk(radius=5), (17, 21)),
+    "weights by sigmoid": Problem(weighted(half_plane(), "sigmoid", post=True), (16, 16), dropout=0.4),
     "ring": Problem(ring(inner=15, outer=16), (30, 34), batch=1, heads=4, kv_heads=2),
     "half plane with a prefix": Problem(half_plane(), (16, 20), prefix=3),
     "half plane with padding": Problem(half_plane(), (15, 18), pad=((2, 3), (0, 6))),
@@ -312,14 +307,14 @@ def rows_of(heads: int, kv_heads: int, n: int, m: int, batch: int = 1, d: int = 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_documents(backend: str, walked: list[Listed]) -> None:
     """Lists follow the values of a table: of each batch item at once, and of each call's own."""
-    op, truth = (attnc.compile(documents(), grid=300, backend=b) for b in (backend, "eager"))
-    rows = rows_of(4, 2, 300, 300, batch=2)
-    for borders in ((70, 150, 160), (40, 200, 290)):
-        ids = torch.bucketize(torch.arange(300), torch.tensor(borders), right=True)
+    op, truth = (attnc.compile(documents(), grid=600, backend=b) for b in (backend, "eager"))
+    rows = rows_of(4, 2, 600, 600, batch=2)
+    for borders in ((140, 300, 320), (80, 400, 580)):
+        ids = torch.bucketize(torch.arange(600), torch.tensor(borders), right=True)
         by_both(op, truth, rows, ids=torch.stack([ids, ids.roll(-9)]))
     assert len({x.lists.blocks.tobytes() for x in walked}) > 1
     before = len(walked)
-    scattered = torch.arange(300) * 7 % 3  # nothing to skip: boxes
+    scattered = torch.arange(600) * 7 % 3  # nothing to skip: boxes
     by_both(op, truth, rows, ids=torch.stack([scattered, scattered]))
     assert len(walked) == before
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnc import ir
 from attnc.codegen.cpp_host import outermost_first, strides_in_order
 from attnc.schedule.geometry import Geometry
-from attnc.schedule.list_choice import LARGEST_TABLE, Known
+from attnc.schedule.list_choice import LARGEST_TABLE, LEAST_WITH_TABLES, Known
 
 
 @dataclass(eq=False)
@@ -54,7 +54,10 @@ class Call:
 
 
 def known_tables(call: Call) -> Known:
-    """The integer tables of the predicate that no axis expresses, with their contents, where reading them waits for no device."""
+    """The integer tables of the predicate that no axis expresses, with their contents, where reading them waits for no device and
+    there are pairs enough that lists of blocks made of them may pay."""
+    if call.geometry.n_queries * call.geometry.n_keys < LEAST_WITH_TABLES:
+        return ()
     read = dict.fromkeys(n.args[0] for n in ir.walk(call.geometry.structure.residual) if n.op == "load")
     found = []
     for name in read:

@@ -22,6 +22,10 @@ WORTH = 0.85  # lists are used where their work is less than this share of that 
 FEW, MANY = 512, 4096  # blocks that say what a shape would cost
 MOST = 1 << 25  # entries: 128 MiB; longer lists are not made
 LARGEST_TABLE = 1 << 22  # elements of a table whose values are looked at
+LEAST, LEAST_WITH_TABLES = (
+    1 << 12,
+    1 << 18,
+)  # pairs below which lists take longer to make than they save; tables may change each call
 Sides = tuple[tuple[int, ...], tuple[int, ...]]  # of tiles and of blocks, per axis
 Known = tuple[tuple[str, str, tuple[int, ...], bytes], ...]  # tables whose values are known: name, dtype, shape, contents
 
@@ -146,7 +150,7 @@ def listed(g: Geometry, limits: Limits, boxes: tuple[int, ...], heads: int, batc
 
     boxes: sides of the query tiles that it has without lists. tables: what is known of integer tables.
     """
-    if g.structure.residual == ir.TRUE or not g.n_queries or not g.n_keys:
+    if g.structure.residual == ir.TRUE or g.n_queries * g.n_keys < LEAST:
         return None
     plain = box_work(g, boxes, limits)
     q_lengths, k_lengths = tuple(_longest(a) for a in g.axes), _key_lengths(g)
