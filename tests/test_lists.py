@@ -93,6 +93,24 @@ def _divides_by_zero(e: ir.Expr, leaves: dict[ir.Expr, Any], table: Any) -> bool
         return any(bool((np.asarray(evaluate(d, leaves, np, lambda _, at: table[at[0]])) == 0).any()) for d in divisors)
 
 
+@pytest.mark.parametrize("op", ["mod", "floordiv", "mul", "min", "max", "sub"])
+@draws.examples(60)
+@given(SIDES, st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9), st.booleans()), min_size=4, max_size=4))
+def test_operations_on_ranges(op: str, queries: Any, keys: Any) -> None:
+    """Of two coordinates, the second of one sign: every value lies in the range, whose ends some pair has where it is short."""
+    low, high = (np.array([f(a, n) for a, n in queries], float) for f in (lambda a, n: a, lambda a, n: a + n))
+    ends = [(-a - n, -a) if negative else (a, a + n) for a, n, negative in keys]
+    low_k, high_k = np.array(ends, float).T
+    found = Boxes({Q: Span(low, high), K: Span(low_k, high_k)}, {}).span(ir.make(op, Q, K))
+    for i in range(4):
+        q, k = np.arange(low[i], high[i] + 1)[:, None], np.arange(low_k[i], high_k[i] + 1)
+        values = evaluate(ir.make(op, Q, K), {Q: q, K: k}, np)
+        assert found.low[i] <= values.min()
+        assert values.max() <= found.high[i]
+        if op != "mod" or q.size == k.size == 1:
+            assert (found.low[i], found.high[i]) == (values.min(), values.max())
+
+
 def test_points_are_exact() -> None:
     """Over boxes of one pair nothing is unknown."""
     e = ir.make("lt", ir.make("mod", ir.make("add", ir.make("mul", Q, Q), K), ir.const(5)), ir.const(2))

@@ -206,11 +206,11 @@ def _floor_divided(x: Any, y: Any) -> Any:
 def _remainder(a: Span, b: Span) -> Span:
     """a % b, with the sign of b. Exact where a lies within one period of a b that is one number."""
     period = np.floor_divide(a.low, b.low)
-    within = (b.low == b.high) & (b.low > 0) & (period == np.floor_divide(a.high, b.low))
+    within = (b.low == b.high) & (b.low != 0) & (period == np.floor_divide(a.high, b.low))
     start = period * b.low
     unchanged = (a.low >= 0) & (a.high < b.low)
-    low = np.where(within, a.low - start, np.where(unchanged, a.low, 0.0))
-    high = np.where(within, a.high - start, np.where(unchanged, a.high, b.high - 1))
-    low, high = np.where(b.low > 0, low, b.low + 1), np.where(b.low > 0, high, 0.0)
+    low = np.where(b.low > 0, np.where(unchanged, a.low, 0.0), b.low + 1)
+    high = np.where(b.low > 0, np.where(unchanged, a.high, b.high - 1), 0.0)
+    low, high = np.where(within, a.low - start, low), np.where(within, a.high - start, high)
     unknown = (b.low <= 0) & (b.high >= 0)
     return Span(np.where(unknown, -INF, low), np.where(unknown, INF, high))
