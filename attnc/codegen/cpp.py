@@ -386,7 +386,8 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
         ]
     )
     random = header("random.h") if a.dropout is not None else ""
-    body = random + header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")
+    tile = header("tile.h").replace("@SCORE@\n", hooks) + (header("lists.h") if spec.listed else "")
+    body = random + tile + header("tables.h")
     direction = "backward.h" if backward else "forward.h"
     loop = header(direction)
     if band:

@@ -153,24 +153,7 @@ struct Tile {
 @LISTS@        list = nullptr;
 @LISTS@        if (P.list_offset) aim_list(P, piece);
     }
-@LISTS@    // which blocks of keys it visits; they are whole whatever the queries' intervals are, so every axis that bounds is compared
-@LISTS@    void aim_list(const Problem& P, const int64_t* piece) {
-@LISTS@        int64_t number = 0;
-@LISTS@        for (int a = 0; a < RANK; a++) number = number * P.axes[a].pieces + piece[a];
-@LISTS@        list = P.list_block + P.list_offset[number];
-@LISTS@        listed = P.list_offset[number + 1] - P.list_offset[number]; listed_full = P.list_full[number];
-@LISTS@        uniform = false;
-@LISTS@        for (int i = 0; i < queries; i++) { begin[i] = 0; end[i] = CHUNK; }
-@LISTS@        for (int a = 0; a < RANK; a++) {
-@LISTS@            checked[a] = true;
-@LISTS@            const Axis& x = P.axes[a];
-@LISTS@            const int32_t* p = x.piece + 3 * piece[a];
-@LISTS@            const int32_t *lo = x.lo + p[0] * x.columns + p[1], *hi = x.hi + p[0] * x.columns + p[1];
-@LISTS@            q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
-@LISTS@                for (int64_t i = 0; i < length; i++) { const int64_t at = index[a] + (a == RANK - 1 ? i : 0); low[a][n + i] = lo[at]; high[a][n + i] = hi[at]; }
-@LISTS@            });
-@LISTS@        }
-@LISTS@    }
+@LISTS@    void aim_list(const Problem& P, const int64_t* piece);
     // from here on the tile is of this batch and head
     void look_at(const Problem& P, int64_t b, int64_t h) {
         batch = b; head = h; kv_head = h / (P.heads / P.kv_heads);
@@ -288,29 +271,7 @@ struct Keys {
         }
         if (!TERMS_BY_HEAD) find_terms(P, t, 0, 0);
     }
-@LISTS@    // block number `n` of a tile's list
-@LISTS@    void aim_block(const Problem& P, const Tile& t, int64_t n) {
-@LISTS@        int64_t rest = t.list[n], first[RANK], key_before[RANK];
-@LISTS@        full = n < t.listed_full;
-@LISTS@        for (int a = RANK - 1; a >= 0; rest /= P.axes[a].key_pieces, a--) {
-@LISTS@            const Axis& x = P.axes[a];
-@LISTS@            const int32_t* p = x.key_piece + 3 * (rest % x.key_pieces);
-@LISTS@            first[a] = p[1]; key_before[a] = x.keys_before;
-@LISTS@            box.first[a] = p[0] + x.split * p[1]; box.step[a] = x.split; box.extent[a] = p[2] - p[1];
-@LISTS@        }
-@LISTS@        box.close();
-@LISTS@        begin = 0; end = count = box.count;
-@LISTS@        offsets(P.k_layout, box, key_before, P.k_grid, 0, count, k_offset);
-@LISTS@        offsets(P.v_layout, box, key_before, P.k_grid, 0, count, v_offset);
-@LISTS@        for (int i = 0; i < count; i++) real_key[i] = true;
-@LISTS@        for (int a = 0; a < RANK; a++) {
-@LISTS@            coordinates(box, a, first[a], 1, 0, count, index[a]);
-@LISTS@            for (int i = count; i < up(count, L); i++) index[a][i] = 0;
-@LISTS@            coordinates(box, a, box.first[a], box.step[a], 0, count, c[a]);
-@LISTS@            for (int i = 0; PADDED && i < count; i++) real_key[i] &= c[a][i] >= key_before[a] && c[a][i] < key_before[a] + P.axes[a].real_keys;
-@LISTS@        }
-@LISTS@        if (!TERMS_BY_HEAD) find_terms(P, t, 0, 0);
-@LISTS@    }
+@LISTS@    void aim_block(const Problem& P, const Tile& t, int64_t n);
     void look_at(const Problem& P, const Tile& t) { if (TERMS_BY_HEAD) find_terms(P, t, t.batch, t.head); }
     // what expressions need of the chunk's keys
     void find_terms(const Problem& P, const Tile& t, int64_t b, int64_t h) {
