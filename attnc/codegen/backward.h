@@ -31,6 +31,7 @@ struct Item {                  // one segment of one (batch, key head): its tile
         each = tiles + (P.whole && other[0] == 0 ? (P.q_prefix + TILE - 1) / TILE : 0);
         count = each * (P.heads / P.kv_heads);
         alone = !P.split && !P.whole && count == 1 && segment.rows <= CHUNK;
+@LISTS@        alone &= !P.list_offset;
     }
     int64_t head(const Problem& P, int64_t n) const { return kv * (P.heads / P.kv_heads) + n / each; }
 };
@@ -291,6 +292,7 @@ struct Backward {
             }
             rows_of(segment);
             for (int j = 0; j < keys.count; j++) {
+@LISTS@                if (sum_row[j] < 0) continue;
                 real *x = dk_sums + sum_row[j] * DP, *y = dv_sums + sum_row[j] * VP;
                 if (product) for (int d = 0; d < DP; d += L) store(x + d, load(x + d) + load(dk + j * DP + d));
                 for (int d = 0; d < VP; d += L) store(y + d, load(y + d) + load(dv + j * VP + d));
@@ -303,6 +305,7 @@ struct Backward {
         const Tile& tile = here->tile;
         const Keys& keys = here->keys;
         if (keys.prefix) { for (int j = 0; j < keys.count; j++) sum_row[j] = keys.begin + j; return; }
+@LISTS@        if (tile.list) return rows_of_block(segment);
         int64_t inner[RANK];
         inner[RANK - 1] = 1;
         for (int a = RANK - 1; a > 0; a--) inner[a - 1] = inner[a] * segment.box.extent[a];
@@ -314,6 +317,21 @@ struct Backward {
             for (int64_t i = 0; i < length; i++) sum_row[n + i] = base + i * step;
         });
     }
+@LISTS@    // the same for a listed block, which may hold keys that no query of the segment sees: -1
+@LISTS@    void rows_of_block(const Segment& segment) {
+@LISTS@        const Box& box = here->keys.box;
+@LISTS@        box.runs(0, box.count, [&](int64_t n, const int64_t* index, int64_t length) {
+@LISTS@            for (int64_t i = 0; i < length; i++) {
+@LISTS@                int64_t row = 0;
+@LISTS@                for (int a = 0; a < RANK; a++) {
+@LISTS@                    const int64_t away = box.first[a] + box.step[a] * (index[a] + (a == RANK - 1 ? i : 0)) - segment.box.first[a];
+@LISTS@                    const int64_t at = away / segment.box.step[a];
+@LISTS@                    row = row < 0 || away < 0 || at >= segment.box.extent[a] ? -1 : row * segment.box.extent[a] + at;
+@LISTS@                }
+@LISTS@                sum_row[n + i] = row < 0 ? -1 : segment.rows - segment.box.count + row;
+@LISTS@            }
+@LISTS@        });
+@LISTS@    }
     // Writes dk and dv of the sums' rows [from, to), given from row `from` on; virtual keys add to the gradients of their rows.
     void finish(int64_t b, int64_t kv, const Segment& segment, int64_t from, int64_t to, const real* dk_rows, const real* dv_rows, double* pads) {
         Keys& keys = this->places;

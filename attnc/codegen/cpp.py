@@ -24,6 +24,7 @@ from attnc.errors import UnsupportedError
 from attnc.ir import Expr
 from attnc.schedule.boxes import Kernel
 from attnc.schedule.geometry import geometry
+from attnc.schedule.list_choice import Limits
 
 ELEMENTS = {"float32": "FLOAT", "float64": "DOUBLE", "bfloat16": "BFLOAT16", "float16": "HALF"}
 LANES = 16  # what tile choices assume; the register length itself is the compiler's to say
@@ -74,6 +75,11 @@ class Spec:
         return len(self.structure.axes)
 
     @property
+    def listed(self) -> bool:
+        """Tiles may be told which blocks they visit."""
+        return bool(self.structure.residual != ir.TRUE)
+
+    @property
     def tables(self) -> tuple[str, ...]:
         """Real tables (with gradients), in order."""
         a = self.attend
@@ -115,6 +121,11 @@ class Spec:
         keys = min(max(BUFFERS[backward] // row // 32 * 32, 64), 256 if backward else 512)
         queries = 128 if backward or d + v > 256 else 256
         return Kernel(queries, keys, LANES, 6, self.dim, self.value_dim, backward, self.band)
+
+    def list_limits(self, backward: bool) -> Limits:
+        """The same for tiles that walk lists of blocks."""
+        k = self.kernel(backward)
+        return Limits(min(k.queries, 128), min(k.keys, 128))
 
 
 def _plain_or_relative(score: Expr, s: Structure) -> bool:
@@ -330,8 +341,11 @@ def _prefix_terms(spec: Spec, p: Printer) -> str:
 
 
 def _tagged(text: str, spec: Spec) -> str:
-    """The text of a header with the lines that dropout needs, or without them."""
-    return re.sub(r"^@DROPOUT@" + ("" if spec.attend.dropout is not None else ".*\n"), "", text, flags=re.M)
+    """The text of a header with the lines that its statement needs: dropout, lists of blocks (or boxes alone)."""
+    kept = {"DROPOUT": spec.attend.dropout is not None, "LISTS": spec.listed, "BOXES": not spec.listed}
+    for tag, keep in kept.items():
+        text = re.sub(rf"^@{tag}@" + ("" if keep else ".*\n"), "", text, flags=re.M)
+    return text
 
 
 def source(spec: Spec, backward: bool, band: bool = False) -> str:
@@ -370,7 +384,8 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
         ]
     )
     random = header("random.h") if a.dropout is not None else ""
-    body = random + header("tile.h").replace("@SCORE@\n", hooks) + header("tables.h")
+    tile = header("tile.h").replace("@SCORE@\n", hooks) + (header("lists.h") if spec.listed else "")
+    body = random + tile + header("tables.h")
     direction = "backward.h" if backward else "forward.h"
     loop = header(direction)
     if band:

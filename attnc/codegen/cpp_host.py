@@ -51,8 +51,8 @@ def compile_source(path: Path, library: Path) -> str:
 
 
 @lru_cache(maxsize=64)
-def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables: int) -> Any:
-    """The C structure `Problem` (and `Layout`, `Axis`, `Table` in it) for a kernel of these ranks."""
+def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables: int, lists: bool) -> Any:
+    """The C structure `Problem` (and `Layout`, `Axis`, `Table` in it) for a kernel of these ranks, which takes lists or not."""
 
     class Layout(ctypes.Structure):
         _fields_ = [(n, Number) for n in ("batch", "head", "channel", "prefix", "start", "merged")] + [("axis", Number * grid)]
@@ -60,6 +60,7 @@ def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables:
     class Axis(ctypes.Structure):
         numbers = ("split", "columns", "queries_before", "keys_before", "real_keys", "pieces", "segments", "owners")
         _fields_ = [(n, Number) for n in numbers] + [(n, Pointer) for n in ("lo", "hi", "piece", "segment", "owner")]
+        _fields_ += [("key_pieces", Number), ("key_piece", Pointer)] if lists else []
 
     class Table(ctypes.Structure):
         _fields_ = [("data", Pointer), ("stride", Number * table_rank), ("last", Number), ("gradient", Pointer)]
@@ -80,6 +81,7 @@ def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables:
             *((n, Pointer) for n in ("pad_k_gradient", "pad_v_gradient")),
             ("tables", Table * (tables + 1)),
             ("int_tables", IntTable * (int_tables + 1)),
+            *((n, Pointer) for n in ("list_offset", "list_full", "list_block") if lists),
         ]
 
     return Problem
@@ -94,17 +96,20 @@ class Ready:
     """What calls of one kernel on one grid share: sizes and the tables of the axes, as C arrays.
 
     axes: per axis a mapping with split, queries_before, keys_before, real_keys and lists lo, hi ([split][columns]), pieces,
-    segments, owners. sizes: (q_grid, k_grid, q_size, k_size). prefix: tokens of queries and keys.
+    segments, owners. sizes: (q_grid, k_grid, q_size, k_size). prefix: tokens of queries and keys. lists: None where the kernel
+    takes none, else () or the blocks that tiles visit (offsets, full, blocks; axes then have key_pieces).
     """
 
     def __init__(
         self, axes: list[dict[str, Any]], sizes: tuple[tuple[int, ...], ...], prefix: tuple[int, int],
         names: tuple[tuple[str, ...], tuple[str, ...]], table_rank: int, sums: tuple[int, bool, bool, bool],
+        lists: tuple[Any, ...] | None = None,
     ) -> None:  # fmt: skip
         self.axes, self.sizes, self.prefix, self.names, self.table_rank = axes, sizes, prefix, names, table_rank
         self.sum_rows, self.whole, self.split, self.covers = sums
+        self.lists = lists
         self.keep: list[Any] = []  # C arrays that the structure points into
-        self.type = problem_type(len(axes), len(sizes[0]), table_rank, len(names[0]), len(names[1]))
+        self.type = problem_type(len(axes), len(sizes[0]), table_rank, len(names[0]), len(names[1]), lists is not None)
         self.blank = self._blank()
         self.filled: dict[Any, bytes] = {}
 
@@ -128,6 +133,10 @@ class Ready:
             a.pieces, a.segments, a.owners = len(x["pieces"]), len(x["segments"]), len(x["owners"])
             a.lo, a.hi, a.piece = self._array(x["lo"]), self._array(x["hi"]), self._array(x["pieces"])
             a.segment, a.owner = self._array(x["segments"]), self._array(x["owners"])
+            if self.lists:
+                a.key_pieces, a.key_piece = len(x["key_pieces"]), self._array(x["key_pieces"])
+        if self.lists:
+            p.list_offset, p.list_full, p.list_block = (self._array([x]) for x in self.lists)
         return bytes(p)
 
     def problem(self, scale: float, tensors: dict[str, Tensor], tables: dict[str, Tensor], given: int = len(LAYOUTS)) -> Any:

@@ -14,8 +14,10 @@ from attnc.errors import ShapeError
 from attnc.schedule.boxes import tiling
 from attnc.schedule.choose import Choice, choose
 from attnc.schedule.geometry import Geometry, geometry
+from attnc.schedule.list_choice import Listed, listed, mentions
 
 THREADS = 8  # what tiles are chosen for; any number runs them
+CARRIED = 20_000  # blocks that a module's text lists at most
 
 IMPORTS = """from __future__ import annotations
 
@@ -126,8 +128,10 @@ def _host() -> str:
     return text[text.index("FLAGS = ") :].rstrip() + "\n"
 
 
-def axis_tables(geo: Geometry, spec: Spec, choice: Choice, backward: bool, items: int, threads: int) -> tuple[Any, ...]:
-    """The arguments of `Ready`: sizes and tables of a call's axes, as plain numbers."""
+def axis_tables(
+    geo: Geometry, spec: Spec, choice: Choice, backward: bool, items: int, threads: int, listed: Listed | None = None
+) -> tuple[Any, ...]:
+    """The arguments of `Ready`: sizes and tables of a call's axes, as plain numbers. listed: the blocks that tiles visit."""
     t = tiling(geo, spec.kernel(backward), choice.sides, items, threads)
     axes = [
         {
@@ -136,11 +140,24 @@ def axis_tables(geo: Geometry, spec: Spec, choice: Choice, backward: bool, items
         }
         for a in t.axes
     ]
+    lists: tuple[Any, ...] | None = () if spec.listed else None
+    if listed is not None:
+        for a, p in zip(axes, listed.keys, strict=True):
+            a["key_pieces"] = p.tolist()
+        lists = tuple(x.tolist() for x in (listed.lists.offsets, listed.lists.full, listed.lists.blocks))
     rank = len(geo.q_grid)
     lengths = [tuple(int(geo.sizes[ir.size(role, i)]) for i in range(rank)) for role in ("q", "k")]
     sizes = (geo.q_grid, geo.k_grid, *lengths)
     sums = (t.sum_rows, t.whole, t.split, t.covers)
-    return axes, sizes, (geo.q_prefix, geo.k_prefix), (spec.tables, spec.int_tables), spec.table_rank, sums
+    return axes, sizes, (geo.q_prefix, geo.k_prefix), (spec.tables, spec.int_tables), spec.table_rank, sums, lists
+
+
+def _carried(geo: Geometry, spec: Spec, backward: bool, choice: Choice) -> Listed | None:
+    """The lists that a module's text holds: short ones, the same for any batch and heads, and for any table."""
+    if mentions(geo, "head") or mentions(geo, "batch") or mentions(geo, "load"):
+        return None
+    found = listed(geo, spec.list_limits(backward), choice.sides, 1, 1)
+    return found if found is not None and found.lists.visited <= CARRIED else None
 
 
 def _wrap(text: str, width: int = 110) -> str:
@@ -156,9 +173,10 @@ def _wrap(text: str, width: int = 110) -> str:
 
 
 def _ready(args: tuple[Any, ...]) -> str:
-    axes, sizes, prefix, names, rank, sums = args
+    axes, sizes, prefix, names, rank, sums, lists = args
+    told = "" if lists is None else f", {_wrap(repr(lists))}"
     shown = "".join("    {\n" + "".join(f"        {k!r}: {_wrap(repr(v))},\n" for k, v in a.items()) + "    },\n" for a in axes)
-    return f"Ready([\n{shown}], {sizes!r}, {prefix!r}, {names!r}, {rank}, {sums!r})"
+    return f"Ready([\n{shown}], {sizes!r}, {prefix!r}, {names!r}, {rank}, {sums!r}{told})"
 
 
 def _surroundings(p: ir.Program, a: ir.Attend, grids: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[str, str]:
@@ -196,6 +214,8 @@ def emit_cpu(
             raise ShapeError(f"pattern {spec.attend.name}: a stand-alone CPU module needs a grid")
         geo = geometry(program, grid, kv_grid or grid)
         choices = [choose(geo, spec.kernel(b), heads, THREADS) for b in (False, True)]
+        lists = [_carried(geo, spec, b, choice) for b, choice in zip((False, True), choices, strict=True)]
+        choices = [choice if x is None else Choice(x.query_sides) for choice, x in zip(choices, lists, strict=True)]
         # a band's kernel may find that the call is none on this machine's vectors: then the other one runs
         sources = [
             tuple(source(spec, b, band) for band in ((True, False) if choice.band else (False,)))
@@ -216,8 +236,8 @@ def emit_cpu(
         ]
         names["PADS"] = "".join([*(pads if spec.padded else ()), *(seed if drops else ())])
         setup = f"TABLES = {tables!r}\n" + "".join(
-            f"READY_{name} = {_ready(axis_tables(geo, spec, choice, name == 'BACKWARD', heads, THREADS))}\n"
-            for name, choice in zip(("FORWARD", "BACKWARD"), choices, strict=True)
+            f"READY_{name} = {_ready(axis_tables(geo, spec, choice, name == 'BACKWARD', heads, THREADS, x))}\n"
+            for name, choice, x in zip(("FORWARD", "BACKWARD"), choices, lists, strict=True)
         )
         tail = "".join(f"\n\n{text}" for text in around.texts(whole)) + ATTENTION
         names |= _surroundings(program, whole, (geo.q_grid, geo.k_grid))

@@ -219,6 +219,7 @@ struct Forward {
         }
         s.check = s.plain ? !PLAIN_SCORE : RESIDUAL || !USES_SCORE;
         for (int a = 0; a < RANK; a++) s.check |= tile.checked[a] && !keys.prefix;
+@LISTS@        if (keys.full) s.check = !USES_SCORE;
         return s;
     }
     // Products of m queries from i on, a block, with the vectors of keys that they see, and what follows from them.

@@ -112,6 +112,7 @@ struct Loads {
         for (int l = 0; l < LOADS; l++) {
             expansion[l] = nullptr;
             if (!LOAD_APART[l] || !order.slots || t.prefix || keys.prefix || t.chunks(P) != t.prefix_chunks(P) + 1) continue;
+@LISTS@            if (t.list) continue;      // whose blocks have no shape in common
             Shape* const shape = shapes + l * order.ways;
             if (t.version[l] < 0 || shape[t.way[l]].version != t.version[l]) find(l, t, keys);
             const Shape& mine = shape[t.way[l]];

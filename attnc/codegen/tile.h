@@ -6,6 +6,8 @@ struct Axis {
     const int32_t* piece;        // [pieces][3]: residue, first query, last query + 1 (indices in the class): the tiles' sides
     const int32_t* segment;      // [segments][5]: first piece, last + 1; the keys they see: first coordinate, step, count (backward)
     const int32_t* owner;        // [owners][2]: first segment, last + 1: segments whose keys overlap (backward)
+@LISTS@    int64_t key_pieces;
+@LISTS@    const int32_t* key_piece;    // [key_pieces][3]: as pieces, of keys: the blocks' sides
 };
 struct Table { const real* data; int64_t stride[TABLE_RANK], last; real* gradient; };
 struct IntTable { const int32_t* data; int64_t stride[TABLE_RANK], last; };
@@ -29,6 +31,7 @@ struct Problem {
     real *pad_k_gradient, *pad_v_gradient;    // [kv_heads][D], [kv_heads][DV]
     Table tables[TABLES + 1];
     IntTable int_tables[INT_TABLES + 1];
+@LISTS@    const int32_t *list_offset, *list_full, *list_block;   // blocks that each tile visits, the first list_full[tile] in full; or null: its box
 };
 constexpr int64_t DP = up(D, L), VP = up(DV, L);    // rows of tile buffers are whole vectors
 
@@ -90,6 +93,8 @@ struct Tile {
     int queries;
     bool prefix;                 // the queries are prefix tokens
     Box q_box, k_box;
+@LISTS@    const int32_t* list;         // the blocks that it visits, or null: the box
+@LISTS@    int64_t listed, listed_full;
     bool uniform;                // every query sees the whole box
     bool checked[RANK];          // axes whose intervals are compared key by key
     int64_t key_index[RANK];     // index in the residue class of the box's first key
@@ -145,7 +150,10 @@ struct Tile {
         });
         for (int l = 0; l < LOADS; l++) version[l] = -1;
         if (!TERMS_BY_HEAD) find_terms(P, 0, 0);
+@LISTS@        list = nullptr;
+@LISTS@        if (P.list_offset) aim_list(P, piece);
     }
+@LISTS@    void aim_list(const Problem& P, const int64_t* piece);
     // from here on the tile is of this batch and head
     void look_at(const Problem& P, int64_t b, int64_t h) {
         batch = b; head = h; kv_head = h / (P.heads / P.kv_heads);
@@ -171,6 +179,7 @@ struct Tile {
     // prefix tokens [from, to) as queries: they see every key but virtual ones
     void aim_prefix(const Problem& P, int64_t from, int64_t to) {
         prefix = uniform = true; queries = to - from;
+@LISTS@        list = nullptr;
 @DROPOUT@        first_prefix = from;
         for (int a = 0; a < RANK; a++) { k_box.first[a] = P.axes[a].keys_before; k_box.step[a] = 1; k_box.extent[a] = P.axes[a].real_keys; checked[a] = false; key_index[a] = 0; }
         k_box.close();
@@ -185,7 +194,8 @@ struct Tile {
     }
     // Chunks of keys: the prefix tokens, then the box, CHUNK keys at most each and a whole number of vectors but for the last.
     int64_t prefix_chunks(const Problem& P) const { return (P.k_prefix + CHUNK - 1) / CHUNK; }
-    int64_t chunks(const Problem& P) const { return prefix_chunks(P) + (k_box.count + CHUNK - 1) / CHUNK; }
+@BOXES@    int64_t chunks(const Problem& P) const { return prefix_chunks(P) + (k_box.count + CHUNK - 1) / CHUNK; }
+@LISTS@    int64_t chunks(const Problem& P) const { return prefix_chunks(P) + (list ? listed : (k_box.count + CHUNK - 1) / CHUNK); }
 };
 
 // The scale's sign goes to q, so that a larger product always is a larger score; a scale of 0 makes q 0.
@@ -211,6 +221,8 @@ struct Keys {
     int count;
     int64_t chunk;
     bool prefix;
+@LISTS@    bool full;                   // every query of the tile sees every key
+@LISTS@    Box box;                     // of a listed block
     int64_t begin, end;          // which keys of the box (or of the prefix)
     int64_t *k_offset, *v_offset;
     integer *index[RANK], *c[RANK];
@@ -231,6 +243,8 @@ struct Keys {
         chunk = n;
         const int64_t before_box = t.prefix_chunks(P);
         prefix = n < before_box;
+@LISTS@        full = false;
+@LISTS@        if (t.list && !prefix) return aim_block(P, t, n - before_box);
         const int64_t total = prefix ? P.k_prefix : t.k_box.count, parts = (total + CHUNK - 1) / CHUNK, part = prefix ? n : n - before_box;
         const int64_t vectors = (total + L - 1) / L;
         begin = vectors * part / parts * L; end = min(vectors * (part + 1) / parts * L, total); count = end - begin;
@@ -257,6 +271,7 @@ struct Keys {
         }
         if (!TERMS_BY_HEAD) find_terms(P, t, 0, 0);
     }
+@LISTS@    void aim_block(const Problem& P, const Tile& t, int64_t n);
     void look_at(const Problem& P, const Tile& t) { if (TERMS_BY_HEAD) find_terms(P, t, t.batch, t.head); }
     // what expressions need of the chunk's keys
     void find_terms(const Problem& P, const Tile& t, int64_t b, int64_t h) {
@@ -359,6 +374,7 @@ INLINE Run run_of_rows(const Tile& t, const Keys& keys, int i, int m) {
 INLINE I visible(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, Run run, int i, int k, bool plain) {
     const I at = lanes() + splat_integer(k);
     I ok = (at >= splat_integer(run.begin)) & (at < splat_integer(run.end));
+@LISTS@    if (keys.full) return ok;
     if (!keys.prefix && !t.prefix) {
         for (int a = 0; a < RANK; a++) if (t.checked[a]) {
             const I key = load(keys.index[a] + k);
@@ -383,6 +399,7 @@ struct Masks {
         for (int a = 0; a < RANK; a++) { any |= t.checked[a]; before |= t.checked[a] && a <= lead; }
         count = 0;
         if (!any || before || keys.prefix || t.prefix) return;
+@LISTS@        if (t.list) return;
         int64_t inner = 1;
         for (int a = lead + 1; a < RANK; a++) inner *= t.q_box.extent[a];
         if (inner > MOST) return;
@@ -430,6 +447,7 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
     const real* allowed_row = masks.row(i);
     bool checks = RESIDUAL && !PLAIN;
     if (!allowed_row) for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
+@LISTS@    checks &= !keys.full;
     const bool all = !checks && !allowed_row && run.begin <= from;      // nothing but the run's end is to be looked at
     const int clear_from = checks ? to : min<int>(up(run.begin, L), to), clear_to = checks ? to : run.end / L * L;
     auto part = [&](int j, int stop, bool ends, bool row_of_masks) __attribute__((always_inline)) {

@@ -1,13 +1,16 @@
 """The portable backend: the compiler's schedule as composed PyTorch calls over tiles, never N x N. For machines without a
 compiler.
 
-Query tiles see the box of keys their interval ends give; tiles of one size run together, a bounded number at a time.
+Query tiles see the box of keys their interval ends give, or the blocks of it that a list names; tiles of one size run together, a
+bounded number at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +19,19 @@ from torch import Tensor
 
 from attnc.codegen import blocks, eager
 from attnc.codegen.blocks import Tile
-from attnc.runtime.call import Call
+from attnc.runtime.call import Call, known_tables
 from attnc.schedule.geometry import Axis, Geometry
+from attnc.schedule.list_choice import Limits, Listed, listed
 
 TILE = 64  # queries per tile, about
 SCORES = 1 << 22  # score elements (over batch and heads) at a time
 
+LIMITS = Limits(TILE, TILE, partial=1.0, query=4.0, key=4.0)  # every pair is masked, and every row gathered
+
 Span = tuple[int, int, int, int, int]  # residue, first and last + 1 query index, first and last + 1 key index
+RawTile = tuple[
+    NDArray[np.int64], NDArray[np.int64]
+]  # [1 + rank, n], [1 + rank, m]: token numbers and coordinates, no prefix tokens
 
 
 def spans(axis: Axis, size: int) -> list[Span]:
@@ -65,14 +74,18 @@ def _unflatten(c: NDArray[np.int64], grid: tuple[int, ...], flat: bool) -> NDArr
     return np.stack(np.unravel_index(c[0], grid)) if flat else c
 
 
-def _raw_tiles(g: Geometry) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """([1 + rank, n], [1 + rank, m]) per tile: token numbers and coordinates, without prefix tokens."""
+def sides(g: Geometry) -> tuple[int, ...]:
+    """Queries of a tile per axis."""
     side = max(1, round(TILE ** (1 / len(g.axes))))
     point = [int((a.hi - a.lo).max()) <= 0 for a in g.axes]  # a tile one token wide on axes where a query sees its own line only
     free = max(1, len(g.axes) - sum(point))
     wide = max(1, round(TILE ** (1 / free)))
-    sizes = [1 if p else (wide if any(point) else side) for p in point]
-    for combo in product(*(spans(a, s) for a, s in zip(g.axes, sizes, strict=True))):
+    return tuple(1 if p else (wide if any(point) else side) for p in point)
+
+
+def _raw_tiles(g: Geometry) -> Iterator[RawTile]:
+    """Tiles with the keys of their boxes."""
+    for combo in product(*(spans(a, s) for a, s in zip(g.axes, sides(g), strict=True))):
         q = _cross([_coords(a, s[0], s[1], s[2]) for a, s in zip(g.axes, combo, strict=True)])
         k = _cross([_coords(a, s[0], s[3], s[4]) for a, s in zip(g.axes, combo, strict=True)])
         tq = _tokens(q, g.axes, g.q_prefix, queries=True)
@@ -86,8 +99,23 @@ def _raw_tiles(g: Geometry) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int6
         )
 
 
-def _pack(group: list[tuple[NDArray[np.int64], NDArray[np.int64]]], k_prefix: int, device: torch.device) -> Tile:
-    n, m = (max(t[i].shape[1] for t in group) for i in (0, 1))
+def _listed_tiles(g: Geometry, found: Listed) -> Iterator[RawTile]:
+    """Tiles with the keys of the blocks that they visit, those with few keys first."""
+
+    def rows(parts: tuple[Any, ...], grid: tuple[int, ...], prefix: int, *, queries: bool) -> NDArray[np.int64]:
+        c = _cross([_coords(a, *p) for a, p in zip(g.axes, parts, strict=True)])
+        return np.concatenate([_tokens(c, g.axes, prefix, queries=queries)[None], _unflatten(c, grid, g.structure.flat)])
+
+    blocks = [rows(p, g.k_grid, g.k_prefix, queries=False) for p in product(*found.keys)]
+    tiles = [rows(p, g.q_grid, g.q_prefix, queries=True) for p in product(*found.queries)]
+    lists = [found.lists.blocks[a:b] for a, b in pairwise(found.lists.offsets)]
+    keys = [sum(blocks[b].shape[1] for b in mine) for mine in lists]
+    for t in sorted(range(len(tiles)), key=lambda t: keys[t]):
+        yield tiles[t], np.concatenate([blocks[0][:, :0], *(blocks[b] for b in lists[t])], 1)
+
+
+def _pack(group: list[RawTile], k_prefix: int, device: torch.device) -> Tile:
+    n, m = max(t[0].shape[1] for t in group), max(1, *(t[1].shape[1] for t in group))
     rank = group[0][0].shape[0]
     q, k = np.zeros((rank, len(group), n), np.int64), np.zeros((rank, len(group), k_prefix + m), np.int64)
     q[0], k[0] = -1, -2
@@ -99,18 +127,20 @@ def _pack(group: list[tuple[NDArray[np.int64], NDArray[np.int64]]], k_prefix: in
     return Tile(qt[0], kt[0], tuple(qt[1:]), tuple(kt[1:]))
 
 
-def _tiles(call: Call, device: torch.device, batch_heads: int) -> Iterable[Tile]:
+def _tiles(call: Call, device: torch.device, batch_heads: int, *, heads: int) -> Iterable[Tile]:
     g = call.geometry
     budget = max(1, SCORES // max(1, batch_heads))
-    group: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    found = listed(g, LIMITS, sides(g), heads, batch_heads // max(heads, 1), known_tables(call))
+    group: list[RawTile] = []
     shape = (0, 0)
-    for tile in _raw_tiles(g):
+    for tile in _raw_tiles(g) if found is None else _listed_tiles(g, found):
         mine = (tile[0].shape[1], tile[1].shape[1])
-        if group and (mine != shape or (len(group) + 1) * mine[0] * mine[1] > budget):
+        alike = mine == shape or (found is not None and 0.8 * mine[0] <= shape[0] <= mine[0] and 0.8 * mine[1] <= shape[1])
+        if group and (not alike or (len(group) + 1) * mine[0] * mine[1] > budget):
             yield _pack(group, g.k_prefix, device)
             group = []
         group.append(tile)
-        shape = mine
+        shape = mine if len(group) == 1 else shape
     if group:
         yield _pack(group, g.k_prefix, device)
     if g.q_prefix:  # prefix queries see every key but virtual ones
@@ -124,7 +154,7 @@ def _tiles(call: Call, device: torch.device, batch_heads: int) -> Iterable[Tile]
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See runtime.call.Call."""
-    return blocks.forward(call, q, k, v, _tiles)
+    return blocks.forward(call, q, k, v, partial(_tiles, heads=q.shape[1]))
 
 
 def backward(
@@ -140,7 +170,7 @@ def backward(
     """See runtime.call.Call."""
     n = call.attend.normalizer
     whole = (out, lse) if n.kind == "softmax" and n.sink is None else None
-    return blocks.backward(call, q, k, v, grad_out, grad_lse, _tiles, whole)
+    return blocks.backward(call, q, k, v, grad_out, grad_lse, partial(_tiles, heads=q.shape[1]), whole)
 
 
 channel_forward = eager.channel_forward

@@ -54,9 +54,11 @@ def make_spec(
     part: bool = False,
     target: str = "cuda:80",
     wide: bool = False,
+    listed: bool = False,
 ) -> Spec:
     """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
 
+    listed: its tiles, which are `chosen`, walk lists of chunks.
     part: the statement is a part of a union, whose output and LSE its backward gets; no group of it holds all keys of a row.
     wide: offsets have 64 bits, for batch items or tables of 2**31 elements and more.
     """
@@ -67,8 +69,10 @@ def make_spec(
     structure = analyse(program.attend, program.same_grid, padded)
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
     hopper = target.startswith("cuda:") and int(target.removeprefix("cuda:")) >= 90  # whose products read from shared memory
-    sizes = None if symbolic else g
-    return Spec(program, structure, chosen, head_dim, value_dim, sizes, plain, part, itemsize=itemsize, reloads=hopper, wide=wide)
+    return Spec(
+        program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, reloads=hopper,
+        wide=wide, listed=listed,
+    )  # fmt: skip
 
 
 def kernels_of(spec: Spec, module: Module, fuse: bool | None = None) -> tuple[list[Kernel], list[Kernel]]:

@@ -156,6 +156,7 @@ class Host(Face):
             return "k.shape[2]" if k.side == "q" else str(self.spec.program.keys.prefix)
         known = {
             "Bias": "bias_tiles",
+            **{n: f"lists[{int(k.side == 'k')}][{i}]" for i, n in enumerate(("Offset", "Full", "Block"))},
             "GLse": "grad_lse",
             "c": "scale * math.log2(math.e)",
             "GROUP": "H // HK",
@@ -206,7 +207,7 @@ class Host(Face):
             parts.append(TABLE_LENGTHS)
         parts += [self.forward(), self.backward(), *around.texts(self.whole)]
         parts += [self.operator()] if spec.geometry is not None else []
-        parts += [self.function(), self.attention()]
+        parts += [] if spec.listed else [self.function(), self.attention()]  # whoever makes the lists launches the kernels, too
         return "\n\n".join(p.strip("\n") + "\n" for p in parts)
 
     def signature(self, start: str) -> str:
@@ -215,6 +216,7 @@ class Host(Face):
         grids = ["grid=GRID" if known else "grid"]
         if not self.spec.program.same_grid:
             grids.append("kv_grid=KV_GRID" if known else "kv_grid")
+        grids += ["lists"] if self.spec.listed else []
         return f"{start}, {', '.join(grids)}"
 
     def common(self) -> list[str]:

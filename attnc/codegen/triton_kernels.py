@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from attnc import ir
 from attnc.analysis.dropout import TABLE
-from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, order, plan_axis, symmetric, tile_invariant, tiled_bias
+from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, listed_axis, order, plan_axis, symmetric, tile_invariant, tiled_bias
 from attnc.codegen.triton_scores import Kind
 from attnc.codegen.triton_shapes import INF, Module, mentions
 from attnc.codegen.triton_steps import Steps
@@ -47,6 +47,9 @@ POINTERS = [
     "DPad_k",
     "DPad_v",
     "Bias",
+    "Offset",
+    "Full",
+    "Block",
 ]
 SCALARS = ["scale", "c", "B", "H", "N", "P", "parts", "GROUP", "PER", "PRECISION"]
 CONSTANT = ("GROUP", "PRECISION")
@@ -60,6 +63,8 @@ class Kernel(Steps):
         self.name = prefix + kind + spec.suffix
         side: Side = "k" if kind == "backward_dkv" and not fused else "q"
         plans = tuple(plan_axis(spec, a, side, tile) for a in range(spec.rank))
+        if spec.listed:
+            plans = tuple(map(listed_axis, plans))
         super().__init__(spec, side, plans, tile.bm, tile.bn, module)
         self.outer, self.inner = order(plans, tile.inner)
         whole = all(p.single for p in plans)
@@ -139,8 +144,26 @@ class Kernel(Steps):
         at = f"{p.name}_from" if self.keeps_from(p) else self.box_of(p)[0]
         return f"tl.maximum(tl.minimum({at}, {beyond} - {p.chunk}), {low})" if self.needs_moving(p) else at
 
+    def walk_list(self) -> None:
+        """The chunks that the tile is told to visit: those that all its rows see whole, then the others."""
+        self.put("first, beyond = tl.load(Offset + tl.program_id(0)), tl.load(Offset + tl.program_id(0) + 1)")
+        self.put("middle = first + tl.load(Full + tl.program_id(0))")
+        for full, begin, end in ((True, "first", "middle"), (False, "middle", "beyond")):
+            with self.block(f"for i in tl.range({begin}, {end}, num_stages={self.tile_choice.stages}):"):
+                self.put("block = tl.load(Block + i)")
+                for p in self.plans[:0:-1]:
+                    count = f"tl.cdiv({self.bound(p, self.other)[1]}, {p.chunk})"
+                    self.put(f"c{p.name} = block % {count} * {p.chunk}", f"block = block // {count}")
+                self.put(f"c{self.plans[0].name} = block * {self.plans[0].chunk}")
+                self.allowed = full
+                self.chunk(full=full)
+                self.allowed = False
+
     def walk_columns(self) -> None:
         """Loops over chunks, outer axes first."""
+        if self.spec.listed:
+            self.walk_list()
+            return
         depth = self.depth
         self.moved_chunks([p for p in (*self.outer, self.inner) if not p.single and self.needs_moving(p)])
         for p in self.outer:
@@ -398,7 +421,15 @@ class Kernel(Steps):
 
 def can_fuse(spec: Spec, tile: Tile, module: Module) -> bool:
     """All gradients of a group in one program: it is one tile, it sees itself alone, and tables stay in registers."""
-    if spec.padded or spec.prefix or not spec.program.same_grid or tile.bm > 64 or tile.bm != tile.bn or tile != spec.tiles.dkv:
+    if (
+        spec.listed
+        or spec.padded
+        or spec.prefix
+        or not spec.program.same_grid
+        or tile.bm > 64
+        or tile.bm != tile.bn
+        or tile != spec.tiles.dkv
+    ):
         return False
     plans = tuple(plan_axis(spec, a, "q", tile) for a in range(spec.rank))
     if not all(p.group and p.single for p in plans):

@@ -50,6 +50,7 @@ class Spec:
     adds: bool = False  # its kernels go on from the output, LSE and gradients of an earlier part
     wide: bool = False  # a batch item or a table may span 2**31 elements: offsets have 64 bits
     lengths: tuple[str, ...] = ()  # real lengths of another statement's grids that its dropout reads
+    listed: bool = False  # tiles walk lists of chunks, which launches are given, and no box
 
     @property
     def attend(self) -> ir.Attend:
@@ -193,6 +194,22 @@ class AxisPlan:
     start: ir.Expr  # first row of the first tile
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
     wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
+
+
+def listed_axis(p: AxisPlan) -> AxisPlan:
+    """An axis whose tiles and chunks lie on lattices from 0 on, whichever chunks a tile is told to visit."""
+    alike = p.rows == 1 or not any(n == J for e in (p.lo, p.hi) for n in ir.walk(e))  # (a block's border may cut a tile)
+    return replace(
+        p,
+        one_box=p.one_box and alike,
+        exact=False,
+        single=False,
+        overruns=True,
+        full=False,
+        partial=True,
+        start=ir.ZERO,
+        group=False,
+    )
 
 
 def widest(form: AxisForm, rows: int) -> int | None:

@@ -64,6 +64,7 @@ class Scores(Shapes):
     seen: bool  # the program says which of its columns exist, as `seen`
     ok: str  # which pairs are allowed
     how: str  # what the product starts from
+    allowed: bool = False  # a list says that all pairs of the chunk are allowed
     index: str = ""  # of a chunk's columns, where they are prefix tokens
 
     # ------------------------------------------------------------------------------------------------------------------- pieces
@@ -169,7 +170,7 @@ class Scores(Shapes):
         if self.fused and ok:  # rows beyond the group must not reach dk and dv
             self.put(f"ok = live[:, None] & {ok}")
             ok = "ok"
-        if spec.residual != ir.TRUE:
+        if spec.residual != ir.TRUE and not self.allowed:
             test = self.pair(spec.residual, ok)
             self.put(f"ok = {ok} & ({test})" if ok else f"ok = tl.broadcast_to({test}, [{self.bm}, {self.bn}])")
             ok = "ok"

@@ -63,7 +63,7 @@ class Shapes:
         self.other: Side = "q" if side == "k" else "k"
         self.lines: list[str] = []
         self.depth = 1
-        self.vector = all(p.one_box for p in plans)  # one interval for all rows: a mask is one row of columns
+        self.vector = all(p.one_box for p in plans) and not spec.listed  # one interval for all rows: a mask is one row of columns
         self.moves = any(p.start != ir.ZERO or p.split != ir.ONE or self.bound(p, side)[0] != "0" for p in plans)
 
     # ------------------------------------------------------------------------------------------------------------------ writing
@@ -382,6 +382,9 @@ class Shapes:
             elif p.one_box:
                 test, rows = f"{n} < {n}_to", False
                 params.append(f"{n}_to")
+                if self.spec.listed and not self.low_is_zero(p):  # chunks do not begin where the box does
+                    test = f"({n} >= {n}_from) & ({test})"
+                    params.append(f"{n}_from")
             else:
                 test = f"({n}[None, :] <= {n}_hi[:, None])"
                 test = test if self.low_is_zero(p) else f"({n}[None, :] >= {n}_lo[:, None]) & {test}"

@@ -9,7 +9,7 @@ from attnc.arguments import GridLike, PadLike
 from attnc.errors import ShapeError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
-from attnc.report import boxes, costs, proof
+from attnc.report import block_lists, boxes, costs, proof
 from attnc.report.subject import Part, Subject, subject
 from attnc.schedule import plan as plans
 from attnc.schedule.geometry import LONGEST_TABLE, Geometry
@@ -228,6 +228,7 @@ def _counts(s: Subject, g: Geometry) -> list[str]:
     if allowed is not None and any(p.structure.residual != ir.TRUE for p in s.parts):
         beside_them = sum(p.heads for p in s.parts) * (g.q_prefix * g.n_keys + math.prod(g.q_grid) * g.k_prefix)
         lines.append(f"  residual    excludes {visited - (allowed - beside_them):,} of them, one evaluation each")
+    lines += block_lists.lines(s, allowed)
     for p in s.parts:
         assert p.geometry is not None
         for name, f, a, left in zip(s.axes, p.structure.axes, p.geometry.axes, p.structure.unknown, strict=False):

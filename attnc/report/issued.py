@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from attnc import ir
 from attnc.report import boxes
 from attnc.schedule.geometry import Geometry
+from attnc.schedule.list_choice import Limits, Listed, listed, mentions
 
 
 def issued(backend: str, program: ir.Program, g: Geometry, *, heads: int, head_dim: int, value_dim: int, dtype: str) -> int:
-    """Elements of one batch item's forward: triton counts whole register tiles, cpp the runs of keys of its rows, eager everything.
+    """Elements of one batch item's forward: triton counts whole register tiles, cpp the runs of keys of its rows, eager everything;
+    cpp and torch the blocks of lists where they walk such.
 
     dtype: "float32", "float16", ... Pairs with prefix tokens are counted once each, whatever the backend.
     """
@@ -32,15 +34,27 @@ def issued(backend: str, program: ir.Program, g: Geometry, *, heads: int, head_d
         from attnc.schedule.boxes import tiling
         from attnc.schedule.choose import band_elements, choose
 
-        kernel, threads = Spec(program, head_dim, value_dim, dtype).kernel(backward=False), torch.get_num_threads()
+        spec = Spec(program, head_dim, value_dim, dtype)
+        kernel, threads = spec.kernel(backward=False), torch.get_num_threads()
         choice = choose(g, kernel, heads, threads)
         if choice.band:
             return heads * band_elements(g, kernel.lanes)
+        found = _listed(g, spec.list_limits(backward=False), choice.sides, heads)
+        if found is not None:
+            return heads * found.elements() + beside
         axes = tiling(g, kernel, choice.sides, heads, threads).axes
         return heads * _runs([_extents(a) for a in axes], kernel.rows, kernel.lanes) + beside
     if backend == "torch":
-        return heads * boxes.count(g).elements + beside
+        from attnc.codegen.torch import LIMITS, sides
+
+        found = _listed(g, LIMITS, sides(g), heads)
+        return heads * (boxes.count(g).elements if found is None else found.elements()) + beside
     return heads * g.n_queries * math.prod(a.keys for a in g.axes) + beside
+
+
+def _listed(g: Geometry, limits: Limits, sides: tuple[int, ...], heads: int) -> Listed | None:
+    """The blocks that tiles visit; None where boxes are walked, and where only a call's tables would tell."""
+    return None if mentions(g, "load") else listed(g, limits, sides, heads, 1)
 
 
 Extent = tuple[NDArray[np.int64], NDArray[np.int64]]  # of a piece's queries: first and last + 1 key, from the piece's first key on

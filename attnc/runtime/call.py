@@ -11,6 +11,7 @@ from torch import Tensor
 from attnc import ir
 from attnc.codegen.cpp_host import outermost_first, strides_in_order
 from attnc.schedule.geometry import Geometry
+from attnc.schedule.list_choice import LARGEST_TABLE, LEAST_WITH_TABLES, Known
 
 
 @dataclass(eq=False)
@@ -50,6 +51,21 @@ class Call:
         """The statement."""
         assert isinstance(self.program.attend, ir.Attend)
         return self.program.attend
+
+
+def known_tables(call: Call) -> Known:
+    """The integer tables of the predicate that no axis expresses, with their contents, where reading them waits for no device and
+    there are pairs enough that lists of blocks made of them may pay."""
+    if call.geometry.n_queries * call.geometry.n_keys < LEAST_WITH_TABLES:
+        return ()
+    read = dict.fromkeys(n.args[0] for n in ir.walk(call.geometry.structure.residual) if n.op == "load")
+    found = []
+    for name in read:
+        t = call.tables[name]
+        if t.is_cpu and not t.is_floating_point() and t.numel() <= LARGEST_TABLE:
+            a = t.detach().contiguous().numpy()
+            found.append((name, a.dtype.str, tuple(a.shape), a.tobytes()))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

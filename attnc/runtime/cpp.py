@@ -24,10 +24,11 @@ from attnc.codegen.cpp_module import axis_tables
 from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.runtime import tuner, winners
 from attnc.runtime.cache import entry
-from attnc.runtime.call import Call, empty_like_order
+from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.schedule.boxes import Kernel
 from attnc.schedule.choose import Choice, bucket, candidates
 from attnc.schedule.geometry import Geometry
+from attnc.schedule.list_choice import Known, Listed, listed
 
 CONTINUES = True  # a forward can go on from another's out and lse
 __all__ = ["CONTINUES", "backward", "channel_backward", "channel_forward", "forward", "tunable"]
@@ -105,6 +106,11 @@ def _ready(spec: Spec, geometry: Geometry, choice: Choice, backward: bool, items
     return cpp_host.Ready(*axis_tables(geometry, spec, choice, backward, items, threads))
 
 
+@lru_cache(maxsize=32)
+def _ready_listed(spec: Spec, geometry: Geometry, found: Listed, backward: bool, items: int, threads: int) -> cpp_host.Ready:
+    return cpp_host.Ready(*axis_tables(geometry, spec, Choice(found.query_sides), backward, items, threads, found))
+
+
 @lru_cache(maxsize=256)
 def _tunable(spec: Spec, geometry: Geometry, backward: bool, items: int, threads: int) -> tuner.Tunable:
     """The candidates of a call, and what a measured winner depends on. Lengths and items are taken in buckets."""
@@ -179,8 +185,18 @@ def _planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tup
         choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
         if call.continues:
             choice = replace(choice, band=False)  # bands keep no running maximum
-        found = call.kept[key] = _runner(spec, backward, choice), _ready(spec, call.geometry, choice, *size)
+        tables = known_tables(call)
+        lists = _listed(call, spec, choice, q, backward, tables)
+        ready = _ready(spec, call.geometry, choice, *size) if lists is None else _ready_listed(spec, call.geometry, lists, *size)
+        found = _runner(spec, backward, choice), ready
+        if not tables:  # or the next call's tables may hold other numbers
+            call.kept[key] = found
     return found
+
+
+def _listed(call: Call, spec: Spec, choice: Choice, q: Tensor, backward: bool, tables: Known) -> Listed | None:
+    """The blocks that the call's tiles visit, which have sides of their own; None: tiles of the choice walk their boxes."""
+    return listed(call.geometry, spec.list_limits(backward), choice.sides, q.shape[1], q.shape[0], tables)
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from attnc.codegen.cpp_host import strides_in_order
 from attnc.codegen.triton import make_spec, source
 from attnc.codegen.triton_plan import LARGE
 from attnc.errors import BuildError, UnsupportedError
-from attnc.runtime import cache, device, triton_choice, tuner
-from attnc.runtime.call import Call, empty_like_order
+from attnc.runtime import cache, device, triton_choice, triton_lists, tuner
+from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.runtime.triton_choice import Choice, target_of, tiles
 from attnc.schedule.tiles import Tiles
 
@@ -70,11 +70,13 @@ def text_for(
     part: bool = False,
     target: str = "cuda:80",
     wide: bool = False,
+    listed: bool = False,
 ) -> str:
     """The module of a program, as text. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
     sizes = program, q_grid, k_grid
     dims: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "plain": plain}
-    return source(make_spec(*sizes, **dims, symbolic=True, chosen=chosen, part=part, target=target, wide=wide))
+    spec = make_spec(*sizes, **dims, symbolic=True, chosen=chosen, part=part, target=target, wide=wide, listed=listed)
+    return source(spec)
 
 
 def _runnable(name: str, device: torch.device) -> None:
@@ -119,19 +121,35 @@ def _prepare(call: Call, *rows: Tensor, backward: bool) -> tuple[ModuleType, tup
     found = call.kept.get(key)
     if found is None:
         _check(call, q)
-        text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target_of(where), large)
-        found = call.kept[key] = _module(text)
+        tables, target = known_tables(call), target_of(where)
+        lists = triton_lists.of(call.geometry, triton_lists.Kernels(*_widths(q, v), target), q.shape[1], q.shape[0], tables)
+        more: tuple[Any, ...] = ()
+        if lists is None:
+            text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target, large)
+        else:
+            text = _text(call, (q, k, v), lists.tiles, target, large, listed=True)
+            more = (triton_lists.on(lists, q.device),)
+        found = _module(text), more
+        if not tables:  # or the next call's tables may hold other numbers
+            call.kept[key] = found
+    module, more = found
     g = call.geometry
-    return found, (g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)
+    return module, (*((g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)), *more)
+
+
+def _widths(q: Tensor, v: Tensor) -> tuple[int, int, int]:
+    return q.shape[-1], v.shape[-1], q.element_size()
 
 
 def text_of(call: Call, rows: tuple[Tensor, ...], choice: Choice | None, target: str, wide: bool = False) -> str:
     """The text of the module that runs a choice, or the model's own. wide: offsets have 64 bits."""
+    return _text(call, rows, None if choice is None else tiles(call, rows, choice, target), target, wide)
+
+
+def _text(call: Call, rows: tuple[Tensor, ...], chosen: Tiles | None, target: str, wide: bool, listed: bool = False) -> str:
     q, _, v = rows
-    g = call.geometry
-    chosen = None if choice is None else tiles(call, rows, choice, target)
-    sizes = g.q_grid, g.k_grid, q.shape[-1], v.shape[-1], q.element_size(), call.scale > 0
-    return text_for(call.program, *sizes, chosen, call.part, target, wide)
+    sizes = call.geometry.q_grid, call.geometry.k_grid, *_widths(q, v), call.scale > 0
+    return text_for(call.program, *sizes, chosen, call.part, target, wide, listed)
 
 
 def _choice(call: Call, rows: tuple[Tensor, ...], backward: bool) -> Choice | None:

@@ -414,6 +414,19 @@ def reread(g: Geometry, side: Side, tile: Tile) -> float:
     return math.prod(w.steps for w in walks(g, side, tile)) * tile.bn / max(rows, 1)
 
 
+def of_lists(sides: tuple[tuple[int, ...], tuple[int, ...]], width: int, itemsize: int, target: str, flat: Tile) -> Tiles | None:
+    """The tiles of kernels that walk lists of chunks, of these sides of queries and of keys; None where the target has no room."""
+    queries, keys = sides
+    bm, bn = math.prod(queries), math.prod(keys)
+    if bm != padded(bm) or bn != padded(bn):  # a chunk that fills no registers would need a mask of its own
+        return None
+    tile = Tile(queries, keys, len(queries) - 1, _warps(bm, bn, width, itemsize))
+    turned = replace(tile, rows=keys, chunk=queries)
+    kinds: tuple[tuple[Kind, Tile], ...] = (("forward", tile), ("dq", tile), ("dkv", turned))
+    small = all(shared_bytes(kind, t, width, itemsize, target) <= shared_limit(target) for kind, t in kinds)
+    return Tiles(tile, tile, turned, flat) if small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED) else None
+
+
 def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target: str = "cuda:80") -> Tiles:
     """The tiles of all kernels of a program at one size."""
     width = max(padded(head_dim), padded(value_dim))
