@@ -13,7 +13,7 @@ import torch
 from builds import QUICK, SHIPPED, built_with
 from torch import Tensor
 
-from attnc import ir
+from attnc import ir, patterns
 from attnc.analysis.evaluate import evaluate
 from attnc.codegen.cpp import Spec, source
 from attnc.codegen.cpp_module import emit_cpu
@@ -512,6 +512,12 @@ def test_as_shipped(monkeypatch):
         check(biased(s=7), (14, 15), tables={"bias": R(2, 13, 13)}, dim=32)
         check(*WORDS["shifted window"][:2], dtype=torch.bfloat16, **WORDS["shifted window"][2])
         check_channel("channels first")
+
+
+def test_libraries_share_nothing():
+    """Kernels of several dtypes in one process, whose sums are cut: no constant of one stands for that of another."""
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        check(patterns.full(), (300,), dtype=dtype)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 instruction sets")

@@ -403,7 +403,7 @@ struct Backward : Band {
         if (!direct && here.closes) each_line([&](int64_t plane, int64_t line) { close_line(plane, line); });
     }
 };
-inline bool backward(const Problem& P) {
+static bool backward(const Problem& P) {
     Plan plan(P, true);
     if (!plan.fits) return false;
     int64_t items = P.batch * P.kv_heads * plan.classes;

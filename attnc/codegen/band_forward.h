@@ -121,7 +121,7 @@ struct Forward : Band {
         }
     }
 };
-inline bool forward(const Problem& P) {
+static bool forward(const Problem& P) {
     Plan plan(P, false);
     if (!plan.fits || P.continues) return false;
     int64_t items = P.batch * P.heads * plan.classes * plan.q_planes * plan.strips;
