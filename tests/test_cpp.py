@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from builds import QUICK, SHIPPED, built_with
-from torch import Tensor
+from channel_checks import check_channel, tensors
 
 from attnc import ir, patterns
 from attnc.analysis.evaluate import evaluate
@@ -229,17 +229,6 @@ def meaning(program, q_grid, k_grid, q, k, v, scale, tables):
     return weight @ v, lse
 
 
-def tensors(kind, batch, heads, tokens, dim, dtype, grid=None) -> Tensor:
-    """A random [B, H, N, D] tensor in one of the layouts that people use."""
-    if kind == "channels_first":
-        return torch.randn(batch, heads, dim, tokens).to(dtype).transpose(2, 3)
-    if kind == "heads_last":
-        return torch.randn(batch, tokens, heads, dim).to(dtype).transpose(1, 2)
-    if kind == "expanded":
-        return torch.randn(1, heads, tokens, dim).to(dtype).expand(batch, -1, -1, -1)
-    return torch.randn(batch, heads, tokens, dim).to(dtype)
-
-
 def check(
     p, grid=(9, 11), *, k_grid=None, batch=2, heads=2, kv_heads=None, dim=8, value_dim=None, dtype=torch.float32, kind="plain",
     tables=None, prefix=(0, 0), pad=None, multiple=None, scale=None, lse_gradient=True,
@@ -423,85 +412,6 @@ def test_sharing_keys_between_threads():
         check(neighborhood(s=3), (20, 12), batch=1, heads=1, prefix=(2, 2))
     finally:
         torch.set_num_threads(before)
-
-
-# tokens, channels of q, of k and v, dtype, layouts of q, k, v and the gradient, and the scale where it is not tokens^-0.5
-CHANNELS = {
-    "narrow": (100, 8, 8, torch.float32, "heads_last channels_first plain expanded"),
-    "long": (2500, 24, 33, torch.float32, "heads_last channels_first plain expanded"),
-    "one of all": (1, 1, 1, torch.float32, "plain plain plain plain"),
-    "packed": (1037, 32, 32, torch.float32, "packed packed packed heads_last"),
-    "a window's tokens": (49, 48, 48, torch.float32, "packed packed packed heads_last"),
-    "wide": (196, 80, 128, torch.float32, "heads_last heads_last heads_last heads_last"),
-    "more keys": (70, 3, 256, torch.float32, "plain plain plain plain"),
-    "more queries": (70, 130, 5, torch.float32, "plain plain plain plain"),
-    "channels first": (333, 40, 33, torch.float32, "channels_first channels_first channels_first channels_first"),
-    "negative scale": (90, 16, 16, torch.float32, "heads_last heads_last heads_last heads_last", -0.2),
-    "scale 0": (90, 16, 16, torch.float32, "heads_last heads_last heads_last heads_last", 0.0),
-    "float64": (300, 32, 20, torch.float64, "heads_last channels_first plain plain"),
-    "bfloat16": (1500, 16, 16, torch.bfloat16, "heads_last channels_first plain expanded"),
-    "bfloat16 packed": (1200, 32, 32, torch.bfloat16, "packed packed packed heads_last"),
-    "float16": (260, 33, 24, torch.float16, "heads_last heads_last channels_first heads_last"),
-}
-
-
-def channel_tensors(name, heads=3, batch=2):
-    tokens, dim, key_dim, dtype, kinds, *scale = CHANNELS[name]
-    torch.manual_seed(0)
-    if kinds.startswith("packed"):
-        q, k, v = torch.randn(batch, tokens, 3, heads, dim).to(dtype).permute(2, 0, 3, 1, 4)
-        grad = tensors(kinds.split()[-1], batch, heads, tokens, dim, dtype)
-    else:
-        widths = (dim, key_dim, key_dim, dim)
-        q, k, v, grad = (tensors(kind, batch, heads, tokens, w, dtype) for kind, w in zip(kinds.split(), widths, strict=True))
-    return q, k, v, grad, scale[0] if scale else tokens**-0.5
-
-
-def check_channel(name):
-    q, k, v, grad, scale = channel_tensors(name)
-
-    def meaning_of(wide):
-        leaf = [t.to(wide).detach().clone().requires_grad_() for t in (q, k, v)]
-        out = leaf[2] @ torch.softmax(scale * (leaf[0].transpose(-1, -2) @ leaf[1]), -1).transpose(-1, -2)
-        return [out.detach(), *torch.autograd.grad(out, leaf, grad.to(wide))]
-
-    got = [cpp.channel_forward(q, k, v, scale), *cpp.channel_backward(q, k, v, scale, grad)]
-    eps = torch.finfo(q.dtype).eps
-    for what, x, true, eager in zip(("out", "q", "k", "v"), got, meaning_of(torch.float64), meaning_of(q.dtype), strict=True):
-        error, plain = (x.double() - true).abs().max().item(), (eager.double() - true).abs().max().item()
-        rounding = (5 if q.dtype == torch.float64 else 1) * eps * true.abs().max().item()
-        assert error <= (2 if what == "out" else 3) * max(plain, rounding), what
-
-
-@pytest.mark.parametrize("name", CHANNELS)
-def test_channel(name):
-    check_channel(name)
-
-
-@pytest.mark.parametrize("batch,heads", [(1, 1), (1, 3), (2, 3)], ids=str)
-def test_channel_sums_do_not_depend_on_threads(batch, heads):
-    """Whole heads to a thread, or parts of their tokens: the sums are the same to the last bit."""
-    q, k, v, grad, scale = channel_tensors("long", heads, batch)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            results.append([cpp.channel_forward(q, k, v, scale), *cpp.channel_backward(q, k, v, scale, grad)])
-    finally:
-        torch.set_num_threads(before)
-    for r in results[1:]:
-        assert all(map(torch.equal, results[0], r))
-
-
-def test_channel_passes_nan_and_inf_on():
-    q, k, v, _, scale = channel_tensors("wide")
-    q[0, 1, 5, 3] = math.nan  # row 3 of S
-    v[1, 0, 7, 2] = math.inf
-    out = cpp.channel_forward(q, k, v, scale)
-    assert out[0, 1, :, 3].isnan().all()
-    assert out[0, 1, :, :3].isfinite().all()
-    assert out[1, 0, 7].isinf().all()
-    assert out[1, 0, :7].isfinite().all()
 
 
 def test_as_shipped(monkeypatch):
