@@ -101,7 +101,7 @@ def test_the_fastest_is_kept_and_launched_from_then_on(launches: Launches) -> No
         launches.clear()
         op(*rows(784))
         assert launches == [("forward", choice.forward.warps)]
-        module = next(iter(next(iter(call_kept(op))).values()))
+        module, _ = next(iter(next(iter(call_kept(op))).values()))
         assert f"num_warps={choice.forward.warps}" in Path(module.__file__).read_text()
 
 
