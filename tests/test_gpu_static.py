@@ -16,21 +16,36 @@ from attnc.schedule.chips import chip
 DOCS = Path(__file__).parents[1] / "docs"
 REPORTS: dict[str, dict[str, Any]] = json.loads((DOCS / "gpu-static.json").read_text(encoding="utf-8"))
 # kernels that spill all the same, with the bytes: registers that ptxas fills with a group's five products at 64 channels
-SPILLS: dict[str, int] = {
-    f"{call} | float16 64 | cuda:80": spilled
-    for call, spilled in {
-        'axial("y") | axial("x") 64x64': 8,
-        'window(7, bias="relative") 56x56': 64,
-        "window(7) 56x56": 16,
-        "window(7, shift=3) 56x56": 48,
-        'window(7, shift=3, bias="relative") 56x56': 48,
-        "blocks((14, 4)) 56x56": 32,
-        "grid(7) 56x56": 24,
-        'axial("x") 56x56': 32,
-        "cross(8) 64x64": 8,
+SPILLS = {
+    f"{call} | float16 64 | {target}": spilled
+    for target, calls in {
+        "cuda:80": {
+            'axial("y") | axial("x") 64x64': 8,
+            'window(7, bias="relative") 56x56': 64,
+            "window(7) 56x56": 16,
+            "window(7, shift=3) 56x56": 48,
+            'window(7, shift=3, bias="relative") 56x56': 48,
+            "blocks((14, 4)) 56x56": 32,
+            "grid(7) 56x56": 24,
+            'axial("x") 56x56': 32,
+            "cross(8) 64x64": 8,
+            "dilated_blocks(7, 8) 56x56": 24,
+            "causal() 56x56": 40,
+            "per_head([window(7), grid(7)]) 56x56": 88,
+        },
+        "cuda:90": {"per_head([window(7), grid(7)]) 56x56": 8},
+        "cuda:100": {
+            "full(), one axis 4096": 184,
+            "cross(8) 64x64": 280,
+            "band(2, 5) 56x56": 8,
+            "per_head([window(7), grid(7)]) 56x56": 120,
+        },
+        "hip:gfx942": {"causal(), one axis 4096": 1188, "full(), one axis 4096": 188},
     }.items()
+    for call, spilled in calls.items()
 }
-SPILLS["per_head([window(7), grid(7)]) 56x56 | float16 64 | cuda:90"] = 8
+# what Triton's own compiler fails on: an internal error of ptxas, in backward_dq
+REFUSED = {"causal(), one axis 4096 | float16 64 | cuda:100"}
 # thread-instructions that are above what is asked
 ABOVE = {("full(), one axis", "cuda:80", "backward_dkv"): 13.4}
 # statements with loops over full tiles that take more than dense attention's
@@ -92,6 +107,9 @@ def test_every_module_compiles_for_every_target(call: str, target: str) -> None:
     kept = REPORTS.get(PAGE.name_of(**setting))
     if kept is None:  # two to eight seconds each
         pytest.skip("not in the table yet; `make gpu-static` compiles it")
+    if PAGE.name_of(**setting) in REFUSED:
+        assert "PTX codegen error" in kept["refused"]
+        return
     report = PAGE.settled((call, setting, kept["module"]))[1] or kept
     assert {"forward", "backward_dkv"} <= set(report["kernels"])
     assert all(k["instructions"] > 0 for k in report["kernels"].values())
@@ -107,9 +125,10 @@ def test_tiles_fit_the_shared_memory_of_smaller_chips() -> None:
     for key, report in REPORTS.items():
         setting = SETTINGS[key]
         computed = PAGE.shared(**setting)
-        for name, k in report["kernels"].items():
+        for name, k in report.get("kernels", {}).items():
             if name in computed:
-                assert k["shared_bytes"] <= computed[name], (key, name)
+                barriers = 64 if setting["target"] == "cuda:100" else 0
+                assert k["shared_bytes"] <= computed[name] + barriers, (key, name)
 
 
 @pytest.mark.parametrize("target, more", [("cuda:90", 1.0), ("cuda:80", 1.3)])

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +191,12 @@ class Ready:
                 layout.axis[i] = step
                 step *= grid[i]
         else:
-            layout.merged = all(n == 1 or a == b * n for a, b, n in zip(tokens, tokens[1:], grid[1:], strict=False))
+            long = [(a, n) for a, n in zip(tokens, grid, strict=True) if n != 1] or [(tokens[-1], 1)]
+            layout.merged = all(a == b * n for (a, _), (b, n) in pairwise(long))
             for i, n in enumerate(tokens):
                 layout.axis[i] = n
+            if grid[-1] == 1:  # a flat index goes by the innermost axis that has a length
+                layout.axis[len(grid) - 1] = long[-1][0]
 
     def readable(self, tables: dict[str, Tensor], real: torch.dtype) -> dict[str, Tensor]:
         """Tables in the dtype of sums (those of the relation: int32), contiguous; they live as long as this mapping."""
