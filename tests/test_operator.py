@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import strategies as draws
 import torch
+from heard import Heard
 from strategies import Problem
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnc
 from attnc import patterns
@@ -104,7 +104,7 @@ def test_a_packed_tensor_gets_one_gradient(backend: str) -> None:
     qkv = torch.randn(2, 6, 7, 48, requires_grad=True)
     bias = torch.randn(2, 5, 5, requires_grad=True)
     weight = torch.randn(2, 6, 7, 16)
-    with Seen() as seen:
+    with Heard() as seen:
         found = torch.autograd.grad((op(qkv, bias=bias) * weight).sum(), (qkv, bias))
     assert not [n for n in seen.names if n.split(".")[1] in ("cat", "stack")]
     apart = attnc.compile(patterns.window(3, bias="relative"), layout="b y x (h d)", heads=2, backend=backend)
@@ -340,18 +340,6 @@ def test_autocast_and_low_precision() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts and copies
-class Seen(TorchDispatchMode):
-    """What runs outside attnc's own operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 VIEWS = ("view", "transpose", "permute", "unbind", "select", "slice", "expand", "alias", "unflatten", "_unsafe_view", "detach")
 
 
@@ -374,7 +362,7 @@ def test_packed_layouts_copy_nothing(layout: str, shape: tuple[int, ...], grown:
     t = torch.randn(shape)
     if grown:  # part of a larger tensor
         t = torch.cat([t, torch.full_like(t, math.nan)], -1)[..., : shape[-1]]
-    with Seen() as seen:
+    with Heard() as seen:
         out = op(t)
     outside = [n for n in seen.names if not n.startswith("attnc.")]
     assert sum(n.startswith("attnc.") for n in seen.names) == 1

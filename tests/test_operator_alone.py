@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import strategies as draws
 import torch
+from heard import Heard
 from test_operator import Block, compiled, rows
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnc
 from attnc import patterns
@@ -76,18 +76,6 @@ def test_an_operator_costs_little_to_hold() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- past the dispatcher
-class Heard(TorchDispatchMode):
-    """Names of the operators that a mode sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_who_listens_hears_the_operators(packed: bool) -> None:
     layout = "b x (three h d)" if packed else "b x h d"

@@ -244,13 +244,13 @@ def _like(target: str) -> tuple[bool, int, bool]:
 
 def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
     """Shared memory of one program, from above: rows that products reread, two tensors' chunks of columns, and the weights with
-    the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, and statistics."""
+    the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers."""
     rows, columns, weights = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize, tile.bm * tile.bn * itemsize
     if target.startswith("hip"):  # rows pass through it once, before the loop
         return max(rows, columns + weights)
     more = 1 if kind == "forward" else 2
     if target in _WARPGROUPS and itemsize <= 2:
-        return more * (rows + weights) + min(tile.stages, 2) * columns + 8 * tile.bn
+        return more * (rows + weights) + min(tile.stages, 2) * columns + 8 * tile.bn + (64 if target == "cuda:100" else 0)
     return more * (rows + weights) + columns
 
 
