@@ -68,10 +68,13 @@ def pad_of(pad: PadLike, attend: ir.Attend, same_grid: bool) -> dict[str, Any]:
     if pad is None:
         return {}
     if pad != "multiple":
-        pairs = tuple((int(a), int(b)) for a, b in pad)
-        if len(pairs) != attend.rank or any(a < 0 or b < 0 for a, b in pairs):
-            raise DeclarationError(f"pad={pad!r}: ((before, after), ...) with one pair of non-negative ints per axis")
-        return {"pad": pairs}
+        given = [list(pair) if isinstance(pair, Sequence) else [] for pair in pad] if isinstance(pad, Sequence) else []
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for pair in given for n in pair)
+        if len(given) != attend.rank or not whole or any(len(pair) != 2 for pair in given):
+            raise DeclarationError(
+                f'pad={pad!r}: "multiple", or ((before, after), ...) with one pair of non-negative ints for each axis'
+            )
+        return {"pad": tuple((a, b) for a, b in given)}
     from attnc.analysis.structure import analyse
 
     multiples = []

@@ -28,7 +28,7 @@ from attnc.codegen import around
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
-from attnc.runtime import direct, operator, regions
+from attnc.runtime import direct, operator, regions, replay
 from attnc.runtime import layout as layouts
 from attnc.runtime.traced import Traced
 from attnc.schedule import bounds
@@ -110,6 +110,7 @@ class Operator:
             )
         self._warned = False
         self._seen: dict[Any, Accepted] = {}
+        self._replays: dict[Any, replay.Replay | None] = {}
         ranks = [self.axes] if self.axes else list(ir.AXES.values())
         self._layouts = {len(axes): self.layout or layouts.default(axes) for axes in ranks}
         if self.layout and (self.prefix or self.kv_prefix) and self.layout.separate and len(self.layout.axes) > 1:
@@ -146,7 +147,7 @@ class Operator:
         """What a pickle holds: the traced programs as text. The declaration, a function, stays behind."""
         programs = {n: t.text if isinstance(t, Traced) else t for n, t in self._programs.items()}
         source = type(self.source)(self.source.name, _left_behind)
-        return {**self.__dict__, "source": source, "_programs": programs, "_seen": {}}
+        return {**self.__dict__, "source": source, "_programs": programs, "_seen": {}, "_replays": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -197,6 +198,14 @@ class Operator:
         which ones is decided by `seed` (any 64-bit integer) and logical indices alone, see `attnc.analysis.dropout`. Without a
         seed one is drawn from torch's default generator.
         """
+        given = (*(t for t in (q, k, v) if t is not None), *tables.values())
+        past, like = direct.alone(given), None
+        if past and sizes is None and not dropout_p and seed is None:
+            like = grid if isinstance(grid, int | tuple | None) else str(grid), scale, return_lse, *tables
+            known = self._replays.get(replay.key(given, *like))
+            done = known(given, return_lse) if known is not None else None
+            if done is not None:
+                return done
         name = self.source.name
         sized = None if sizes is None else sizes_of(sizes, self.source, self.same_grid)
         if dropout_p or seed is not None:
@@ -210,7 +219,7 @@ class Operator:
                 "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
             )
         rows = self._rows(q, k, v)
-        past = direct.alone((*rows, *tables.values()) if sized is None else (*rows, *tables.values(), sized))
+        past = past and (sized is None or direct.alone((sized,)))
         accepted = self._accepted(rows, grid, tables, sized, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):
@@ -235,9 +244,25 @@ class Operator:
         run = self._run if traced.core is None or accepted.backend == "eager" else self._surrounded
         out, lse = run(past, rows, ordered, scale, accepted, sized)
         shaped = layouts.from_rows(out, accepted.layout)
+        if like is not None and accepted.backend == "cpp" and traced.core is None and not self._warned:
+            self._remember(replay.key(given, *like), given, tuple(tables), rows, ordered, (shaped, lse), scale, accepted)
         return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
+    def _remember(
+        self, key: Any, given: tuple[Tensor, ...], names: tuple[str, ...], rows: tuple[Tensor, ...], tables: list[Tensor],
+        found: tuple[Tensor, Tensor], scale: float, call: Accepted,
+    ) -> None:  # fmt: skip
+        """Keep a call of C++ kernels that has been run, so that calls like it skip all that is decided here."""
+        if key in self._replays:
+            return
+        if len(self._replays) >= 1024:
+            self._replays.clear()
+        assert call.traced is not None
+        read = {s.name: t for s, t in zip(call.traced.tables, tables, strict=True)}
+        rest = scale, call.q_grid, call.k_grid, call.traced.text, call.backend, self.tune, None
+        self._replays[key] = replay.record(given, names, self._rows, rows, read, call.layout, found, rest)
+
     def _accepted(
         self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], sizes: Tensor | None, past: bool
     ) -> Accepted:
@@ -347,7 +372,7 @@ class Operator:
 
         return around.surround(call.traced.program, grids, qkv, named, run, *(known or ()))
 
-    def _rows(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+    def _rows(self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> tuple[Tensor, ...]:
         """q, k and v as rows, or the three of them in one tensor."""
         name = self.source.name
         if self.layout is None:

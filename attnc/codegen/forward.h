@@ -387,31 +387,45 @@ struct Forward {
         }
     }
 };
+// Items for the thread that asks, in runs that get shorter: one that begins late or is held up leaves its share to the others.
+struct Supply {
+    const int64_t items, threads;
+    int64_t next = 0;
+    bool take(int64_t& item, int64_t& stop) {
+#pragma omp critical
+        {
+            item = next;
+            next = stop = threads == 1 ? items : min(items, next + (items - next) / (2 * threads) + 1);
+        }
+        return item < stop;
+    }
+};
 extern "C" bool attend_forward(const Problem* problem) {
     const Problem& P = *problem;
     int64_t tiles = 1;
     for (int a = 0; a < RANK; a++) tiles *= P.axes[a].pieces;
-    const int64_t all = tiles + (P.q_prefix + TILE - 1) / TILE, items = P.batch * P.heads * all;
-#pragma omp parallel num_threads(P.threads)
+    const int64_t all = tiles + (P.q_prefix + TILE - 1) / TILE;
+    Supply supply{P.batch * P.heads * all, min(P.threads, P.batch * P.heads * all)};
+#pragma omp parallel num_threads(supply.threads)
     {
         static thread_local Arena arena;
         Forward work(P, arena);
-        const int64_t n = omp_get_num_threads(), me = omp_get_thread_num(), stop = items * (me + 1) / n;
-        int64_t b, h, tile, item = items * me / n;
-        if (item < stop) {
-            work.loads.order.item(P, P.heads, item, all, b, h, tile);
-            work.here->aim(P, tile, tiles);
-        }
-        for (; item < stop; item++) {
-            const bool more = item + 1 < stop;
-            int64_t next_b = b, next_h = h, next_tile = tile;
-            if (more) work.loads.order.item(P, P.heads, item + 1, all, next_b, next_h, next_tile);
-            Aimed *const here = work.here, *const other = here == work.aimed ? work.aimed + 1 : work.aimed;
-            work.next = next_tile == here->number ? here : other;
-            if (work.next->number != next_tile) work.next->aim(P, next_tile, tiles);
-            work.run(b, h, more, next_b, next_h);
-            work.here = work.next;
-            b = next_b; h = next_h;
+        const Order& order = work.loads.order;
+        for (int64_t item, stop; supply.take(item, stop);) {
+            int64_t b, h, tile;
+            order.item(P, P.heads, item, all, b, h, tile);
+            if (work.here->number != tile) work.here->aim(P, tile, tiles);
+            for (; item < stop; item++) {
+                const bool more = item + 1 < stop;
+                int64_t next_b = b, next_h = h, next_tile = tile;
+                if (more) order.item(P, P.heads, item + 1, all, next_b, next_h, next_tile);
+                Aimed *const here = work.here, *const other = here == work.aimed ? work.aimed + 1 : work.aimed;
+                work.next = next_tile == here->number ? here : other;
+                if (work.next->number != next_tile) work.next->aim(P, next_tile, tiles);
+                work.run(b, h, more, next_b, next_h);
+                work.here = work.next;
+                b = next_b; h = next_h; tile = next_tile;
+            }
         }
     }
     return true;

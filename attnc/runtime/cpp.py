@@ -175,7 +175,7 @@ def _spec(program: ir.Program, dim: int, value_dim: int, dtype: torch.dtype) -> 
     return spec
 
 
-def _planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[Callable[[Any], Any], cpp_host.Ready]:
+def planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[Callable[[Any], Any], cpp_host.Ready]:
     """What runs a call and its structure, kept beside the statement: to look it all up again takes longer than a small kernel."""
     key = backward, q.dtype, q.shape[-1], v.shape[-1], torch.get_num_threads(), tuner.version(), call.choice, call.continues
     found = call.kept.get(key)
@@ -201,7 +201,7 @@ def _listed(call: Call, spec: Spec, choice: Choice, q: Tensor, backward: bool, t
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of one call."""
-    run, ready = _planned(call, q, k, v, False)
+    run, ready = planned(call, q, k, v, False)
     return cpp_host.run_forward(run, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
 
 
@@ -209,7 +209,7 @@ def backward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """dq, dk, dv and the gradients of tables."""
-    run, ready = _planned(call, q, k, v, True)
+    run, ready = planned(call, q, k, v, True)
     return cpp_host.run_backward(run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, call.tables, call.into)
 
 

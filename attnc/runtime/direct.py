@@ -22,12 +22,13 @@ _OWN = (Tensor, torch.nn.Parameter)
 
 def alone(tensors: Iterable[Tensor]) -> bool:
     """Nothing but autograd would see an operator that is called on these tensors now."""
+    if torch.compiler.is_compiling():
+        return False
     for t in tensors:
-        if type(t) not in _OWN:
+        if type(t) not in _OWN or t.is_neg():  # (the dispatcher makes a negative view of it what it stands for)
             return False
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in _ALONE
+        torch._C._dispatch_tls_local_include_set().raw_repr() in _ALONE
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
         and forward_ad._current_level < 0

@@ -141,3 +141,18 @@ def from_rows(out: Tensor, layout: Layout) -> Tensor:
         sizes.append(n)
         at += count
     return torch.reshape(out, sizes)
+
+
+def rows_of_out(out: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    """The other way: the view of an output in the user's layout as rows of this shape."""
+    order, _ = layout.outward[len(shape) == 4]
+    return out.view([shape[d] for d in order]).permute(_inverse(order))
+
+
+def rows_undone(rows: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    """A tensor of the user's shape from what `to_rows` makes of one."""
+    return rows.permute(_inverse(layout.inward)).reshape(shape)
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    return [order.index(d) for d in range(len(order))]

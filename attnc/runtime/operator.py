@@ -154,6 +154,14 @@ def _sized(
     return dict(zip(names, tables, strict=True)), parts
 
 
+def single(q: Tensor, k: Tensor, tables: dict[str, Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> Call | None:
+    """The one call of the C++ backend that this comes to; None where it is more than one kernel."""
+    if _over_queries(program):
+        return None
+    named, parts = _sized(q, k, list(tables.values()), q_grid, k_grid, program, "cpp")
+    return parts[0].calls(named, scale)[0] if len(parts) == 1 and len(parts[0].statements) == 1 else None
+
+
 def _rows_of(t: Tensor, cut: tuple[int, slice] | None) -> Tensor:
     """A view of the slice that a run of heads gets of a table."""
     return t if cut is None else t.narrow(cut[0], cut[1].start, cut[1].stop - cut[1].start)
