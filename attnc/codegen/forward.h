@@ -212,10 +212,13 @@ struct Forward {
     __attribute__((noinline)) Sight sight_of(int i, int m) const {
         const Tile& tile = here->tile;
         const Keys& keys = here->keys;
-        Sight s{run_of_rows(tile, keys, i, m), run_of(tile, keys, i), false, tile.prefix || keys.prefix};
-        for (int r = 1; r < m; r++) {
-            const Run x = run_of(tile, keys, i + r);
-            s.clear = {max(s.clear.begin, x.begin), min(s.clear.end, x.end)};
+        Sight s{run_of(tile, keys, i), run_of(tile, keys, i), false, tile.prefix || keys.prefix};
+        if (!tile.uniform) {
+            s.run = run_of_rows(tile, keys, i, m);
+            for (int r = 1; r < m; r++) {
+                const Run x = run_of(tile, keys, i + r);
+                s.clear = {max(s.clear.begin, x.begin), min(s.clear.end, x.end)};
+            }
         }
         s.check = s.plain ? !PLAIN_SCORE : RESIDUAL || !USES_SCORE;
         for (int a = 0; a < RANK; a++) s.check |= tile.checked[a] && !keys.prefix;

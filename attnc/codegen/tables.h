@@ -4,6 +4,8 @@
 struct Shape {
     int64_t *queries, *keys;        // offsets
     int rows = 0, columns = 0, version = 0;
+    int64_t place = 0;              // of its first expansion
+    int64_t size() const { return rows * up(columns, L); }
     bool holds(const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) const {
         bool same = rows == tile.queries && columns == chunk.count;
         const int64_t base = q[0];
@@ -31,8 +33,8 @@ struct Expansion {
         memset(sums, 0, sizeof(real) * s.rows * stride);
         tiles = 0;
     }
-    void fill(const Shape& s, const Table& t, double* into, int64_t head) {
-        gradient = into; last = t.last; shift = head; stride = up(s.columns, L); version = s.version; tiles = 0;
+    void fill(const Shape& s, const Table& t, real* room, bool backward, double* into, int64_t head) {
+        values = room; sums = backward ? room + s.size() : nullptr; gradient = into; last = t.last; shift = head; stride = up(s.columns, L); version = s.version; tiles = 0;
         for (int i = 0; i < s.rows; i++) {
             for (int k = 0; k < s.columns; k++) values[i * stride + k] = t.data[offset(s, i, k)];
             for (int k = s.columns; k < stride; k++) values[i * stride + k] = 0;
@@ -43,10 +45,10 @@ struct Expansion {
 
 // In which order tiles and heads are walked, and how many expanded tiles are kept on the way.
 struct Order {
-    static constexpr int WAYS = 4;      // shapes of tiles that take turns: the inside, and those that a border cuts
+    static constexpr int WAYS = 9;      // shapes of tiles that take turns: of two axes the inside, and what each border cuts
     bool heads_inner;                   // tiles hardly share keys: a tile is aimed at once for all heads, whose rows are neighbours
     int64_t queries = 1, keys = 1;      // most of a tile
-    int64_t slots = 0, ways = 1;        // expansions kept of each load, and for each head
+    int64_t heads = 0, room = 0;        // expansions of each load and shape, and elements in all of them
     explicit Order(const Problem& P) {
         double reuse = 1;               // tiles that meet a key
         for (int a = 0; a < RANK; a++) {
@@ -63,8 +65,8 @@ struct Order {
         const int64_t fit = LOADS ? EXPANSION / max<int64_t>(queries * up(keys, L), 1) : 0;
         heads_inner = reuse < 2 && (!LOADS || fit >= P.heads);
         if (!fit || P.k_prefix + keys > CHUNK) return;
-        ways = min<int64_t>(heads_inner ? fit / P.heads : fit, WAYS);
-        slots = ways * (heads_inner ? P.heads : 1);
+        heads = heads_inner ? P.heads : 1;
+        room = min<int64_t>(EXPANSION, WAYS * heads * queries * up(keys, L));
     }
     // item number n of a call with so many tiles
     void item(const Problem& P, int64_t heads, int64_t n, int64_t tiles, int64_t& b, int64_t& h, int64_t& tile) const {
@@ -80,66 +82,77 @@ struct Order {
 // Where a row's table elements lie: in an expansion, or read into `spare` for the rows at hand.
 struct Loads {
     Order order;
-    Shape* shapes;                              // [LOADS][ways]
-    Expansion *all, *expansion[LOADS + 1];      // [LOADS][slots / ways][ways]; the tile's, null where its elements are not expanded
-    int next_way[LOADS + 1];
+    bool backward;
+    Shape* shapes;                              // [LOADS][WAYS]
+    Expansion *all, *expansion[LOADS + 1];      // [LOADS][WAYS][heads]; the tile's, null where its elements are not expanded
+    real* room[LOADS + 1];
+    int64_t used[LOADS + 1];
+    int filled[LOADS + 1];                      // ways
     real* spare;                                // [LOADS][BATCH][CHUNK]
 
     explicit Loads(const Problem& P) : order(P) {}
+    int64_t ways() const { return order.heads ? Order::WAYS : 0; }
     size_t bytes(bool backward) const {
-        const size_t values = sizeof(real) * order.queries * up(order.keys, L) * (backward ? 2 : 1);
-        return LOADS * (order.slots * (values + sizeof(Expansion) + 64 * 3) + sizeof(real) * BATCH * CHUNK
-                        + order.ways * (sizeof(Shape) + 8 * (order.queries + order.keys) + 64 * 3) + 64 * 3);
+        return LOADS * (sizeof(real) * (order.room * (backward ? 2 : 1) + BATCH * CHUNK) + ways() * order.heads * sizeof(Expansion)
+                        + ways() * (sizeof(Shape) + 8 * (order.queries + order.keys) + 64 * 2) + 64 * 4);
     }
-    void allocate(Arena& arena, bool backward) {
-        const int64_t n = LOADS * order.slots, pairs = order.queries * up(order.keys, L);
+    void allocate(Arena& arena, bool is_backward) {
+        backward = is_backward;
         spare = arena.take<real>(LOADS * BATCH * CHUNK);
-        shapes = arena.take<Shape>(LOADS * order.ways);
-        all = arena.take<Expansion>(n);
-        for (int64_t i = 0; n && i < LOADS * order.ways; i++) {
+        shapes = arena.take<Shape>(LOADS * ways());
+        all = arena.take<Expansion>(LOADS * ways() * order.heads);
+        for (int64_t i = 0; i < LOADS * ways(); i++) {
             shapes[i] = Shape();
             shapes[i].queries = arena.take<int64_t>(order.queries); shapes[i].keys = arena.take<int64_t>(order.keys);
         }
-        for (int64_t i = 0; i < n; i++) {
-            all[i] = Expansion();
-            all[i].values = arena.take<real>(pairs);
-            all[i].sums = backward ? arena.take<real>(pairs) : nullptr;
-        }
-        for (int l = 0; l < LOADS; l++) next_way[l] = 0;
+        for (int64_t i = 0; i < LOADS * ways() * order.heads; i++) all[i] = Expansion();
+        for (int l = 0; l < LOADS; l++) { room[l] = arena.take<real>(order.room * (backward ? 2 : 1)); used[l] = filled[l] = 0; }
     }
-    Expansion& slot(int l, int64_t head, int64_t way) const { return all[l * order.slots + head * order.ways + way]; }
+    Expansion& slot(int l, int64_t way, int64_t head) const { return all[(l * Order::WAYS + way) * order.heads + head]; }
     void aim(const Problem& P, const Numbers& numbers, Tile& t, const Keys& keys, double* const* gradients) {
         for (int l = 0; l < LOADS; l++) {
             expansion[l] = nullptr;
-            if (!LOAD_APART[l] || !order.slots || t.prefix || keys.prefix || t.chunks(P) != t.prefix_chunks(P) + 1) continue;
+            if (!LOAD_APART[l] || !order.heads || t.prefix || keys.prefix || t.chunks(P) != t.prefix_chunks(P) + 1) continue;
 @LISTS@            if (t.list) continue;      // whose blocks have no shape in common
-            Shape* const shape = shapes + l * order.ways;
+            Shape* const shape = shapes + l * Order::WAYS;
             if (t.version[l] < 0 || shape[t.way[l]].version != t.version[l]) find(l, t, keys);
             const Shape& mine = shape[t.way[l]];
-            Expansion& x = slot(l, order.heads_inner ? t.head : 0, t.way[l]);
-            const int64_t shift = head_offset(P, numbers, l);
+            const int64_t head = order.heads_inner ? t.head : 0, shift = head_offset(P, numbers, l);
+            Expansion& x = slot(l, t.way[l], head);
             if (x.version != mine.version || x.shift != shift) {
-                x.flush(mine);      // (of another head; other shapes' sums went when the shape did)
-                x.fill(mine, P.tables[LOAD_TABLE[l]], gradients ? gradients[LOAD_TABLE[l]] : nullptr, shift);
+                x.flush(mine);      // (of another head)
+                real* const place = room[l] + (mine.place + head * mine.size()) * (backward ? 2 : 1);
+                x.fill(mine, P.tables[LOAD_TABLE[l]], place, backward, gradients ? gradients[LOAD_TABLE[l]] : nullptr, shift);
             }
             if (++x.tiles == 32) x.flush(mine);
             expansion[l] = &x;
         }
     }
-    // the tile's shape among those that are kept, or in the place of one
+    // the tile's shape among those that are kept; where there is no room for another, all begin anew
     void find(int l, Tile& t, const Keys& keys) {
-        Shape* const shape = shapes + l * order.ways;
+        Shape* const shape = shapes + l * Order::WAYS;
         int w = 0;
-        while (w < order.ways && !shape[w].holds(t, keys, t.load_offset[l], keys.load_offset[l])) w++;
-        if (w == order.ways) {
-            w = next_way[l];
-            next_way[l] = (w + 1) % order.ways;
-            for (int64_t head = 0; head < order.slots / order.ways; head++) { Expansion& x = slot(l, head, w); x.flush(shape[w]); x.version = 0; }
+        while (w < filled[l] && !shape[w].holds(t, keys, t.load_offset[l], keys.load_offset[l])) w++;
+        if (w == filled[l]) {
+            const int64_t size = order.heads * t.queries * up(keys.count, L);
+            if (w == Order::WAYS || used[l] + size > order.room) {
+                flush(l);
+                for (w = 0; w < filled[l]; w++) {
+                    shape[w].version++;
+                    for (int64_t head = 0; head < order.heads; head++) slot(l, w, head).version = 0;
+                }
+                used[l] = w = 0;
+            }
             shape[w].take(t, keys, t.load_offset[l], keys.load_offset[l]);
+            shape[w].place = used[l];
+            used[l] += size; filled[l] = w + 1;
         }
         t.way[l] = w; t.version[l] = shape[w].version;
     }
-    void flush() { for (int64_t i = 0; i < LOADS * order.slots; i++) all[i].flush(shapes[i / order.slots * order.ways + i % order.ways]); }
+    void flush(int l) {
+        for (int w = 0; w < filled[l]; w++) for (int64_t head = 0; head < order.heads; head++) slot(l, w, head).flush(shapes[l * Order::WAYS + w]);
+    }
+    void flush() { for (int l = 0; l < LOADS; l++) flush(l); }
     int64_t offset(const Problem& P, const Numbers& numbers, const Tile& t, const Keys& keys, int l, int i, int k) const {
         int64_t at = t.load_offset[l][i] + keys.load_offset[l][k] + head_offset(P, numbers, l);
         if (!LOAD_APART[l]) at += mixed_offset(P, numbers, t.terms[i], keys.terms, l, k);
