@@ -92,12 +92,18 @@ struct Forward {
         if (finished) {
             const Numbers numbers = this->numbers;
             const I inside = lanes() < splat_integer(here->keys.count - j - (N - 1) * L);      // of the last vector
-            UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) {
-                V x = s[r][n];
-                if constexpr (!PLAIN_SCORE) x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j + n * L, x);
-                if (n == N - 1) x = select(inside, x, splat(-INF));
-                best[r] = larger(best[r], x);
-                store(row + r * STRIDE + n * L, x);
+            UNROLL for (int r = 0; r < M; r++) {
+                const real* mine[LOADS + 1];        // (copies: a store of scores might change the members)
+                UNROLL for (int l = 0; l < LOADS; l++) mine[l] = elements[r][l];
+                V most = best[r];
+                UNROLL for (int n = 0; n < N; n++) {
+                    V x = s[r][n];
+                    if constexpr (!PLAIN_SCORE) x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, mine, j + n * L, x);
+                    if (n == N - 1) x = select(inside, x, splat(-INF));
+                    most = larger(most, x);
+                    store(row + r * STRIDE + n * L, x);
+                }
+                best[r] = most;
             }
         } else UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(row + r * STRIDE + n * L, s[r][n]);
     }
