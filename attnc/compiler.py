@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 
@@ -30,6 +31,8 @@ from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
 from attnc.runtime import direct, operator, regions, replay
 from attnc.runtime import layout as layouts
+from attnc.runtime.replay_attend import record_attend
+from attnc.runtime.replay_channel import record_channel
 from attnc.runtime.traced import Traced
 from attnc.schedule import bounds
 
@@ -225,10 +228,18 @@ class Operator:
         if isinstance(self.source, Mechanism):
             if return_lse or dropout_p:
                 raise ShapeError(f"mechanism {name}: unexpected argument {'return_lse' if return_lse else 'dropout_p'}")
-            values = list(_three(rows))
+            values = list(layouts.three(rows))
             for _, (a, b, c) in self._graph.steps:
                 values.append(direct.channel(past, values[a], values[b], values[c], scale, accepted.backend))
-            return layouts.from_rows(values[self._graph.result], accepted.layout)
+            out = layouts.from_rows(values[self._graph.result], accepted.layout)
+            if like is not None and accepted.backend == "cpp":
+                self._remember(
+                    replay.key(given, *like),
+                    lambda: record_channel(
+                        given, self._rows, rows, self._graph.steps, accepted.layout, out, scale, accepted.backend
+                    ),
+                )
+            return out
         traced = accepted.traced
         assert traced is not None
         weights = traced.attend.normalizer
@@ -245,23 +256,21 @@ class Operator:
         out, lse = run(past, rows, ordered, scale, accepted, sized)
         shaped = layouts.from_rows(out, accepted.layout)
         if like is not None and accepted.backend == "cpp" and traced.core is None and not self._warned:
-            self._remember(replay.key(given, *like), given, tuple(tables), rows, ordered, (shaped, lse), scale, accepted)
+            read = {s.name: t for s, t in zip(traced.tables, ordered, strict=True)}
+            rest = scale, accepted.q_grid, accepted.k_grid, traced.text, accepted.backend, self.tune, None
+            self._remember(
+                replay.key(given, *like),
+                lambda: record_attend(given, tuple(tables), self._rows, rows, read, accepted.layout, (shaped, lse), rest),
+            )
         return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
-    def _remember(
-        self, key: Any, given: tuple[Tensor, ...], names: tuple[str, ...], rows: tuple[Tensor, ...], tables: list[Tensor],
-        found: tuple[Tensor, Tensor], scale: float, call: Accepted,
-    ) -> None:  # fmt: skip
-        """Keep a call of C++ kernels that has been run, so that calls like it skip all that is decided here."""
-        if key in self._replays:
-            return
-        if len(self._replays) >= 1024:
-            self._replays.clear()
-        assert call.traced is not None
-        read = {s.name: t for s, t in zip(call.traced.tables, tables, strict=True)}
-        rest = scale, call.q_grid, call.k_grid, call.traced.text, call.backend, self.tune, None
-        self._replays[key] = replay.record(given, names, self._rows, rows, read, call.layout, found, rest)
+    def _remember(self, key: Any, record: Callable[[], replay.Replay | None]) -> None:
+        """Keep a call of a C++ kernel that has been run, so that calls like it skip all that is decided here."""
+        if key not in self._replays:
+            if len(self._replays) >= 1024:
+                self._replays.clear()
+            self._replays[key] = record()
 
     def _accepted(
         self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], sizes: Tensor | None, past: bool
@@ -284,7 +293,7 @@ class Operator:
         return found
 
     def _accept(self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], sizes: Tensor | None) -> Accepted:
-        q, k, v = _three(rows)
+        q, k, v = layouts.three(rows)
         name = self.source.name
         check_rows(name, self.heads, q, k, v)
         backend = self._backend(q.device.type)
@@ -364,7 +373,7 @@ class Operator:
         assert call.traced is not None and call.traced.core is not None
         core, inner = call.traced.core, replace(call, traced=call.traced.core)
         named = {s.name: t for s, t in zip(call.traced.tables, tables, strict=True)}
-        grids, qkv = (call.q_grid, call.k_grid), _three(rows)
+        grids, qkv = (call.q_grid, call.k_grid), layouts.three(rows)
         known = None if sizes is None else regions.known(sizes, core.program, grids, qkv)
 
         def run(r: tuple[Tensor, ...], t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -467,12 +476,6 @@ class Operator:
 
 
 _COMPILER = has_compiler()
-
-
-def _three(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, of three tensors or of one that holds them."""
-    q, k, v = rows if len(rows) == 3 else rows[0].unbind(0)
-    return q, k, v
 
 
 def _no_pad(name: str, rows: tuple[Tensor, ...]) -> Tensor:

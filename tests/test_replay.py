@@ -62,13 +62,13 @@ def _close(found: Tensor, truth: Tensor, what: str) -> None:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One True for each kernel run by a replay."""
     runs: list[bool] = []
-    plain = replay._Plan.__call__
+    plain = replay.Plan.__call__
 
     def counted(plan: Any, addresses: list[int]) -> None:
         runs.append(True)
         plain(plan, addresses)
 
-    monkeypatch.setattr(replay._Plan, "__call__", counted)
+    monkeypatch.setattr(replay.Plan, "__call__", counted)
     return runs
 
 
@@ -231,3 +231,46 @@ def test_nothing_of_a_call_stays_in_memory(replayed: list[bool]) -> None:
     del x, bias
     gc.collect()
     assert [g() for g in gone] == [None, None]
+
+
+@attnc.mechanism
+def _turned(q: Any, k: Any, v: Any) -> Any:
+    return attnc.channel_attend(v, q, k)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mechanism", [patterns.channel(), _turned()], ids=["channel", "turned"])
+def test_channel_attention(mechanism: Any, packed: bool, replayed: list[bool]) -> None:
+    options = {"layout": "b x (three h d)", "heads": 2} if packed else {"layout": "b x h d"}
+    op, meaning = (make(mechanism, **options) for make in (attnc.compile, attnc.reference))
+    for turn in range(3):
+        given = [torch.randn(2, 20, 3 * 2 * 8)] if packed else [torch.randn(2, 20, 2, 8) for _ in range(3)]
+        for t in given:
+            t.requires_grad_()
+        exact = [*map(_double, given)]
+        truth, out = meaning(*exact), op(*given)
+        with torch.no_grad():
+            assert torch.equal(op(*given), out)
+        _close(out, truth, f"out {turn}")
+        weight = torch.randn_like(out)
+        wanted = torch.autograd.grad(truth, exact, weight.double())
+        for a, b in zip(torch.autograd.grad(out, given, weight, retain_graph=True), wanted, strict=True):
+            _close(a, b, f"gradient of turn {turn}")
+        with Heard() as heard:
+            again = torch.autograd.grad(out, given, weight)
+        assert "attnc.channel_backward.default" in heard.names
+        for a, b in zip(again, wanted, strict=True):
+            _close(a, b, f"gradient of turn {turn}, heard")
+    assert len(replayed) == 7
+
+
+def test_a_mechanism_of_two_steps_is_no_replay(replayed: list[bool]) -> None:
+    @attnc.mechanism
+    def two(q: Any, k: Any, v: Any) -> Any:
+        return attnc.channel_attend(q, k, attnc.channel_attend(k, q, v))
+
+    op, meaning = (make(two()) for make in (attnc.compile, attnc.reference))
+    for _ in range(2):
+        rows = [torch.randn(1, 2, 20, 8) for _ in range(3)]
+        _close(op(*rows), meaning(*map(_double, rows)), "out")
+    assert not replayed

@@ -47,6 +47,7 @@ struct Forward {
     static constexpr int QW = words(D), QP = up(QW, L);     // words of a row of q or k
     real odd_keys[2 * QP];
     int odd;                // keys that are in no panel
+    alignas(REGISTER) real odd_scores[2][BATCH];    // theirs with the queries at hand
     int batch;              // the first query whose scores are at hand
     element* out;
     static constexpr int64_t STRIDE = CHUNK + L;      // of rows of scores: a power of two would make stores look like later loads
@@ -125,12 +126,11 @@ struct Forward {
             default: if constexpr (ROWS > 5) return score_rows<6>(finished, n, i, j, b, b_row, elements, best);
         }
     }
-    // The same for the one or two keys after the last whole vector, which a vector of their own would mostly waste: sums over lanes of
-    // channels, of m queries from i on.
-    __attribute__((noinline)) void odd_scores(int i, int m, const real* const (*elements)[LOADS + 1], V* best) const {
+    // Scores of the one or two keys after the last whole vector, which a vector of their own would mostly waste: sums over lanes of
+    // channels, of m queries from i on, to `odd_scores`, where lanes are queries.
+    __attribute__((noinline)) void score_odd(int i, int m, const real* const (*elements)[LOADS + 1]) {
         const Numbers numbers = this->numbers;
         const int j = here->keys.count - odd;
-        alignas(REGISTER) real dot[2][L];
         for (int g = 0; g < m; g += L) {
             for (int t = 0; t < odd; t++) {
                 V s[L];
@@ -139,17 +139,29 @@ struct Forward {
                     const V y = load(odd_keys + t * QP + d);
                     UNROLL for (int r = 0; r < L; r++) s[r] = multiply_add(load(q_row[i + g + r] + d), y, s[r]);
                 }
-                store(dot[t], fold_rows<L>(s, [](V a, V b) { return a + b; }));
+                store(odd_scores[t] + g, fold_rows<L>(s, [](V a, V b) { return a + b; }));
             }
-            for (int r = g; r < min(g + L, m); r++) {
-                V x = splat(dot[0][r - g]);
-                if (odd > 1) x = select(lanes() < splat_integer(1), x, splat(dot[1][r - g]));
-                if constexpr (!PLAIN_SCORE) x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j, x);
-                x = select(lanes() < splat_integer(odd), x, splat(-INF));
-                best[r] = larger(best[r], x);
-                store(scores_of(i + r) + j, x);
+            if constexpr (!PLAIN_SCORE) for (int r = g; r < min(g + L, m); r++) {
+                V x = splat(odd_scores[0][r]);
+                if (odd > 1) x = select(lanes() < splat_integer(1), x, splat(odd_scores[1][r]));
+                x = score(P, numbers, here->tile.terms[i + r], here->keys.terms, elements[r], j, x);
+                for (int t = 0; t < odd; t++) odd_scores[t][r] = x[t];
             }
         }
+    }
+    // The weights of these keys, of queries in lanes from r of the batch on, added to their sums and put into their rows.
+    INLINE V weigh_odd(int r, int m, V shift, V unit, V sum) {
+        const int j = here->keys.count - odd;
+        for (int t = 0; t < odd; t++) {
+            const V e = exp2_vector(exponent(load(odd_scores[t] + r), shift, unit));
+            sum += e;
+            for (int l = 0; l < min(m - r, L); l++) {
+                real* const row = scores + (r + l) * STRIDE;
+                if constexpr (WORD == 1) row[j + t] = e[l];
+                else { element* const to = (element*)row + j; to[t] = put(e[l]); if (odd == 1) to[1] = 0; }
+            }
+        }
+        return sum;
     }
     // Products in `scores` of queries i .. i + m - 1 and the keys [from, to) become scores, -inf where a query does not see a key.
     __attribute__((noinline)) void check_rows(int i, int m, int from, int to, bool plain, const real* const (*elements)[LOADS + 1], V* best) const {
@@ -265,9 +277,11 @@ struct Forward {
             score_panels(i + r, n, sight, elements + r, fold + r);
             if (last) look_ahead();
         }
-        if (D % (WORD * L) == 0 && odd) odd_scores(i, m, elements, fold);
+        if (odd) score_odd(i, m, elements);
         for (int g = 0; g < m; g += L) {
-            const V top = fold_rows<L>((const V(&)[L])fold[g], bigger), old = load(maximum + i + g);
+            V top = fold_rows<L>((const V(&)[L])fold[g], bigger);
+            for (int t = 0; t < odd; t++) top = larger(top, load(odd_scores[t] + g));
+            const V old = load(maximum + i + g);
             const V now = larger(old, PLAIN_SCORE ? top * splat(numbers.scale_log2e) : top);
             if constexpr (SOFTMAX) store(factor + g, exp2_vector((old - now) * splat(PLAIN_SCORE ? 1 : LOG2E)));
             store(maximum + i + g, select(lanes() < splat_integer(m - g), now, old));
@@ -275,7 +289,7 @@ struct Forward {
         for (int r = 0, n; r < m; r += n) {
             n = share(m - r, ROWS);
             const Sight& sight = sights[r];
-            const int from = sight.run.begin / L * L, to = up(sight.run.end, L);
+            const int from = sight.run.begin / L * L, to = odd ? here->keys.count - odd : up(sight.run.end, L);
             const bool plain = sight.plain;
             for (int t = r; t < r + n; t++) {
                 real* const row = scores_of(i + t);
@@ -294,7 +308,9 @@ struct Forward {
             }
         }
         for (int g = 0; g < m; g += L) {
-            const V old = load(total + i + g), sum = SOFTMAX ? fold_rows<L>((const V(&)[L])fold[g], plus) + old * load(factor + g) : splat(1);
+            const V old = load(total + i + g);
+            V sum = splat(1);
+            if constexpr (SOFTMAX) sum = weigh_odd(g, m, load(maximum + i + g), unit, fold_rows<L>((const V(&)[L])fold[g], plus) + old * load(factor + g));
             store(inverse + g, select(sum > V{}, splat(1) / sum, select(sum <= V{}, V{}, sum)));      // 0 of no weights, NaN of a NaN
             store(total + i + g, select(lanes() < splat_integer(m - g), sum, old));
             if constexpr (!SOFTMAX) store(factor + g, splat(1));
@@ -372,7 +388,8 @@ struct Forward {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || D % (WORD * L) || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            if (odd > 2 || keys.count < L || D % (WORD * L) || !SOFTMAX || POST || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+@DROPOUT@            odd = 0;
             for (int t = 0; t < odd; t++) load_words<D>(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * QP);
             keys.pack_words<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);
             keys.gather_words<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);

@@ -213,7 +213,7 @@ def backward(
     return cpp_host.run_backward(run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, call.tables, call.into)
 
 
-def _channel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:
+def channel_kernel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:
     """The built kernel, after a look at the shapes."""
     dtype = str(q.dtype).removeprefix("torch.")
     if q.dim() != 4 or k.shape != v.shape or q.shape[:3] != k.shape[:3]:
@@ -239,7 +239,7 @@ def _channel_kernel(dtype: str, dim: int, key_dim: int, backward: bool) -> Any:
 def channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """S[i, j] = scale * sum_n q[n, i] k[n, j]; out[n, i] = sum_j softmax_j(S)[i, j] v[n, j]. Tensors [B, H, N, channels]."""
     out = empty_like_order(q, q.shape[-1])
-    cpp_host.run_channel(_channel(q, k, v, False), scale, {"q": q, "k": k, "v": v, "out": out})
+    cpp_host.run_channel(channel_kernel(q, k, v, False), scale, {"q": q, "k": k, "v": v, "out": out})
     return out
 
 
@@ -247,5 +247,5 @@ def channel_backward(q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Te
     """dq, dk, dv."""
     dq, dk, dv = (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
-    cpp_host.run_channel(_channel(q, k, v, True), scale, tensors)
+    cpp_host.run_channel(channel_kernel(q, k, v, True), scale, tensors)
     return dq, dk, dv

@@ -156,3 +156,9 @@ def rows_undone(rows: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
 
 def _inverse(order: tuple[int, ...]) -> list[int]:
     return [order.index(d) for d in range(len(order))]
+
+
+def three(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, of three tensors or of one that holds them."""
+    q, k, v = rows if len(rows) == 3 else rows[0].unbind(0)
+    return q, k, v
