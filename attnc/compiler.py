@@ -252,10 +252,12 @@ class Operator:
             accepted = replace(accepted, traced=traced)
             tables = {**tables, TABLE: around.seed_table(dropout_p, seed, rows[0].device)}
         ordered = [tables[s.name] if s.name in tables else _no_pad(s.name, rows) for s in traced.tables]
-        run = self._run if traced.core is None or accepted.backend == "eager" else self._surrounded
+        whole = traced.core is None or accepted.backend == "eager"
+        whole |= accepted.backend == "cpp" and sized is None and around.within(traced.attend)
+        run = self._run if whole else self._surrounded
         out, lse = run(past, rows, ordered, scale, accepted, sized)
         shaped = layouts.from_rows(out, accepted.layout)
-        if like is not None and accepted.backend == "cpp" and traced.core is None and not self._warned:
+        if like is not None and accepted.backend == "cpp" and whole and not self._warned:
             read = {s.name: t for s, t in zip(traced.tables, ordered, strict=True)}
             rest = scale, accepted.q_grid, accepted.k_grid, traced.text, accepted.backend, self.tune, None
             self._remember(
@@ -358,6 +360,8 @@ class Operator:
             if not self._warned:
                 warnings.warn(f"{e} Falling back to backend='torch'.", stacklevel=3)
                 self._warned = True
+            if call.traced.core is not None:
+                return self._surrounded(past, rows, tables, scale, replace(call, backend="torch"), sizes)
             return direct.attend(past, *args, "torch", False, sizes)
 
     def _surrounded(

@@ -25,6 +25,12 @@ def core(a: ir.Attend) -> ir.Attend:
     return replace(a, normalizer=norm, q_map=None, k_map=None)
 
 
+def within(a: ir.Attend) -> bool:
+    """C++ kernels do all that surrounds the statement's core: only rows of unit length, and softmax over keys."""
+    maps = [m for m in (a.q_map, a.k_map) if m is not None]
+    return a.normalizer.sink is None and a.normalizer.over == "keys" and all(m.kind == "l2norm" for m in maps)
+
+
 def core_program(p: ir.Program) -> ir.Program:
     """The program of the core of its statement."""
     return replace(p, attend=core(p.attend)) if isinstance(p.attend, ir.Attend) else p
@@ -35,6 +41,15 @@ def unit_rows(rows: Tensor, eps: float) -> Tensor:
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide / length.clamp_min(eps)).to(rows.dtype)
+
+
+def unit_rows_gradient(rows: Tensor, eps: float, gradient: Tensor) -> Tensor:
+    """Of `rows`, from that of unit_rows(rows, eps)."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    unit, g = wide / length.clamp_min(eps), gradient.to(wide.dtype)
+    along = torch.where(length < eps, 0.0, (unit * g).sum(-1, keepdim=True))
+    return ((g - unit * along) / length.clamp_min(eps)).to(gradient.dtype)
 
 
 def turned_channels(rows: Tensor, places: list[Tensor], base: float, interleaved: bool) -> Tensor:

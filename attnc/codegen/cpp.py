@@ -19,7 +19,7 @@ from attnc import ir
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.structure import Structure, analyse
 from attnc.codegen import around
-from attnc.codegen.cpp_expr import Printer, Terms, summands
+from attnc.codegen.cpp_expr import Printer, Terms, depends, summands
 from attnc.errors import UnsupportedError
 from attnc.ir import Expr
 from attnc.schedule.boxes import Kernel
@@ -57,7 +57,7 @@ class Spec:
     @property
     def structure(self) -> Structure:
         """Its normal form, as the geometry has it."""
-        return analyse(self.attend, self.same_grid, self.padded)
+        return analyse(around.core(self.attend), self.same_grid, self.padded)
 
     @property
     def same_grid(self) -> bool:
@@ -101,6 +101,7 @@ class Spec:
         a, s = self.attend, self.structure
         tokens = (self.program.queries, self.program.keys)
         simple = s.residual == ir.TRUE and a.post is None and not any(s.unknown) and not a.int_tables and a.normalizer == ir.SOFTMAX
+        simple &= a.q_map is None and a.k_map is None
         if not simple or s.flat or self.padded or any(t.prefix for t in tokens):
             return 0
         if not _plain_or_relative(a.score, s):
@@ -165,7 +166,7 @@ def refuse(spec: Spec) -> None:
     """Raise UnsupportedError for what this printer does not lower."""
     a = spec.attend
     way = 'backend "cpp" does not lower it; backend="eager" does'
-    assert a == around.core(a), "row maps and sinks surround the kernels"
+    assert around.within(a), "other row maps and sinks surround the kernels"
     if a.normalizer.over == "queries":
         raise UnsupportedError(
             f"pattern {a.name}: no C++ kernel is printed for softmax over queries; an operator (attnc.compile, any backend=) runs "
@@ -225,6 +226,7 @@ def describe(spec: Spec, backward: bool) -> list[str]:
         "",
         f"  keys of a query   {ir.show(a.relation)}",
         f"  score             {ir.show(a.score)}" + (f", weight times {ir.show(a.post)}" if a.post is not None else ""),
+        *(["                    of rows divided by their length"] if a.q_map is not None or a.k_map is not None else []),
         *(["                    weights are dropped out by a seed"] if a.dropout is not None else []),
         f"  per axis          {axes}; residual {ir.show(s.residual)}" + ("; axes flattened to one" if s.flat else ""),
         f"  shapes            head dim {spec.dim}, value dim {spec.value_dim}, {spec.dtype}; any grid, batch, heads, strides",
@@ -243,7 +245,8 @@ def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], bool
     post = None if a.post is None else _placed(spec, a.post)
     for e in (score, *(() if post is None else (post,))):
         for node in loads(e):
-            terms.load_number(node)
+            if backward or depends(node) != {"t"}:  # (what is one for a head is a term of it, and needs no more without gradients)
+                terms.load_number(node)
     pair = "const Problem& P, const Numbers& numbers, const QueryTerms& q, const KeyTerms& keys"
     vector = f"{pair}, const real* const* elements, int k"
     raw = "    const V raw = s * splat(numbers.scale);\n"
@@ -284,7 +287,20 @@ def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], bool
         function(f"V dropout({pair}, int k)", p.real(_placed(spec, a.dropout)))
     structs = _term_structs(p, offsets, once=a.dropout is not None) + _prefix_terms(spec, p)
     apart = [o[3] is None and "numbers." not in o[0] + o[1] for o in offsets]
-    return structs + "".join(out), [terms.tables.index(n.args[0]) for n in terms.loads], apart, "numbers." in structs, terms
+    hooks = _head_terms(p) + structs + "".join(out)
+    return hooks, [terms.tables.index(n.args[0]) for n in terms.loads], apart, "numbers." in structs, terms
+
+
+def _head_terms(p: Printer) -> str:
+    """What expressions need to know of a (batch, head)."""
+    head = p.terms.head
+    kinds = {"int": "integer", "bool": "bool", "real": "real"}
+    members = "".join(f" {kinds[e.kind]} {n};" for e, n in head.items())
+    body = "".join(f"    numbers.{n} = {p.at_point(e)};\n" for e, n in head.items())
+    return (
+        f"struct Numbers {{ real scale, scale_log2e; int64_t batch, head;{members} }};   // scale > 0: its sign is given to q\n"
+        f"INLINE void head_terms(const Problem& P, Numbers& numbers) {{\n{body}}}\n\n"
+    )
 
 
 def _term_structs(p: Printer, offsets: list[tuple[str, str, str, str | None]], once: bool) -> str:
@@ -379,6 +395,11 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
             f"constexpr bool POST = {flag(a.post is not None)};   // a factor of the weights\n",
             f"constexpr bool PLAIN_SCORE = {flag(plain)}, USES_SCORE = {flag(uses)}, "
             f"SCORE_SLOPE = {flag(slope != ir.const(1.0))};\n",
+            *(
+                f"constexpr bool UNIT_{n} = {flag(m is not None)}; constexpr real SHORTEST_{n} = {m.eps if m is not None else 0!r};"
+                f"   // rows of {n.lower()} are divided by their length\n"
+                for n, m in (("Q", a.q_map), ("K", a.k_map))
+            ),
             f"constexpr bool SOFTMAX = {flag(softmax)};\n",
             f"constexpr int RELU = {power};   // without softmax, weights are max(score, 0) to this power; 0: its sigmoid\n",
         ]

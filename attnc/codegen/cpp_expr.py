@@ -1,7 +1,9 @@
-"""Expressions as C++: what depends on the query only is computed once per query, on the key only once per key, the rest on vectors.
+"""Expressions as C++: what depends on the query only is computed once per query, on the key only once per key, on the head's table
+elements once per head, the rest on vectors.
 
-Names that the printed text uses: `P` (the problem), `numbers` (scale, batch, head), `q` (terms of one query), `keys` (arrays of
-terms of a chunk's keys), `k` (the first of L keys), `elements[l]` (a row of table elements per load), `s` (q . k of L keys).
+Names that the printed text uses: `P` (the problem), `numbers` (scale, batch, head, its terms), `q` (terms of one query),
+`keys` (arrays of terms of a chunk's keys), `k` (the first of L keys), `elements[l]` (a row of table elements per load), `s` (q . k
+of L keys).
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ class Text:
 
 @dataclass
 class Terms:
-    """What a kernel's expressions share: terms per query and per key, loads, and where tables lie in the problem."""
+    """What a kernel's expressions share: terms per head, query and key, loads, and where tables lie in the problem."""
 
     axes: tuple[str, ...]
     tables: tuple[str, ...]
     int_tables: tuple[str, ...]
+    head: dict[Expr, str] = field(default_factory=dict)
     query: dict[Expr, str] = field(default_factory=dict)
     key: dict[Expr, str] = field(default_factory=dict)
     loads: list[Expr] = field(default_factory=list)
@@ -134,7 +137,7 @@ class Printer:
         if e.op == "coord":
             return f"c[{e.args[1]}]"
         inner = [self.at_point(c) for c in e.children]
-        return self._int_load(e, inner) if e.op == "load" else _scalar_op(e, inner)
+        return self._load(e, inner) if e.op == "load" else _scalar_op(e, inner)
 
     def of_pair(self, e: Expr) -> str:
         """One value for the query of `q` and key number k."""
@@ -147,12 +150,13 @@ class Printer:
         if d == {"k"}:
             return f"keys.{self.terms.name(e, self.terms.key)}[k]"
         inner = [self.of_pair(c) for c in e.children]
-        return self._int_load(e, inner) if e.op == "load" else _scalar_op(e, inner)
+        return self._load(e, inner) if e.op == "load" else _scalar_op(e, inner)
 
-    def _int_load(self, e: Expr, indices: list[str]) -> str:
-        t = self.terms.int_tables.index(e.args[0])
-        total = " + ".join(f"{x} * P.int_tables[{t}].stride[{d}]" for d, x in enumerate(indices)) or "0"
-        return f"at(P.int_tables[{t}], {total})"
+    def _load(self, e: Expr, indices: list[str]) -> str:
+        group, names = ("tables", self.terms.tables) if e.kind == "real" else ("int_tables", self.terms.int_tables)
+        table = f"P.{group}[{names.index(e.args[0])}]"
+        total = " + ".join(f"{x} * {table}.stride[{d}]" for d, x in enumerate(indices)) or "0"
+        return f"at({table}, {total})"
 
     # ------------------------------------------------------------------------------------------------------------ L keys at once
     def vector(self, e: Expr) -> Text:
@@ -162,9 +166,11 @@ class Printer:
             return Text(leaf, e.kind, False)
         if e.op == "score":
             return Text("raw", "real", True)
+        d = depends(e)
+        if d == {"t"}:
+            return Text(f"numbers.{self.terms.name(e, self.terms.head)}", e.kind, False)
         if e.op == "load" and e.kind == "real":
             return Text(f"load(elements[{self.terms.load_number(e)}] + k)", "real", True)
-        d = depends(e)
         if d <= {"q"}:
             return Text(f"q.{self.terms.name(e, self.terms.query)}", e.kind, False)
         if d == {"k"}:

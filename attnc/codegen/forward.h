@@ -369,7 +369,7 @@ struct Forward {
         real* lse = corner(P.lse, P.lse_layout, b, h);
         for (int i = 0; i < tile.queries; i++) {
             const element* row = q_corner + here->q_offset[i];
-            if (WORD * sizeof(element) == sizeof(real) && D % WORD == 0 && P.q_layout.channel == 1 && P.scale > 0) q_row[i] = (const real*)row;
+            if (!UNIT_Q && WORD * sizeof(element) == sizeof(real) && D % WORD == 0 && P.q_layout.channel == 1 && P.scale > 0) q_row[i] = (const real*)row;
             else {
                 load_query_words(P, row, q + i * DP);
                 q_row[i] = q + i * DP;
@@ -390,8 +390,8 @@ struct Forward {
             odd = keys.count % L;
             if (odd > 2 || keys.count < L || D % (WORD * L) || !SOFTMAX || POST || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
 @DROPOUT@            odd = 0;
-            for (int t = 0; t < odd; t++) load_words<D>(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * QP);
-            keys.pack_words<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);
+            for (int t = 0; t < odd; t++) keys.load_key(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * QP);
+            keys.pack_words(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);
             keys.gather_words<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v);
             masks.aim(tile, keys);
             loads.aim(P, numbers, tile, keys, nullptr);

@@ -80,10 +80,9 @@ inline void coordinates(const Box& box, int a, int64_t first, int64_t step, int6
 }
 
 // An element of an integer table; an offset outside of it (of a pair that is not there) is moved inside.
+INLINE real at(const Table& t, int64_t offset) { return t.data[min(max<int64_t>(offset, 0), t.last)]; }
 INLINE integer at(const IntTable& t, int64_t offset) { return t.data[min(max<int64_t>(offset, 0), t.last)]; }
 inline I at(const IntTable& t, I offset) { I x; for (int i = 0; i < L; i++) x[i] = at(t, offset[i]); return x; }
-
-struct Numbers { real scale, scale_log2e; int64_t batch, head; };   // scale > 0: its sign is given to q
 
 @SCORE@
 
@@ -201,16 +200,31 @@ struct Tile {
 // The scale's sign goes to q, so that a larger product always is a larger score; a scale of 0 makes q 0.
 INLINE Numbers numbers_of(const Problem& P, const Tile& t) {
     const double scale = P.scale < 0 ? -P.scale : P.scale > 0 ? P.scale : 1;
-    return {real(scale), real(scale * 1.4426950408889634), t.batch, t.head};
+    Numbers numbers{real(scale), real(scale * 1.4426950408889634), t.batch, t.head};
+    head_terms(P, numbers);
+    return numbers;
+}
+// A row of q or k divided by its length, rounded as the backward finds it.
+INLINE void unit_row(real* row, real shortest) {
+    V squares{};
+    for (int d = 0; d < DP; d += L) { const V x = load(row + d); squares += x * x; }
+    const real length = sqrt(sum(squares));
+    const V divisor = splat(length < shortest ? shortest : length);
+    element rounded[L];
+    for (int d = 0; d < DP; d += L) {
+        store_elements(rounded, load(row + d) / divisor);
+        store(row + d, load_elements(rounded));
+    }
 }
 INLINE void load_query(const Problem& P, const element* src, real* dst) {
     load_row<D>(src, P.q_layout.channel, dst);
+    if constexpr (UNIT_Q) unit_row(dst, SHORTEST_Q);
     if (!(P.scale > 0)) for (int d = 0; d < D; d++) dst[d] = P.scale < 0 ? -dst[d] : 0;
 }
 // the same as words
 INLINE void load_query_words(const Problem& P, const element* src, real* dst) {
     if constexpr (WORD == 1) return load_query(P, src, dst);
-    if (P.scale > 0) return load_words<D>(src, P.q_layout.channel, dst);
+    if (P.scale > 0 && !UNIT_Q) return load_words<D>(src, P.q_layout.channel, dst);
     real row[DP];
     load_query(P, src, row);
     narrow_row<D>(row, dst);
@@ -310,25 +324,38 @@ struct Keys {
         }
         memset(dst + rows * P, 0, sizeof(real) * (up(rows, L) - rows) * P);
     }
+    // a row of k as words
+    INLINE void load_key(const element* src, int64_t channel, real* dst) const {
+        if constexpr (!UNIT_K) return load_words<D>(src, channel, dst);
+        alignas(REGISTER) real row[DP];
+        load_row<D>(src, channel, row);
+        unit_row(row, SHORTEST_K);
+        if constexpr (WORD == 1) memcpy(dst, row, sizeof row);
+        else narrow_row<D>(row, dst);
+    }
     // The same as panels, without the last `but` keys. `rows`: memory for rows that are no whole vectors where they lie.
     template <int W> __attribute__((noinline)) void pack(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
-        if (!PADDED && W % L == 0 && channel == 1)
+        if (!PADDED && !UNIT_K && W % L == 0 && channel == 1)
             pack_rows<W>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load_elements(src + offset[i] + d); });
         else {
             gather<W>(src, channel, offset, pad, rows);
+            if constexpr (UNIT_K) for (int i = 0; i < count; i++) unit_row(rows + i * DP, SHORTEST_K);
             pack_panels<W>(panels, rows, count - but);
         }
     }
-    // Panels of words.
-    template <int W> INLINE void pack_words(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
-        if constexpr (WORD == 1) return pack<W>(src, channel, offset, pad, rows, panels, but);
-        constexpr int N = words(W), P = up(N, L);
-        if (!PADDED && N % L == 0 && channel == 1)
+    // Panels of words of k.
+    INLINE void pack_words(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
+        if constexpr (WORD == 1) return pack<D>(src, channel, offset, pad, rows, panels, but);
+        constexpr int N = words(D), P = up(N, L);
+        if (!PADDED && !UNIT_K && N % L == 0 && channel == 1)
             return pack_rows<N>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load((const real*)(src + offset[i]) + d); });
         const int all = count;
+        real pad_row[DP] = {};
+        if (PADDED) memcpy(pad_row, pad, sizeof(real) * D);
+        if (PADDED && UNIT_K) unit_row(pad_row, SHORTEST_K);
         for (int i = 0; i < all; i++) {
-            if (PADDED && !real_key[i]) narrow_row<W>(pad, rows + i * P);
-            else load_words<W>(src + offset[i], channel, rows + i * P);
+            if (PADDED && !real_key[i]) narrow_row<D>(pad_row, rows + i * P);
+            else load_key(src + offset[i], channel, rows + i * P);
         }
         pack_panels<N>(panels, rows, count - but);
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.codegen import cpp_host
+from attnc.codegen.around import core_program, unit_rows, unit_rows_gradient
 from attnc.codegen.cpp import ELEMENTS, Spec, channel_source, kernels_version, refuse, source
 from attnc.codegen.cpp_module import axis_tables
 from attnc.errors import BuildError, ShapeError, UnsupportedError
@@ -144,12 +145,17 @@ def _choice(spec: Spec, geometry: Geometry, backward: bool, items: int, threads:
 
 def tunable(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuner.Tunable:
     """What `attnc.tune` may measure of a call."""
-    return _tunable(_check(call, q, k, v), call.geometry, *_size(q, k, backward))
+    return _tunable(_check(_direction(call, backward), q, k, v), call.geometry, *_size(q, k, backward))
 
 
 def _size(q: Tensor, k: Tensor, backward: bool) -> tuple[bool, int, int]:
     """The direction, its (batch, head) pairs, and threads: what choices depend on besides the statement and the grid."""
     return backward, q.shape[0] * (k if backward else q).shape[1], torch.get_num_threads()
+
+
+def _direction(call: Call, backward: bool) -> Call:
+    """The call as its kernel takes it: a backward's gets rows of unit length, where the statement asks for them."""
+    return replace(call, program=core_program(call.program)) if backward else call
 
 
 def _check(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Spec:
@@ -180,7 +186,7 @@ def planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tupl
     key = backward, q.dtype, q.shape[-1], v.shape[-1], torch.get_num_threads(), tuner.version(), call.choice, call.continues
     found = call.kept.get(key)
     if found is None or not (q.is_cpu and k.is_cpu and v.is_cpu and q.dtype == k.dtype == v.dtype):
-        spec = _check(call, q, k, v)
+        spec = _check(_direction(call, backward), q, k, v)
         size = _size(q, k, backward)
         choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
         if call.continues:
@@ -210,7 +216,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """dq, dk, dv and the gradients of tables."""
     run, ready = planned(call, q, k, v, True)
-    return cpp_host.run_backward(run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, call.tables, call.into)
+    maps, tables = (call.attend.q_map, call.attend.k_map), call.tables
+    if maps == (None, None):
+        return cpp_host.run_backward(run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, tables, call.into)
+    unit_q, unit_k = (t if m is None else unit_rows(t, m.eps) for t, m in zip((q, k), maps, strict=True))
+    if maps[1] is not None and "pad_k" in tables:
+        tables = {**tables, "pad_k": unit_rows(tables["pad_k"], maps[1].eps)}
+    dq, dk, dv, sums = cpp_host.run_backward(run, ready, unit_q, unit_k, v, out, lse, grad_out, grad_lse, call.scale, tables)
+    dq, dk = (g if m is None else unit_rows_gradient(t, m.eps, g) for t, m, g in zip((q, k), maps, (dq, dk), strict=True))
+    if maps[1] is not None and "pad_k" in tables:
+        sums["pad_k"] = unit_rows_gradient(call.tables["pad_k"], maps[1].eps, sums["pad_k"])
+    return dq, dk, dv, sums
 
 
 def channel_kernel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc import ir
 from attnc.analysis.structure import keep_proofs
+from attnc.codegen.around import core_program
 from attnc.errors import UnsupportedError
 from attnc.runtime import over_queries, proofs, regions, tuner
 from attnc.runtime.call import Call, empty_like_order, in_order, lse_like
@@ -130,7 +131,8 @@ def _parts(
         cuts = {n: (d, mine) for n, d in r.cut} | dict.fromkeys(("pad_k", "pad_v"), (0, keys))
         cuts = {n: at for n, at in cuts.items() if n in named and named[n][at[0]] > 1} if len(runs) > 1 else {}
         spoken = [_with_heads(p, heads) for p in r.parts]
-        parts.append(_Part(mine, keys, tuple((p, geometry(p, q_grid, k_grid), table_names(p), {}) for p in spoken), cuts))
+        shapes_of = [(p, geometry(core_program(p), q_grid, k_grid), table_names(p)) for p in spoken]
+        parts.append(_Part(mine, keys, tuple((*s, {}) for s in shapes_of), cuts))
     return names, tuple(parts)
 
 

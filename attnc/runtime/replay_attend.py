@@ -55,7 +55,8 @@ class AttendReplay(Replay):
     backwards: dict[tuple[int, ...], tuple[Plan, Ready]] = field(default_factory=dict)  # by the strides of the output's gradient
 
     def differentiable(self, return_lse: bool) -> bool:
-        return not return_lse and not any(n in PADS for n, _, _ in self.read)
+        maps = self.call.attend.q_map, self.call.attend.k_map
+        return not return_lse and maps == (None, None) and not any(n in PADS for n, _, _ in self.read)
 
     def _addresses(self, tensors: tuple[Tensor, ...]) -> list[int]:
         """Of q, k and v, or of their gradients."""
