@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 
+import torch
 from torch import Tensor
 
 from attnc import ir
@@ -202,10 +203,15 @@ class Operator:
         seed one is drawn from torch's default generator.
         """
         given = (*(t for t in (q, k, v) if t is not None), *tables.values())
-        past, like = direct.alone(given), None
-        if past and sizes is None and not dropout_p and seed is None:
-            like = grid if isinstance(grid, int | tuple | None) else str(grid), scale, return_lse, *tables
-            known = self._replays.get(replay.key(given, *like))
+        past, key = direct.alone(given), None
+        if past and sizes is None and not dropout_p and seed is None and self._backend(q.device.type) == "cpp":
+            at = grid if isinstance(grid, int | tuple | None) else str(grid)
+            key = replay.key(given, at, scale, return_lse, *tables)
+            if key not in self._replays and torch.is_grad_enabled() and any(t.requires_grad for t in given):
+                first: Callable[..., Any] = self.__call__
+                with torch.no_grad():  # recorded before it counts: a checkpoint that runs it again must find as many tensors saved
+                    first(q, k, v, scale=scale, return_lse=return_lse, grid=grid, **tables)
+            known = self._replays.get(key)
             done = known(given, return_lse) if known is not None else None
             if done is not None:
                 return done
@@ -232,13 +238,9 @@ class Operator:
             for _, (a, b, c) in self._graph.steps:
                 values.append(direct.channel(past, values[a], values[b], values[c], scale, accepted.backend))
             out = layouts.from_rows(values[self._graph.result], accepted.layout)
-            if like is not None and accepted.backend == "cpp":
-                self._remember(
-                    replay.key(given, *like),
-                    lambda: record_channel(
-                        given, self._rows, rows, self._graph.steps, accepted.layout, out, scale, accepted.backend
-                    ),
-                )
+            if key is not None:
+                steps, layout = self._graph.steps, accepted.layout
+                self._record(key, record_channel, given, self._rows, rows, steps, layout, out, scale, accepted.backend)
             return out
         traced = accepted.traced
         assert traced is not None
@@ -257,22 +259,20 @@ class Operator:
         run = self._run if whole else self._surrounded
         out, lse = run(past, rows, ordered, scale, accepted, sized)
         shaped = layouts.from_rows(out, accepted.layout)
-        if like is not None and accepted.backend == "cpp" and whole and not self._warned:
+        if key is not None:
             read = {s.name: t for s, t in zip(traced.tables, ordered, strict=True)}
             rest = scale, accepted.q_grid, accepted.k_grid, traced.text, accepted.backend, self.tune, None
-            self._remember(
-                replay.key(given, *like),
-                lambda: record_attend(given, tuple(tables), self._rows, rows, read, accepted.layout, (shaped, lse), rest),
-            )
+            recorder = record_attend if whole and not self._warned else _no_replay
+            self._record(key, recorder, given, tuple(tables), self._rows, rows, read, accepted.layout, (shaped, lse), rest)
         return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
-    def _remember(self, key: Any, record: Callable[[], replay.Replay | None]) -> None:
+    def _record(self, key: Any, recorder: Callable[..., replay.Replay | None], *args: Any) -> None:
         """Keep a call of a C++ kernel that has been run, so that calls like it skip all that is decided here."""
         if key not in self._replays:
             if len(self._replays) >= 1024:
                 self._replays.clear()
-            self._replays[key] = record()
+            self._replays[key] = recorder(*args)
 
     def _accepted(
         self, rows: tuple[Tensor, ...], grid: GridLike, tables: dict[str, Tensor], sizes: Tensor | None, past: bool
@@ -480,6 +480,10 @@ class Operator:
 
 
 _COMPILER = has_compiler()
+
+
+def _no_replay(*_: Any) -> None:
+    """Nothing of a call is kept that is more than one kernel, or fell back to another backend."""
 
 
 def _no_pad(name: str, rows: tuple[Tensor, ...]) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from heard import Heard
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc import patterns
@@ -226,7 +227,7 @@ def test_nothing_of_a_call_stays_in_memory(replayed: list[bool]) -> None:
     op, x, bias = _window()
     op(x, bias=bias.requires_grad_()).sum().backward()
     op(x, bias=bias).sum().backward()
-    assert len(replayed) == 2
+    assert len(replayed) == 4
     gone = [weakref.ref(t) for t in (x, bias)]
     del x, bias
     gc.collect()
@@ -261,7 +262,7 @@ def test_channel_attention(mechanism: Any, packed: bool, replayed: list[bool]) -
         assert "attnc.channel_backward.default" in heard.names
         for a, b in zip(again, wanted, strict=True):
             _close(a, b, f"gradient of turn {turn}, heard")
-    assert len(replayed) == 7
+    assert len(replayed) == 9
 
 
 def test_a_mechanism_of_two_steps_is_no_replay(replayed: list[bool]) -> None:
@@ -274,3 +275,16 @@ def test_a_mechanism_of_two_steps_is_no_replay(replayed: list[bool]) -> None:
         rows = [torch.randn(1, 2, 20, 8) for _ in range(3)]
         _close(op(*rows), meaning(*map(_double, rows)), "out")
     assert not replayed
+
+
+@pytest.mark.parametrize("mechanism", [False, True])
+def test_checkpoints_of_a_first_call(mechanism: bool) -> None:
+    op, meaning = (make(patterns.channel() if mechanism else patterns.window(3)) for make in (attnc.compile, attnc.reference))
+    options = {} if mechanism else {"grid": (6, 5)}
+    rows = [torch.randn(1, 2, 30, 8, requires_grad=True) for _ in range(3)]
+    for _ in range(2):
+        out = checkpoint(lambda *r: op(*r, **options).square(), *rows, use_reentrant=False)
+        exact = [*map(_double, rows)]
+        wanted = torch.autograd.grad(meaning(*exact, **options).square().sum(), exact)
+        for a, b in zip(torch.autograd.grad(out.sum(), rows), wanted, strict=True):
+            _close(a, b, "gradient")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnc.runtime import direct, tuner
 
+CPU = torch.device("cpu")
 Given = tuple[Tensor, ...]  # what the user gives: q, k and v, or the one tensor that holds them, then tables
 
 

@@ -14,7 +14,7 @@ from attnc.codegen.cpp_host import PADS, Ready, real_of
 from attnc.runtime import cpp, operator
 from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.runtime.layout import Layout, rows_of_out, rows_undone, three
-from attnc.runtime.replay import Given, Plan, Replay
+from attnc.runtime.replay import CPU, Given, Plan, Replay
 
 BACKWARD = ("q", "k", "v", "out", "lse", "grad_out", "dq", "dk", "dv")  # the order of addresses
 
@@ -71,8 +71,8 @@ class AttendReplay(Replay):
         return [t if dtype is None else t.to(dtype).contiguous() for t, (_, _, dtype) in zip(tables, self.read, strict=True)]
 
     def run(self, given: Given) -> tuple[Tensor, Tensor]:
-        out = torch.empty_strided(*self.out, dtype=self.dtype)
-        lse = torch.empty(self.lse, dtype=real_of(self.dtype))
+        out = torch.empty_strided(*self.out, dtype=self.dtype, device=CPU)
+        lse = torch.empty(self.lse, dtype=real_of(self.dtype), device=CPU)
         tables = self._tables(given)
         self.forward([*self._addresses(given), out.data_ptr(), lse.data_ptr(), *[t.data_ptr() for t in tables]])
         return out, lse
@@ -88,7 +88,11 @@ class AttendReplay(Replay):
         if not ready.covers:
             for t in into if self.count == 1 else into[1:]:
                 t.zero_()
-        sums = {n: torch.zeros(t.shape, dtype=lse.dtype) for n, t in _named(self.read, tables).items() if n in ready.names[0]}
+        sums = {
+            n: torch.zeros(t.shape, dtype=lse.dtype, device=CPU)
+            for n, t in _named(self.read, tables).items()
+            if n in ready.names[0]
+        }
         kept = (out, lse, grad_out, *tables, *(sums[n] for n in ready.names[0]))
         o, s, g, *others = (t.data_ptr() for t in kept)
         plan([*self._addresses(given), o, s, g, *self._addresses(into), *others])

@@ -14,7 +14,7 @@ from attnc.codegen.cpp_host import ChannelProblem, channel_problem
 from attnc.runtime import cpp
 from attnc.runtime.call import empty_like_order
 from attnc.runtime.layout import Layout, rows_of_out, rows_undone, three
-from attnc.runtime.replay import Given, Plan, Replay
+from attnc.runtime.replay import CPU, Given, Plan, Replay
 
 WORDS = ctypes.c_uint64 * (ctypes.sizeof(ChannelProblem) // 8)
 
@@ -53,7 +53,7 @@ class ChannelReplay(Replay):
         return [rows[r] for r in self.roles]
 
     def run(self, given: Given) -> tuple[Tensor, ...]:
-        out = torch.empty_strided(*self.out, dtype=self.dtype)
+        out = torch.empty_strided(*self.out, dtype=self.dtype, device=CPU)
         self.forward([*self._addresses(given), out.data_ptr()])
         return (out,)
 
