@@ -166,12 +166,12 @@ def refuse(spec: Spec) -> None:
     """Raise UnsupportedError for what this printer does not lower."""
     a = spec.attend
     way = 'backend "cpp" does not lower it; backend="eager" does'
-    assert around.within(a), "other row maps and sinks surround the kernels"
     if a.normalizer.over == "queries":
         raise UnsupportedError(
             f"pattern {a.name}: no C++ kernel is printed for softmax over queries; an operator (attnc.compile, any backend=) runs "
             "it by the kernels of the statement with queries and keys exchanged"
         )
+    assert around.within(a), "other row maps and sinks surround the kernels"
     for name, dim in (("head dimension", spec.dim), ("value dimension", spec.value_dim)):
         if not 1 <= dim <= 256:
             raise UnsupportedError(f"pattern {a.name}: {name} {dim} is not between 1 and 256; {way}")
@@ -378,6 +378,7 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
     def flag(b: bool) -> str:
         return "true" if b else "false"
 
+    shortest = [0.0 if m is None else m.eps for m in (a.q_map, a.k_map)]
     numbers = "".join(
         [
             f"constexpr int D = {spec.dim}, DV = {spec.value_dim};   // channels of q and k, of v\n",
@@ -395,11 +396,9 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
             f"constexpr bool POST = {flag(a.post is not None)};   // a factor of the weights\n",
             f"constexpr bool PLAIN_SCORE = {flag(plain)}, USES_SCORE = {flag(uses)}, "
             f"SCORE_SLOPE = {flag(slope != ir.const(1.0))};\n",
-            *(
-                f"constexpr bool UNIT_{n} = {flag(m is not None)}; constexpr real SHORTEST_{n} = {m.eps if m is not None else 0!r};"
-                f"   // rows of {n.lower()} are divided by their length\n"
-                for n, m in (("Q", a.q_map), ("K", a.k_map))
-            ),
+            f"constexpr bool UNIT_Q = {flag(a.q_map is not None)}, UNIT_K = {flag(a.k_map is not None)};"
+            "   // rows are divided by their length, at least\n",
+            f"constexpr real SHORTEST_Q = {shortest[0]!r}, SHORTEST_K = {shortest[1]!r};\n",
             f"constexpr bool SOFTMAX = {flag(softmax)};\n",
             f"constexpr int RELU = {power};   // without softmax, weights are max(score, 0) to this power; 0: its sigmoid\n",
         ]
