@@ -185,3 +185,28 @@ def _evaluate(e: ir.Expr, leaves: dict[ir.Expr, Any]) -> Any:
     from attnc.analysis.evaluate import evaluate
 
     return evaluate(e, leaves, torch)
+
+
+JOINS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
+JOINS |= {"floordiv": np.floor_divide, "mod": np.mod}
+
+
+@pytest.mark.parametrize("op", JOINS)
+@draws.examples(30)
+@given(st.tuples(*[st.integers(-5, 5)] * 4))
+def test_ranges_of_what_joins_two_axes(op: str, numbers: tuple[int, ...]) -> None:
+    """Sums, products and bounds of what reads one axis each: the very ends. Of quotients and remainders: none is outside."""
+    a, b, c, d = numbers
+    y, x = (a * np.arange(3) + b)[:, None], (c * np.arange(4) + d)[None]
+    if op in ("floordiv", "mod") and (x == 0).any():
+        return  # refused
+    parts = [
+        ir.make("add", ir.make("mul", ir.const(n), coord), ir.const(more))
+        for n, coord, more in ((a, ir.coord("q", 0), b), (c, ir.coord("k", 1), d))
+    ]
+    found = bounds.Box(made(patterns.window(9), (3, 4)), 1, 1).of(ir.make(op, *parts))
+    values = JOINS[op](y, x)
+    if op in ("floordiv", "mod"):
+        assert found.low <= values.min() and values.max() <= found.high
+    else:
+        assert (found.low, found.high) == (values.min(), values.max())
