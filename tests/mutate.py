@@ -191,40 +191,46 @@ def drawn(number: int, seed: int) -> list[Site]:
     return chosen
 
 
-MEANT = "-k 'not cpp and not triton' backends pattern_grids pattern_scores patterns"
-FORMS = "-k 'not cpp and not triton' forms printed implied lift"
+PLAIN = "-k 'not cpp and not interpret'"  # nothing is compiled or interpreted
+MEANT = f"{PLAIN} backends pattern_grids pattern_scores patterns"
+FORMS = f"{PLAIN} forms printed implied lift"
+NO_TRITON = "-k 'not interpret'"
 BUILT = "-k cpp backends pattern_grids"
 CPP = "-k 'not compile and not shipped' cpp"
-TRITON = "-k '(interpreted or triton) and not compile' triton normalizers scores_on_every_grid parts dropout rotary emit_dropout"
 TESTS = {  # what a path begins with: the stages of its tests
-    "attnc/analysis/dropout": ["-k 'not cpp and not triton' dropout printed", "-k 'not triton' dropout"],
-    "attnc/analysis/derivative": ["-k 'not cpp and not triton' printed pattern_scores", f"{CPP} scores_on_every_grid"],
-    "attnc/analysis/evaluate": ["-k 'not cpp and not triton' forms normalizers lists", MEANT, "errors ir dropout"],
+    "attnc/analysis/dropout": [f"{PLAIN} dropout printed", f"{NO_TRITON} dropout"],
+    "attnc/analysis/derivative": [f"{PLAIN} printed pattern_scores", f"{CPP} scores_on_every_grid"],
+    "attnc/analysis/evaluate": [f"{PLAIN} forms normalizers", f"{PLAIN} lists ir dropout", MEANT, "errors"],
     "attnc/analysis/implied": ["implied", FORMS, "geometry explain", MEANT],
-    "attnc/analysis/lift": ["lift printed", FORMS, "-k 'not triton' lists compat_flex"],
-    "attnc/analysis/intervals": ["-k 'not cpp and not triton' lists", "-k 'not triton' lists explain"],
+    "attnc/analysis/lift": ["lift printed", FORMS, f"{NO_TRITON} lists compat_flex"],
+    "attnc/analysis/intervals": [f"{PLAIN} lists", f"{NO_TRITON} lists explain"],
     "attnc/analysis": [FORMS, "geometry explain cost", f"{MEANT} lists"],
     "attnc/schedule/boxes": ["printed", f"{CPP} report tuning", "bands"],
-    "attnc/schedule/bounds": ["-k 'ranges or refused or outside' geometry errors", f"{FORMS} geometry errors", MEANT, BUILT],
+    "attnc/schedule/bounds": [
+        "-k 'ranges or refused or outside or virtual' geometry errors",
+        f"{FORMS} geometry errors",
+        MEANT,
+        BUILT,
+    ],
     "attnc/schedule/geometry": ["printed geometry", f"{FORMS} cost report", f"{MEANT} explain errors", BUILT],
-    "attnc/schedule/list": ["-k 'not cpp and not triton' lists", "lists explain"],
-    "attnc/schedule/split": ["-k 'not cpp and not triton' parts", "-k 'not triton' parts explain", MEANT],
+    "attnc/schedule/list": [f"{PLAIN} lists", "lists explain"],
+    "attnc/schedule/split": [f"{PLAIN} parts", f"{NO_TRITON} parts explain", MEANT],
     "attnc/schedule/plan": ["explain", "cost cli"],
-    "attnc/schedule/tiles": ["printed cost report", "explain tuning_gpu", TRITON],
+    "attnc/schedule/tiles": ["printed cost report", "explain tuning_gpu", "-k interpret lists triton parts"],
     "attnc/report/issued": ["report cost", "explain", "emit gpu_static"],
     "attnc/codegen/triton_channel": ["printed", "-k channel emit davit"],
-    "attnc/codegen/triton": ["printed", TRITON],
-    "attnc/codegen/channel": ["cpp_channel", "-k channel cpp"],
-    "attnc/codegen/band": ["bands"],
+    "attnc/codegen/triton": ["printed", "-k interpret lists parts", "-k interpret triton normalizers dropout rotary emit_dropout"],
+    "attnc/codegen/channel": ["cpp_channel", "cpp_memory", "-k channel cpp"],
+    "attnc/codegen/band": ["cpp_memory", "bands"],
     "attnc/codegen/random": ["-k cpp dropout"],
     "attnc/codegen/lists": ["-k cpp lists", CPP],
-    "attnc/codegen/over_queries": ["-k 'not cpp and not triton' normalizers", "normalizers"],
-    "attnc/codegen/around": ["-k 'not cpp and not triton' normalizers rotary", "normalizers rotary"],
-    "attnc/codegen/eager": ["-k 'not cpp and not triton' normalizers backends", f"{MEANT} sizes"],
-    "attnc/codegen/torch": ["-k 'not cpp and not triton' lists backends", f"{MEANT} normalizers sizes regressions"],
-    "attnc/codegen/blocks": ["-k 'not cpp and not triton' backends", f"{MEANT} normalizers dropout sizes"],
+    "attnc/codegen/over_queries": [f"{PLAIN} normalizers", f"{NO_TRITON} normalizers"],
+    "attnc/codegen/around": [f"{PLAIN} normalizers rotary", "normalizers rotary"],
+    "attnc/codegen/eager": [f"{PLAIN} normalizers backends", f"{MEANT} sizes"],
+    "attnc/codegen/torch": [f"{PLAIN} lists backends", f"{MEANT} normalizers sizes regressions"],
+    "attnc/codegen/blocks": [f"{PLAIN} backends", f"{MEANT} normalizers dropout sizes"],
     "attnc/codegen/cpp": ["printed", CPP, f"{BUILT} lists dropout bands normalizers scores_on_every_grid sizes cache"],
-    "attnc/codegen": [CPP, f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
+    "attnc/codegen": [f"{CPP}_memory", CPP, f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
 }
 
 
