@@ -320,6 +320,15 @@ def test_virtual_rows_before_the_grid_move_the_index() -> None:
         op(q, q, q, where=torch.randn(7), **pads)
 
 
+def test_what_other_batch_items_may_not_see_is_not_looked_up_for_them() -> None:
+    op = compiled(
+        looked_up(at=lambda q, k: q.x * (attnc.BATCH + 1), when=lambda q, k: (attnc.BATCH == 0) & (q.x == k.x) & (q.x < 2)),
+        grid=(5, 6),
+    )
+    q = rows(30, batch=2)
+    assert op(q, q, q, where=torch.randn(2)).isfinite().all()
+
+
 def test_divisors_that_can_be_zero_are_refused() -> None:
     """Integer division by zero ends a C++ process."""
     q = rows(20)

@@ -121,6 +121,30 @@ def test_long_axes_without_a_form_stay_a_predicate() -> None:
     assert (short.axes[0].hi - short.axes[0].lo).max() == 4
 
 
+@pytest.mark.parametrize("n", [1, 5, 12])
+@pytest.mark.parametrize(
+    "p",
+    [
+        patterns.neighborhood(3, 2),
+        patterns.window(4, shift=1),
+        patterns.neighborhood(5, stride=3),
+        patterns.causal(),
+        patterns.full(),
+    ],
+    ids=str,
+)
+def test_inverse_ends_are_the_transposed_map(p: attnc.Pattern, n: int) -> None:
+    """Of each key of each residue class, and of no more keys than there are."""
+    a = made(p, (n,)).axes[0]
+    assert a.inverse_lo.shape == a.inverse_hi.shape == (a.split, -(-n // a.split))
+    for r in range(a.classes):
+        queries, keys = (range(a.count(length, r)) for length in (a.queries, a.keys))
+        for i in keys:
+            seen_by = [j for j in queries if a.lo[r, j] <= i <= a.hi[r, j]]
+            found = list(range(a.inverse_lo[r, i], a.inverse_hi[r, i] + 1))
+            assert found == seen_by
+
+
 def test_tightened_ends_are_monotone_and_hold_every_key() -> None:
     p = attnc.pattern(lambda q, k: (q.x * q.x // 9 == k.x * k.x // 9) | (k.x == 0))()
     for n in (1, 5, 17, 40):

@@ -204,6 +204,11 @@ def test_lists_are_sound_on_random_patterns(drawn: Any, data: Any) -> None:
             assert (truth[found == 2] == 2).all(), "a forbidden pair in a full block"
             assert (dense(lists.transposed()) == found.T).all()
             assert lists.visited <= lists.boxed
+            together = np.ones((1, 1), bool)  # tiles and blocks of one residue class on every axis
+            for a, b in zip(queries, keys, strict=True):
+                together = np.kron(together, a[:, None, 0] == b[None, :, 0])
+            assert not (found > 0)[~together].any()
+            assert lists.boxed <= together.sum()
 
 
 @attnc.pattern
