@@ -321,12 +321,12 @@ def test_virtual_rows_before_the_grid_move_the_index() -> None:
 
 
 def test_what_other_batch_items_may_not_see_is_not_looked_up_for_them() -> None:
-    op = compiled(
-        looked_up(at=lambda q, k: q.x * (attnc.BATCH + 1), when=lambda q, k: (attnc.BATCH == 0) & (q.x == k.x) & (q.x < 2)),
-        grid=(5, 6),
-    )
-    q = rows(30, batch=2)
-    assert op(q, q, q, where=torch.randn(2)).isfinite().all()
+    """Item 1 sees nothing, and what item 0 may not see does not count either."""
+    ahead = looked_up(at=lambda q, k: (k.x - q.x) * (1 - 2 * attnc.BATCH), when=lambda q, k: (attnc.BATCH == 0) & (q.x <= k.x))
+    op, q = compiled(ahead, grid=(5, 6)), rows(30, batch=2)
+    assert op(q, q, q, where=torch.randn(6)).isfinite().all()
+    with pytest.raises(ShapeError, match="comes to 5 for an allowed pair"):
+        op(q, q, q, where=torch.randn(5))
 
 
 def test_divisors_that_can_be_zero_are_refused() -> None:
