@@ -58,10 +58,17 @@ def test_counts_as_functions_of_the_sizes_are_those_of_the_tiling(p: attnc.Patte
             assert found == expected, (grid, side, tile)
 
 
+AXES = [
+    patterns.neighborhood(3, 2),
+    patterns.window(4, shift=1),
+    patterns.grid(3),
+    patterns.causal(),
+    attnc.pattern(lambda q, k: k.x >= q.x + 6)(),  # the last queries see nothing
+]
+
+
 @pytest.mark.parametrize("pad", [(0, 0), (5, 3), (2, 7)], ids=str)
-@pytest.mark.parametrize(
-    "p", [patterns.neighborhood(3, 2), patterns.window(4, shift=1), patterns.grid(3), patterns.causal()], ids=str
-)
+@pytest.mark.parametrize("p", AXES, ids=str)
 def test_a_walk_counts_what_its_tiles_visit(p: attnc.Pattern, pad: tuple[int, int]) -> None:
     """Tile by tile: chunks from the first key that a real row sees to the last, full ones those that every real row sees whole."""
     tokens = ir.Tokens((None,), 0, (pad,))

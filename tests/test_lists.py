@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from attnc.codegen.torch import LIMITS
 from attnc.compiler import has_compiler
 from attnc.schedule.boxes import pieces
 from attnc.schedule.geometry import Geometry, geometry
-from attnc.schedule.list_choice import Limits, Listed, listed
+from attnc.schedule.list_choice import Limits, Listed, box_work, listed
 from attnc.schedule.lists import BlockLists, Walk, cut
 from attnc.schedule.split import split
 
@@ -386,6 +387,15 @@ def test_interpreted_triton_walks_lists() -> None:
     assert set(told) == set(TRITON)
     assert not any(line.startswith("0 lists") for line in told.values()), told
     assert sum(int(line.split()[-2]) for line in told.values()) > 0, told
+
+
+def test_boxes_and_lists_are_weighed_alike() -> None:
+    """What is compared has one unit: boxes that leave nothing out cost about what a list of all blocks, in part, would."""
+    limits = Limits(64, 64)
+    for grid, sides in (((2048,), (64,)), ((32, 64), (8, 8))):
+        n = math.prod(grid)
+        g = geometry_of(attnc.pattern(lambda q, k: q.x >= 0)(), grid)
+        assert box_work(g, sides[: len(g.axes)], limits) == pytest.approx(limits.work(64, 64, 0, (n // 64) ** 2), rel=0.03)
 
 
 def test_the_rule_leaves_what_lists_would_not_help() -> None:
