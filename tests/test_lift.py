@@ -119,6 +119,11 @@ def test_every_number_of_one_index() -> None:
             same(e, (8,), 24, 8)
 
 
+def test_a_grid_holds_what_its_index_counts() -> None:
+    assert grid_of(48, (4,)) == (12, 4)
+    assert grid_of(48, (4, 12)) == (4, 3, 4)
+
+
 def test_reals_have_no_digits() -> None:
     """2.0 * s is no multiple of 2.0."""
     twice = make("mul", ir.SCORE, ir.const(2.0))

@@ -30,6 +30,7 @@ from attnc.schedule.geometry import Geometry, geometry
 from attnc.schedule.list_choice import Limits, Listed, box_work, listed
 from attnc.schedule.lists import BlockLists, Walk, cut
 from attnc.schedule.split import split
+from attnc.schedule.tiles import Tile, of_lists
 
 CPP = importlib.util.find_spec("attnc.runtime.cpp") is not None and has_compiler()
 BACKENDS = ["torch", *(["cpp"] if CPP else [])]
@@ -205,6 +206,7 @@ def test_lists_are_sound_on_random_patterns(drawn: Any, data: Any) -> None:
             assert (truth[found == 2] == 2).all(), "a forbidden pair in a full block"
             assert (dense(lists.transposed()) == found.T).all()
             assert lists.visited <= lists.boxed
+            assert lists.bytes == 4 * (len(lists.offsets) + len(lists.full) + lists.visited)
             together = np.ones((1, 1), bool)  # tiles and blocks of one residue class on every axis
             for a, b in zip(queries, keys, strict=True):
                 together = np.kron(together, a[:, None, 0] == b[None, :, 0])
@@ -396,6 +398,15 @@ def test_boxes_and_lists_are_weighed_alike() -> None:
         n = math.prod(grid)
         g = geometry_of(attnc.pattern(lambda q, k: q.x >= 0)(), grid)
         assert box_work(g, sides[: len(g.axes)], limits) == pytest.approx(limits.work(64, 64, 0, (n // 64) ** 2), rel=0.03)
+
+
+def test_chunks_of_listed_tiles_fill_registers() -> None:
+    """Triton's chunks have powers of two, at least 16, of rows and of columns."""
+    flat = Tile((16,), (64,))
+    for queries, keys, fits in ((32, 64, True), (16, 16, True), (32, 48, False), (24, 64, False), (8, 32, False)):
+        found = of_lists(((queries,), (keys,)), 32, 2, "cuda:80", flat)
+        assert (found is not None) == fits, (queries, keys)
+        assert found is None or (found.forward.bm, found.forward.bn, found.dkv.bm) == (queries, keys, keys)
 
 
 def test_the_rule_leaves_what_lists_would_not_help() -> None:
