@@ -400,6 +400,14 @@ def test_boxes_and_lists_are_weighed_alike() -> None:
         assert box_work(g, sides[: len(g.axes)], limits) == pytest.approx(limits.work(64, 64, 0, (n // 64) ** 2), rel=0.03)
 
 
+def test_sides_are_no_longer_than_a_residue_class() -> None:
+    """Every fourth key: 128 of 512. Blocks of that side are whole; of a longer one they would be cut, and masked."""
+    p = attnc.pattern(lambda q, k: ((q.x - k.x) % 4 == 0) & ((q.x // 64 + k.x // 64) % 3 == 0))()
+    found = listed(geometry_of(p, (512,)), Limits(256, 256), (32,), 1, 1)
+    assert found is not None
+    assert (found.query_sides, found.key_sides) == ((128,), (128,))
+
+
 def test_chunks_of_listed_tiles_fill_registers() -> None:
     """Triton's chunks have powers of two, at least 16, of rows and of columns."""
     flat = Tile((16,), (64,))
