@@ -226,7 +226,7 @@ TESTS = {  # what a path begins with: the stages of its tests
     "attnc/codegen/triton_channel": ["printed", "-k channel emit davit"],
     "attnc/codegen/triton": ["printed", "-k interpret lists parts", "-k interpret triton normalizers dropout rotary emit_dropout"],
     "attnc/codegen/channel": ["cpp_channel", "cpp_memory", "-k channel cpp"],
-    "attnc/codegen/band": ["cpp_memory", "bands"],
+    "attnc/codegen/band": ["cpp_memory cpp_ahead", "bands"],
     "attnc/codegen/random": ["-k cpp dropout"],
     "attnc/codegen/lists": ["-k cpp lists", CPP],
     "attnc/codegen/over_queries": [f"{PLAIN} normalizers", f"{NO_TRITON} normalizers"],
@@ -235,7 +235,7 @@ TESTS = {  # what a path begins with: the stages of its tests
     "attnc/codegen/torch": [f"{PLAIN} lists backends", f"{MEANT} normalizers sizes regressions"],
     "attnc/codegen/blocks": [f"{PLAIN} backends", f"{MEANT} normalizers dropout sizes"],
     "attnc/codegen/cpp": ["printed", CPP, f"{BUILT} lists dropout bands normalizers scores_on_every_grid sizes cache"],
-    "attnc/codegen": [f"{CPP}_memory", CPP, f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
+    "attnc/codegen": [f"{CPP}_memory cpp_ahead", CPP, f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
 }
 
 

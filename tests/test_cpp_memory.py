@@ -13,8 +13,11 @@ import test_cpp as boxes
 import torch
 from builds import QUICK, built_with
 from channel_checks import check_channel
+from strategies import Problem, hold
 from test_bands import preferred  # noqa: F401  # a fixture: bands wherever they fit
 
+from attnc import patterns
+from attnc.errors import BuildError
 from attnc.runtime import cpp
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
@@ -47,6 +50,7 @@ TILES: dict[str, Callable[[], None]] = {
     ),
     "predicate and virtual keys": lambda: boxes.check(boxes.odd(), (9, 11), pad=((1, 2), (0, 3)), **NARROW),
 }
+TILES["dropout beside a prefix"] = lambda: hold(Problem(patterns.window(3), (4, 5), prefix=2, dropout=0.3), "cpp")
 BANDS: dict[str, Callable[[], None]] = {
     "neighbourhood": lambda: boxes.check(boxes.neighborhood(s=5, d=2), (11, 37), **ODD),
     "bias": lambda: boxes.check(boxes.near_bias(s=3), (9, 37), tables=bands.bias(2, 3, 3), **NARROW),
@@ -68,6 +72,19 @@ def test_bands(name: str, beyond: Path) -> None:
 def test_channels(beyond: Path) -> None:
     check_channel("long")
     assert not beyond.exists()
+
+
+@pytest.mark.parametrize("name", ["dropout beside a prefix", "predicate and virtual keys"])
+def test_no_array_is_left(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Indices of arrays of known length, which the compiler's sanitizer checks."""
+    with built_with([*QUICK, "-fsanitize=bounds-strict"]):
+        try:
+            TILES[name]()
+        except BuildError as e:
+            if "libubsan" not in str(e):
+                raise
+            pytest.skip("no sanitizer here")
+    assert "runtime error" not in capfd.readouterr().err
 
 
 def test_taking_more_is_seen(beyond: Path, monkeypatch: pytest.MonkeyPatch) -> None:
