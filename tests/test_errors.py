@@ -263,6 +263,8 @@ TABLES: list[tuple[str, Callable[..., Any], Callable[..., Any], int, int | None]
     ("causal distance, too far", lambda q, k: k.index <= q.index, lambda q, k: q.index - k.index, 29, 29),
     ("modulus", lambda q, k: True, lambda q, k: (q.x - k.x) % 4, 4, None),
     ("modulus, too few", lambda q, k: True, lambda q, k: (q.x - k.x) % 4, 3, 3),
+    ("modulus of seen keys", lambda q, k: k.x < 3, lambda q, k: k.x % 4, 3, None),
+    ("modulus of seen keys, too few", lambda q, k: q.x >= k.x, lambda q, k: k.x % 4, 3, 3),
     ("modulus of keys, too few", lambda q, k: True, lambda q, k: k.x % 4, 3, 3),
     ("two axes", lambda q, k: (q.y == k.y) & (q.x == k.x), lambda q, k: q.y * 6 + q.x, 30, None),
     ("two axes, too few", lambda q, k: (q.y == k.y) & (q.x == k.x), lambda q, k: q.y * 6 + k.x, 29, 29),
