@@ -170,6 +170,8 @@ def test_only_bands_are_taken_as_bands():
     near = neighborhood(s=3)
     for p in (near & board, weighted(near, "softmax", post=True), weighted(near, "sigmoid")):
         assert not Spec(make_program(p), 8, 8, "float32").band, p
+    for width in (2, 17, 18):  # of two vectors of 16
+        assert Spec(make_program(neighborhood(s=width)), 8, 8, "float32").band == (width if width < 18 else 0)
     for p in (neighborhood(s=3), near_bias(s=3), patterns.neighborhood(3, 2, bias="relative")):
         assert Spec(make_program(p), 8, 8, "float32").band == 3, p
 
