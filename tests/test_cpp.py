@@ -309,6 +309,7 @@ def check(
 
 RELATIONS = {
     "window": (window(s=4), (9, 11), {}),
+    "a window of one key more than whole vectors": (window(s=7), (14, 15), {"dim": 32}),
     "window as long as the grid": (window(s=4), (3, 4), {}),
     "shifted window": (window(s=4, t=-2), (9, 11), {"kind": "packed"}),
     "one token": (window(s=4), (1, 1), {}),

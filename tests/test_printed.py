@@ -52,6 +52,7 @@ STATEMENTS: dict[str, tuple[attnc.Pattern, tuple[int, ...], dict[str, Any]]] = {
     "joined_bias": (patterns.window(3, shift=1, bias="relative"), (6, 6), {"dtype": "float32"}),
     "volume": (patterns.neighborhood(3), (3, 6, 8), {}),
     "grid": (patterns.grid(2), (5, 6), {}),
+    "parts": (patterns.cross(1), (9, 12), {}),
 }
 
 
