@@ -276,6 +276,7 @@ CASES: dict[str, Problem] = {
 # interpreted kernels take their time
 TRITON: dict[str, Problem] = {
     "checker": Problem(checker(), (16, 16), heads=1, kv_heads=1, batch=1),
+    "checker in windows": Problem(attnc.patterns.window(12) & checker(), (24, 12), heads=1, kv_heads=1, batch=1),
     "half plane with a prefix": Problem(half_plane(), (9, 10), prefix=3, batch=1, heads=2, kv_heads=1),
     "biased half plane": Problem(biased_half_plane(), (8, 12), heads=1, kv_heads=1, reach=31, batch=1),
     "bigbird": Problem(bigbird(side=6, every=48), (150,), heads=1, kv_heads=1, batch=1),
