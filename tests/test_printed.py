@@ -83,20 +83,22 @@ def test_text_for_every_grid(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "size, grid, keys, fused",
+    "p, grid, keys, fused",
     [
-        (4, (8, 8), None, True),
-        (8, (16, 16), None, True),
-        (10, (20, 20), None, False),
-        (4, (8, 8), (16, 8), False),
-        (4, (8, 8), (8, 8), False),
+        (patterns.window(4), (8, 8), None, True),
+        (patterns.window(8), (16, 16), None, True),
+        (patterns.window(10), (20, 20), None, False),
+        (patterns.window(4), (8, 8), (16, 8), False),
+        (patterns.full(), (4, 4), (4, 4), False),
     ],
+    ids=str,
 )
-def test_one_kernel_of_all_gradients_is_of_one_small_group(size: int, grid: Any, keys: Any, fused: bool) -> None:
+def test_one_kernel_of_all_gradients_is_of_one_small_group(p: attnc.Pattern, grid: Any, keys: Any, fused: bool) -> None:
     """Of tokens that see each other and nobody else, 64 at most; not of keys on a grid of their own."""
     queries = ir.Tokens((None, None))
-    p = patterns.window(size).trace(("y", "x"), same_grid=keys is None)
-    made = ir.Program(p, queries, queries if keys is None else ir.Tokens(keys), keys is None)
+    made = ir.Program(
+        p.trace(("y", "x"), same_grid=keys is None), queries, queries if keys is None else ir.Tokens(keys), keys is None
+    )
     options = {"heads": 2, "head_dim": 32, "value_dim": 32, "dtype": "float16", "target": "cuda:80"}
     text = emit_triton(made, grid, keys or grid, **options)  # type: ignore[arg-type]
     assert ("def backward_dq(" not in text) == fused
