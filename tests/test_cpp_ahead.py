@@ -31,7 +31,7 @@ static inline void fetch(const void* p) {{ if (fetched_count < {MOST}) fetched_a
 #define __builtin_prefetch(p, ...) fetch((const void*)(p))
 """
 BUILT = cpp._function
-LINE, BATCH, HEADS, CHANNELS = 64, 2, 2, 16  # bytes of a line of the cache: a row of so many float32
+LINE, BATCH, HEADS = 64, 2, 2  # bytes of a line of the cache: a row of 16 float32
 
 
 @pytest.fixture
@@ -52,10 +52,10 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch.set_num_threads(threads)
 
 
-def fetched(p: attnc.Pattern, grid: tuple[int, ...], sources: list[str]) -> list[dict[str, list[int]]]:
+def fetched(p: attnc.Pattern, grid: tuple[int, ...], sources: list[str], channels: int = 16) -> list[dict[str, list[int]]]:
     """Per direction: of each tensor the lines that were fetched, in order. Nothing outside of tensors was."""
     n = math.prod(grid)
-    q, k, v, grad = (torch.randn(BATCH, n, HEADS, CHANNELS).transpose(1, 2) for _ in range(4))
+    q, k, v, grad = (torch.randn(BATCH, n, HEADS, channels).transpose(1, 2) for _ in range(4))
     call = Call(make_program(p, len(grid)), geometry(make_program(p, len(grid)), grid, grid), 1.0, {})
     out, lse = cpp.forward(call, q, k, v)
     dq, dk, dv, _ = cpp.backward(call, q, k, v, out, lse, grad, None)
@@ -83,6 +83,16 @@ def test_tiles_fetch_the_next_one_s_rows_once(sources: list[str]) -> None:
     for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv"):
         for found in (forward, backward)[name in ("grad", "dq", "dk", "dv") :]:
             assert len(set(found[name])) == len(found[name]) == rows - 16, name
+
+
+def test_tiles_fetch_every_line_of_a_row(sources: list[str]) -> None:
+    """Of the forward: rows of 17 channels lie on two lines, which other rows share."""
+    rows = torch.arange(BATCH * 144 * HEADS).view(BATCH, 12, 12, HEADS)
+    first = set(rows[0, :4, :4, 0].ravel().tolist())
+    ends = [(68 * r // LINE, (68 * r + 67) // LINE) for r in range(rows.numel()) if r not in first]
+    forward, _ = fetched(window(s=4), (12, 12), sources, channels=17)
+    for name in ("q", "k", "v", "out"):
+        assert {x for pair in ends for x in pair} <= set(forward[name]), name
 
 
 @pytest.mark.parametrize(
