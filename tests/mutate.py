@@ -234,8 +234,13 @@ TESTS = {  # what a path begins with: the stages of its tests
     "attnc/codegen/eager": [f"{PLAIN} normalizers backends", f"{MEANT} sizes"],
     "attnc/codegen/torch": [f"{PLAIN} lists backends", f"{MEANT} normalizers sizes regressions"],
     "attnc/codegen/blocks": [f"{PLAIN} backends", f"{MEANT} normalizers dropout sizes"],
-    "attnc/codegen/cpp": ["printed", CPP, f"{BUILT} lists dropout bands normalizers scores_on_every_grid sizes cache"],
-    "attnc/codegen": [f"{CPP}_memory cpp_ahead", CPP, f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
+    "attnc/codegen/cpp": [
+        "printed",
+        f"{CPP} layout",
+        "bands",
+        f"{BUILT} lists dropout normalizers scores_on_every_grid sizes cache",
+    ],
+    "attnc/codegen": [f"{CPP}_memory cpp_ahead", f"{CPP} layout", f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
 }
 
 
@@ -328,14 +333,7 @@ def main() -> None:
         known = {s: r for s, r in known.items() if r["by"] != "passed"}
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": ""}
     sys.dont_write_bytecode = False
-    for name in (
-        "hypothesis",
-        "networkx",
-        "pytest",
-        "sympy",
-        "torch",
-        "triton",
-    ):  # what runs need and no mutant changes: forked with it
+    for name in ["hypothesis", "networkx", "pytest", "sympy", "torch", "triton"]:  # no mutant changes them: runs are forked with them
         with contextlib.suppress(ImportError):  # triton is not everywhere
             importlib.import_module(name)
 
