@@ -333,7 +333,7 @@ def main() -> None:
         known = {s: r for s, r in known.items() if r["by"] != "passed"}
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": ""}
     sys.dont_write_bytecode = False
-    for name in ["hypothesis", "networkx", "pytest", "sympy", "torch", "triton"]:  # no mutant changes them: runs are forked with them
+    for name in ["hypothesis", "networkx", "pytest", "sympy", "torch", "triton"]:  # no mutant changes them: forked with runs
         with contextlib.suppress(ImportError):  # triton is not everywhere
             importlib.import_module(name)
 
