@@ -5,17 +5,21 @@ fails. Sites: comparisons, arithmetic, `and`/`or`/`not`, minimum and maximum, Tr
 in printed text (strings of attnc/codegen, its headers) by a pattern. By rule no site is: what only chooses among tilings of one
 meaning or predicts time (CHOICES), annotations, decorators, docstrings, comments, `strict=`, texts of errors and of descriptions.
 
-A result is a line of `--out`; sites that it has are not run again (with `--again`, those of them that nothing noticed are).
+The sample is those of all sites whose names hash lowest with the seed: other code may change and it stays. The tests of a path come
+in stages, the quickest first: every mutant is asked the first stage, then what is left the second. A result is a line of `--out`;
+what it has is not run again (with `--again`, what nothing noticed is).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import hashlib
+import importlib
 import io
 import json
 import os
-import random
 import re
 import resource
 import shlex
@@ -27,12 +31,13 @@ import tempfile
 import time
 import tokenize
 import traceback
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARES = {"geometry": 0.4, "printers": 0.4, "headers": 0.2}
+SHARES = {"printers": 0.4, "geometry": 0.4, "headers": 0.2}  # the quickest first
 CHOICES = {  # file: its functions, or all of it
     "choose.py": "all", "cost.py": "all", "chips.py": "all", "counts.py": "all",
     "tiles.py": "_grouped instructions _cost _warps _whole _settled choose _launched _fitting candidates reread tiles _powers "
@@ -53,17 +58,24 @@ Place = tuple[int, str, str]  # characters from the file's beginning, what is th
 
 @dataclass(frozen=True)
 class Site:
-    """A mutation."""
+    """A mutation, known by its line's text: it is the same where lines above it change."""
 
     path: str
-    line: int
-    at: int
+    line: int = field(compare=False)
+    at: int = field(compare=False)
     old: str
     new: str
     text: str
+    column: int  # in the text
+    nth: int  # of the lines of this text in the file
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.old.strip()} -> {self.new or 'nothing'}   {self.text}"
+
+    def lot(self, seed: int) -> bytes:
+        """What decides whether it is drawn."""
+        name = (seed, self.path, self.text, self.column, self.nth, self.old)
+        return hashlib.sha256(repr(name).encode()).digest()
 
 
 class OfCode(ast.NodeVisitor):
@@ -151,64 +163,96 @@ def sites(path: Path) -> list[Site]:
                 at = code.lines[token.start[0] - 1] + token.start[1]
                 found |= set(of_text(token.string, at, "//" if path.name.startswith("cpp") else "#"))
         found = {f for f in found if text.startswith(f[1], f[0]) and not any(a <= f[0] < b for a, b in code.spans)}
-    rows, name = text.split("\n"), str(path.relative_to(ROOT))
-    lines = [(text.count("\n", 0, at), at, old, new) for at, old, new in sorted(found)]
-    return [Site(name, n + 1, at, old, new, rows[n].strip()) for n, at, old, new in lines]
+    rows, name, begin, out = text.split("\n"), str(path.relative_to(ROOT)), 0, []
+    places, before = sorted(found), Counter[str]()
+    for n, row in enumerate(rows):
+        line = row.strip()
+        column = begin + row.find(line)
+        mine = [f for f in places if begin <= f[0] <= begin + len(row)]
+        out += [Site(name, n + 1, at, old, new, line, at - column, before[line]) for at, old, new in mine]
+        before[line] += 1
+        begin += len(row) + 1
+    return out
 
 
 def drawn(number: int, seed: int) -> list[Site]:
     """So many sites, each kind of file by its share, each site of a kind equally likely."""
-    folder, rng, chosen = ROOT / "attnc", random.Random(seed), []
+    folder, chosen = ROOT / "attnc", []
     planned = [p for f in ("analysis", "schedule") for p in sorted((folder / f).glob("*.py"))] + [folder / "report" / "issued.py"]
     kinds = {
         "geometry": [p for p in planned if CHOICES.get(p.name) != "all"],
         "printers": sorted((folder / "codegen").glob("*.py")),
         "headers": sorted((folder / "codegen").glob("*.h")),
     }
-    for kind, files in kinds.items():
-        every = [s for p in files for s in sites(p)]
-        print(f"{kind}: {len(every)} sites in {len(files)} files", flush=True)
-        chosen += rng.sample(every, min(round(number * SHARES[kind]), len(every)))
-    rng.shuffle(chosen)
+    for kind, share in SHARES.items():
+        every = sorted((s for p in kinds[kind] for s in sites(p)), key=lambda s: s.lot(seed))
+        print(f"{kind}: {len(every)} sites in {len(kinds[kind])} files", flush=True)
+        chosen += every[: round(number * share)]
     return chosen
 
 
-FORMS = "-k 'not cpp and not triton' printed forms implied lift geometry explain cost"
-MEANING = "backends patterns pattern_grids parts"
-TRITON = (
-    "-k '(printed or interpreted or alone or triton) and not compile' "
-    "printed triton normalizers scores_on_every_grid parts dropout rotary emit"
-)
-CPP = "-k 'printed or cpp or bands or built' printed cpp bands scores_on_every_grid normalizers dropout sizes"
-TESTS = {  # what a path begins with: its tests, in the order in which they are asked
-    "attnc/analysis/dropout": "-k 'not triton' printed dropout",
-    "attnc/analysis/derivative": "-k 'not triton' printed pattern_scores scores_on_every_grid cpp",
-    "attnc/analysis": f"{FORMS} {MEANING}",
-    "attnc/schedule/boxes": "printed tuning report cpp",
-    "attnc/schedule/split": "-k 'not triton' parts backends pattern_grids sizes",
-    "attnc/schedule/plan": "explain cost cli",
-    "attnc/schedule/tiles": f"{TRITON} cost report tuning_gpu",
-    "attnc/schedule": f"{FORMS} errors draw {MEANING}",
-    "attnc/report": "report explain",
-    "attnc/codegen/triton_channel": "-k channel emit davit",
-    "attnc/codegen/triton": TRITON,
-    "attnc/codegen/channel": "cpp",
-    "attnc/codegen/band": "bands",
-    "attnc/codegen/random": "dropout",
-    "attnc/codegen/over_queries": "normalizers",
-    "attnc/codegen/around": "normalizers rotary",
-    "attnc/codegen/eager": "-k 'not cpp and not triton' backends pattern_scores normalizers sizes",
-    "attnc/codegen/torch": "-k 'not cpp and not triton' backends normalizers sizes regressions",
-    "attnc/codegen/blocks": "-k 'not cpp and not triton' backends normalizers dropout sizes",
-    "attnc/codegen": CPP,
+PLAIN = "-k 'not cpp and not interpret'"  # nothing is compiled or interpreted
+MEANT = f"{PLAIN} backends pattern_grids pattern_scores patterns"
+FORMS = f"{PLAIN} forms printed implied lift"
+NO_TRITON = "-k 'not interpret'"
+BUILT = "-k cpp backends pattern_grids"
+CPP = "-k 'not compile and not shipped' cpp"
+TESTS = {  # what a path begins with: the stages of its tests
+    "attnc/analysis/dropout": [f"{PLAIN} dropout printed", f"{NO_TRITON} dropout"],
+    "attnc/analysis/derivative": ["reals", f"{PLAIN} printed pattern_scores", f"{CPP} scores_on_every_grid"],
+    "attnc/analysis/evaluate": [f"{PLAIN} reals forms normalizers", f"{PLAIN} lists ir dropout", MEANT, "errors"],
+    "attnc/analysis/implied": ["implied", FORMS, "geometry explain", MEANT],
+    "attnc/analysis/lift": ["lift printed", FORMS, f"{NO_TRITON} lists compat_flex"],
+    "attnc/analysis/intervals": [f"{PLAIN} lists", f"{NO_TRITON} lists explain"],
+    "attnc/analysis": [FORMS, "geometry explain cost", f"{MEANT} lists"],
+    "attnc/schedule/boxes": ["-k 'text or modules or segments' printed tuning", f"{CPP} report tuning", "bands"],
+    "attnc/schedule/bounds": [
+        "-k 'ranges or refused or outside or virtual' geometry errors",
+        f"{FORMS} geometry errors",
+        MEANT,
+        BUILT,
+    ],
+    "attnc/schedule/geometry": [
+        "-k 'not compile_refuses' printed geometry errors",
+        f"{FORMS} cost report",
+        f"{MEANT} explain errors",
+        BUILT,
+    ],
+    "attnc/schedule/list": [f"{PLAIN} lists", "lists explain"],
+    "attnc/schedule/split": [f"{PLAIN} parts", f"{NO_TRITON} parts explain", MEANT],
+    "attnc/schedule/plan": ["explain", "cost cli"],
+    "attnc/schedule/tiles": ["printed cost report", "explain tuning_gpu", "-k interpret lists triton parts"],
+    "attnc/report/issued": ["report cost", "explain", "emit gpu_static"],
+    "attnc/codegen/triton_channel": ["printed", "-k channel emit davit"],
+    "attnc/codegen/triton": ["printed", "-k interpret lists parts", "-k interpret triton normalizers dropout rotary emit_dropout"],
+    "attnc/codegen/channel": ["cpp_channel", "cpp_memory", "-k channel cpp"],
+    "attnc/codegen/band": ["cpp_memory cpp_ahead", "bands"],
+    "attnc/codegen/random": ["-k cpp dropout"],
+    "attnc/codegen/lists": ["-k cpp lists", CPP],
+    "attnc/codegen/over_queries": [f"{PLAIN} normalizers", f"{NO_TRITON} normalizers"],
+    "attnc/codegen/around": [f"{PLAIN} normalizers rotary", "normalizers rotary"],
+    "attnc/codegen/eager": [f"{PLAIN} normalizers backends", f"{MEANT} sizes"],
+    "attnc/codegen/torch": [f"{PLAIN} lists backends", f"{MEANT} normalizers sizes regressions"],
+    "attnc/codegen/blocks": [f"{PLAIN} backends", f"{MEANT} normalizers dropout sizes"],
+    "attnc/codegen/cpp": [
+        "printed",
+        f"{CPP} layout",
+        "bands",
+        f"{BUILT} lists dropout normalizers scores_on_every_grid sizes cache",
+    ],
+    "attnc/codegen": [f"{CPP}_memory cpp_ahead", f"{CPP} layout", f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
 }
 
 
-def asked(path: str) -> list[str]:
-    """What pytest is given for a file."""
-    words = shlex.split(next(names for start, names in TESTS.items() if path.startswith(start)))
-    files = words[2:] if words[0] == "-k" else words
-    return [*(words[:2] if words[0] == "-k" else []), *(f"tests/test_{name}.py" for name in files)]
+def stages(path: str) -> list[list[str]]:
+    """What pytest is given for a file, in turn."""
+
+    def words(stage: str) -> list[str]:
+        names = shlex.split(stage)
+        chosen = 2 if names[0] == "-k" else 0
+        return [*names[:chosen], *(f"tests/test_{name}.py" for name in names[chosen:])]
+
+    return [words(s) for s in next(names for start, names in TESTS.items() if path.startswith(start))]
 
 
 def run(tree: Path, words: list[str], limit: int) -> str:
@@ -234,14 +278,16 @@ def run(tree: Path, words: list[str], limit: int) -> str:
             sys.path[:] = [str(tree), str(tree / "tests"), *outside]
             import pytest
 
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *words]))
+            status = int(
+                pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain", "--tb=short", *words])
+            )
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(status)
     try:
-        while status is None and time.monotonic() - begun < 10 * limit:
+        while status is None and time.monotonic() - begun < 4 * limit:
             time.sleep(0.05)
             ended, code = os.waitpid(pid, os.WNOHANG)
             status = os.waitstatus_to_exitcode(code) if ended else None
@@ -250,16 +296,13 @@ def run(tree: Path, words: list[str], limit: int) -> str:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     shutil.rmtree(cache, ignore_errors=True)
-    said = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
-    return (
-        "time-out"
-        if status is None
-        else "passed"
-        if status == 0
-        else said[0]
-        if said
-        else f"status {status}: {log.read_text()[-300:]}"
-    )
+    if status in (None, -signal.SIGXCPU):
+        return "time-out"
+    text = log.read_text(errors="replace")
+    said = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.M)
+    if status > 0 and not said:  # not a test's word
+        raise RuntimeError(f"pytest ended with {status} and no failed test:\n{text[-2000:]}")
+    return said[0] if status > 0 else "passed" if status == 0 else f"signal {-status}"
 
 
 def forget(path: Path) -> None:
@@ -275,7 +318,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
     parser.add_argument("--again", action="store_true", help="also those that nothing noticed before")
-    parser.add_argument("--limit", type=int, default=200, help="seconds of a processor for one mutant")
+    parser.add_argument(
+        "--limit", type=int, default=60, help="seconds of a processor of a first stage; later ones have ten times that"
+    )
     parser.add_argument("--list", action="store_true", help="show the sample and run nothing")
     options = parser.parse_args()
     chosen = drawn(options.number, options.seed)
@@ -283,11 +328,14 @@ def main() -> None:
         print(*chosen, sep="\n")
         return
     lines = options.out.read_text().splitlines() if options.out.exists() else []
-    known = {Site(**{k: r[k] for k in Site.__match_args__}): r for r in map(json.loads, lines)}
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    import networkx  # noqa: F401  # what every run needs and no mutant changes: forked with it
-    import sympy  # noqa: F401
-    import torch  # noqa: F401
+    known = {Site(**{k: r[k] for k in Site.__match_args__}): r for r in map(json.loads, lines)}  # its last line
+    if options.again:
+        known = {s: r for s, r in known.items() if r["by"] != "passed"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": ""}
+    sys.dont_write_bytecode = False
+    for name in ["hypothesis", "networkx", "pytest", "sympy", "torch", "triton"]:  # no mutant changes them: forked with runs
+        with contextlib.suppress(ImportError):  # triton is not everywhere
+            importlib.import_module(name)
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder) / "tree"
@@ -297,20 +345,23 @@ def main() -> None:
             shutil.copy2(ROOT / name, tree / name)
         for name in ("patterns", "models"):  # as the package has them, without the mapping of an installed one
             (tree / "attnc" / name).symlink_to(tree / name)
-        for s in chosen:
-            if s in known and (known[s]["by"] != "passed" or not options.again):
-                continue
-            path, begun = tree / s.path, time.monotonic()
-            text = path.read_text()
-            forget(path)
-            path.write_text(text[: s.at] + s.new + text[s.at + len(s.old) :])
-            by = run(tree, asked(s.path), options.limit)
-            path.write_text(text)
-            forget(path)
-            known[s] = {**asdict(s), "by": by, "seconds": round(time.monotonic() - begun, 1)}
-            with options.out.open("a") as f:
-                f.write(json.dumps(known[s]) + "\n")
-            print(f"{s}\n    {by}, {known[s]['seconds']} s", flush=True)
+        for n in range(max(map(len, TESTS.values()))):
+            for s in chosen:
+                words, before = stages(s.path), known.get(s, {"by": "passed", "stages": 0, "seconds": 0.0})
+                if n >= len(words) or before["by"] != "passed" or n < before["stages"]:
+                    continue
+                path, begun = tree / s.path, time.monotonic()
+                text = path.read_text()
+                forget(path)
+                path.write_text(text[: s.at] + s.new + text[s.at + len(s.old) :])
+                by = run(tree, words[n], options.limit * (10 if n else 1))
+                path.write_text(text)
+                forget(path)
+                spent = round(before["seconds"] + time.monotonic() - begun, 1)
+                known[s] = {**asdict(s), "by": by, "stages": n + 1, "seconds": spent}
+                with options.out.open("a") as f:
+                    f.write(json.dumps(known[s]) + "\n")
+                print(f"{s}\n    {by}, stage {n + 1}, {spent} s", flush=True)
         tests = sorted({r["by"] for r in known.values() if "::" in r["by"]})
         if tests:
             print("the tests that failed, without a mutation:", run(tree, tests, 10 * options.limit), flush=True)

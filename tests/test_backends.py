@@ -18,8 +18,10 @@ from strategies import Problem, hold, run_operator
 from torch import Tensor
 
 import attnc
-from attnc import patterns
+from attnc import ir, patterns
 from attnc.compiler import has_compiler
+from attnc.runtime.call import Call
+from attnc.schedule.geometry import geometry
 
 CPP = importlib.util.find_spec("attnc.runtime.cpp") is not None and has_compiler()
 BACKENDS = ["torch", *(["cpp"] if CPP else [])]
@@ -252,3 +254,21 @@ def test_the_same_call_gives_the_same_bits(backend: str) -> None:
         for again in rest:
             for name, t in first.items():
                 assert torch.equal(t, again[name]), name
+
+
+def test_what_the_torch_backend_computes_at_a_time() -> None:
+    """Tiles alike go together, and no more of them than a bounded number of score elements over batch and heads."""
+    from attnc.codegen import torch as portable
+
+    def shapes(prefix: int, batch_heads: int) -> list[tuple[int, ...]]:
+        tokens = ir.Tokens((None, None), prefix)
+        program = ir.Program(patterns.window(4).trace(("y", "x")), tokens, tokens)
+        call = Call(program, geometry(program, (32, 32), (32, 32)), 1.0, {})
+        tiles = portable._tiles(call, torch.device("cpu"), batch_heads, heads=1)
+        return [(*t.queries.shape, t.keys.shape[-1]) for t in tiles]
+
+    assert shapes(0, 1) == [(64, 16, 16)]  # all windows at once
+    assert shapes(0, portable.SCORES // 1024) == [(4, 16, 16)] * 16
+    assert shapes(0, portable.SCORES) == [(1, 16, 16)] * 64  # one, however much that is
+    assert shapes(5, 1) == [(64, 16, 21), (1, 5, 1029)]
+    assert shapes(5, portable.SCORES // 4096)[-2:] == [(1, 3, 1029), (1, 2, 1029)]

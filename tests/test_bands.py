@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from builds import QUICK, SHIPPED, built_with
+from strategies import weighted
 from test_cpp import (
     absolute,
     axial,
@@ -165,6 +166,12 @@ def test_bands(name, boxes):
 def test_only_bands_are_taken_as_bands():
     for p in (window(s=7), causal_axes(), axial(), full(), overlapping(s=3), absolute(), scaled_bias(), far_bias(), folded_bias()):
         assert not Spec(make_program(p), 8, 8, "float32").band, p
+    board = pattern(lambda q, k: (q.y + k.x) % 2 == 0)()
+    near = neighborhood(s=3)
+    for p in (near & board, weighted(near, "softmax", post=True), weighted(near, "sigmoid")):
+        assert not Spec(make_program(p), 8, 8, "float32").band, p
+    for width in (2, 17, 18):  # of two vectors of 16
+        assert Spec(make_program(neighborhood(s=width)), 8, 8, "float32").band == (width if width < 18 else 0)
     for p in (neighborhood(s=3), near_bias(s=3), patterns.neighborhood(3, 2, bias="relative")):
         assert Spec(make_program(p), 8, 8, "float32").band == 3, p
 

@@ -58,6 +58,39 @@ def test_counts_as_functions_of_the_sizes_are_those_of_the_tiling(p: attnc.Patte
             assert found == expected, (grid, side, tile)
 
 
+AXES = [
+    patterns.neighborhood(3, 2),
+    patterns.window(4, shift=1),
+    patterns.grid(3),
+    patterns.causal(),
+    attnc.pattern(lambda q, k: k.x >= q.x + 6)(),  # the last queries see nothing
+]
+
+
+@pytest.mark.parametrize("pad", [(0, 0), (5, 3), (2, 7)], ids=str)
+@pytest.mark.parametrize("p", AXES, ids=str)
+def test_a_walk_counts_what_its_tiles_visit(p: attnc.Pattern, pad: tuple[int, int]) -> None:
+    """Tile by tile: chunks from the first key that a real row sees to the last, full ones those that every real row sees whole."""
+    tokens = ir.Tokens((None,), 0, (pad,))
+    axis = geometry(ir.Program(p.trace(("x",)), tokens, tokens), (19,), (19,)).axes[0]
+    before, end = axis.before_queries, axis.before_queries + axis.real_queries
+    for rows, chunk in ((1, 1), (3, 2), (4, 4), (2, 16)):
+        visits = []
+        for r in range(min(axis.split, end)):
+            last = (end - 1 - r) // axis.split
+            for t in range(tiles.start(axis, "q", rows), -(-end // axis.split), rows):
+                real = [j for j in range(max(t, 0), t + rows) if before <= j * axis.split + r < end]
+                seen = [(int(axis.lo[r, j]), int(axis.hi[r, j]) + 1) for j in real or [max(min(t + rows - 1, last), 0)]]
+                left, right = min(a for a, _ in seen), max(b for _, b in seen)
+                chunks = [(at, at + chunk) for at in range(left, right, chunk)]
+                visits.append((len(chunks), sum(all(a <= x and y <= b for a, b in seen) for x, y in chunks)))
+        most = max(n for n, _ in visits)
+        w = tiles.walk(axis, "q", rows, chunk)
+        steps = sum(max(n, 1) if most <= 1 else n for n, _ in visits)
+        assert (w.programs, w.steps, w.most, w.full) == (len(visits), steps, max(most, 1), sum(n for _, n in visits)), (rows, chunk)
+        assert w.full + w.partial == w.steps
+
+
 def test_a_multiple_is_a_multiple_by_its_factors() -> None:
     """sympy 1.14 takes Max(0, 6 * z + 2 * n) / 6 for an integer, which it is not at n = 1."""
     z, n = sp.Symbol("z", integer=True), sp.Symbol("n", integer=True, positive=True)

@@ -266,9 +266,13 @@ TABLES: list[tuple[str, Callable[..., Any], Callable[..., Any], int, int | None]
     ("causal distance, too far", lambda q, k: k.index <= q.index, lambda q, k: q.index - k.index, 29, 29),
     ("modulus", lambda q, k: True, lambda q, k: (q.x - k.x) % 4, 4, None),
     ("modulus, too few", lambda q, k: True, lambda q, k: (q.x - k.x) % 4, 3, 3),
+    ("modulus of seen keys", lambda q, k: k.x < 3, lambda q, k: k.x % 4, 3, None),
+    ("modulus of seen keys, too few", lambda q, k: q.x >= k.x, lambda q, k: k.x % 4, 3, 3),
+    ("modulus of keys, too few", lambda q, k: True, lambda q, k: k.x % 4, 3, 3),
     ("two axes", lambda q, k: (q.y == k.y) & (q.x == k.x), lambda q, k: q.y * 6 + q.x, 30, None),
     ("two axes, too few", lambda q, k: (q.y == k.y) & (q.x == k.x), lambda q, k: q.y * 6 + k.x, 29, 29),
     ("two axes that follow each other", lambda q, k: q.y == k.y, lambda q, k: q.y - k.y + q.x * 0, 2, None),
+    ("a sum of two axes, negative", lambda q, k: True, lambda q, k: q.y + (k.x - 2), 9, -2),
     ("outside the relation only", lambda q, k: q.index < 4, lambda q, k: attnc.where(q.index < 4, q.index, 99), 4, None),
     ("a diagonal over both axes", lambda q, k: q.y + q.x == k.y + k.x, lambda q, k: q.y + q.x - k.y - k.x, 2, None),
     ("a diagonal, off by one", lambda q, k: q.y + q.x == k.y + k.x + 1, lambda q, k: q.y + q.x - k.y - k.x - 2, 2, -1),
@@ -313,10 +317,33 @@ def test_a_library_bias_that_is_too_small_is_refused_and_guards_are_read() -> No
         joined(x, x, x, bias=torch.randn(2, 5, 4))
 
 
+def test_virtual_rows_before_the_grid_move_the_index() -> None:
+    """The first of 6 queries after 2 virtual ones has the coordinate 2, as every query's number says."""
+    op = compiled(looked_up(at=lambda q, k: q.x, when=lambda q, k: q.x >= k.x), grid=(5, 6), pad=((0, 0), (2, 0)))
+    q, pads = rows(30), {"pad_k": torch.randn(2, 8), "pad_v": torch.randn(2, 8)}
+    assert op(q, q, q, where=torch.randn(8), **pads).isfinite().all()
+    with pytest.raises(ShapeError, match=r"`q\.x` \(dimension 0\) comes to 7 for an allowed pair"):
+        op(q, q, q, where=torch.randn(7), **pads)
+
+
+def test_what_other_batch_items_may_not_see_is_not_looked_up_for_them() -> None:
+    """Item 1 sees nothing, and what item 0 may not see does not count either."""
+    ahead = looked_up(at=lambda q, k: (k.x - q.x) * (1 - 2 * attnc.BATCH), when=lambda q, k: (attnc.BATCH == 0) & (q.x <= k.x))
+    op, q = compiled(ahead, grid=(5, 6)), rows(30, batch=2)
+    assert op(q, q, q, where=torch.randn(6)).isfinite().all()
+    with pytest.raises(ShapeError, match="comes to 5 for an allowed pair"):
+        op(q, q, q, where=torch.randn(5))
+
+
 def test_divisors_that_can_be_zero_are_refused() -> None:
     """Integer division by zero ends a C++ process."""
     q = rows(20)
-    for body in (lambda q, k: q.x // k.x == 0, lambda q, k: q.x % (k.y - q.y) == 0, lambda q, k: q.x // (q.size.y // 5) == 0):
+    for body in (
+        lambda q, k: q.x // k.x == 0,
+        lambda q, k: q.x % (k.y - q.y) == 0,
+        lambda q, k: q.x // (q.size.y // 5) == 0,
+        lambda q, k: q.x // (q.size.x - 1 - k.x) == 0,  # of the last key alone
+    ):
         with pytest.raises(ShapeError, match=r"divides by .* which can be 0 on this grid: use attnc.max\(.*, 1\)"):
             compiled(attnc.pattern(body)())(q, q, q)
     for body in (

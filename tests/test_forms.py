@@ -429,6 +429,7 @@ UNIONS: list[tuple[Body, bool]] = [  # intervals that meet are one; whether they
     (lambda q, k: (k.x >= q.x) | (k.x > q.size.x - 4), True),
     (lambda q, k: ((k.x <= q.x) & (k.x >= q.x - 3)) | ((k.x >= q.x) & (k.x <= q.x + 2)), True),
     (lambda q, k: ((k.x < q.x) & (k.x >= q.x - 3)) | ((k.x >= q.x) & (k.x <= q.x + 2)), True),
+    (lambda q, k: ((k.x > q.x) & (k.x <= q.x + 3)) | ((k.x > q.x + 1) & (k.x <= q.x + 6)), True),
     (lambda q, k: ((k.x <= q.x) & (k.x >= q.x - 3)) | ((k.x > q.x + 1) & (k.x <= q.x + 4)), False),
     (lambda q, k: (k.x < 5) | (k.x >= q.x), False),
     (lambda q, k: (k.x <= q.x) | (k.x >= q.x), False),

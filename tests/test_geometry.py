@@ -121,6 +121,30 @@ def test_long_axes_without_a_form_stay_a_predicate() -> None:
     assert (short.axes[0].hi - short.axes[0].lo).max() == 4
 
 
+@pytest.mark.parametrize("n", [1, 5, 12])
+@pytest.mark.parametrize(
+    "p",
+    [
+        patterns.neighborhood(3, 2),
+        patterns.window(4, shift=1),
+        patterns.neighborhood(5, stride=3),
+        patterns.causal(),
+        patterns.full(),
+    ],
+    ids=str,
+)
+def test_inverse_ends_are_the_transposed_map(p: attnc.Pattern, n: int) -> None:
+    """Of each key of each residue class, and of no more keys than there are."""
+    a = made(p, (n,)).axes[0]
+    assert a.inverse_lo.shape == a.inverse_hi.shape == (a.split, -(-n // a.split))
+    for r in range(a.classes):
+        queries, keys = (range(a.count(length, r)) for length in (a.queries, a.keys))
+        for i in keys:
+            seen_by = [j for j in queries if a.lo[r, j] <= i <= a.hi[r, j]]
+            found = list(range(a.inverse_lo[r, i], a.inverse_hi[r, i] + 1))
+            assert found == seen_by
+
+
 def test_tightened_ends_are_monotone_and_hold_every_key() -> None:
     p = attnc.pattern(lambda q, k: (q.x * q.x // 9 == k.x * k.x // 9) | (k.x == 0))()
     for n in (1, 5, 17, 40):
@@ -185,3 +209,28 @@ def _evaluate(e: ir.Expr, leaves: dict[ir.Expr, Any]) -> Any:
     from attnc.analysis.evaluate import evaluate
 
     return evaluate(e, leaves, torch)
+
+
+JOINS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
+JOINS |= {"floordiv": np.floor_divide, "mod": np.mod}
+
+
+@pytest.mark.parametrize("op", JOINS)
+@draws.examples(30)
+@given(st.tuples(*[st.integers(-5, 5)] * 4))
+def test_ranges_of_what_joins_two_axes(op: str, numbers: tuple[int, ...]) -> None:
+    """Sums, products and bounds of what reads one axis each: the very ends. Of quotients and remainders: none is outside."""
+    a, b, c, d = numbers
+    y, x = (a * np.arange(3) + b)[:, None], (c * np.arange(4) + d)[None]
+    if op in ("floordiv", "mod") and (x == 0).any():
+        return  # refused
+    parts = [
+        ir.make("add", ir.make("mul", ir.const(n), coord), ir.const(more))
+        for n, coord, more in ((a, ir.coord("q", 0), b), (c, ir.coord("k", 1), d))
+    ]
+    found = bounds.Box(made(patterns.window(9), (3, 4)), 1, 1).of(ir.make(op, *parts))
+    values = JOINS[op](y, x)
+    if op in ("floordiv", "mod"):
+        assert found.low <= values.min() and values.max() <= found.high
+    else:
+        assert (found.low, found.high) == (values.min(), values.max())

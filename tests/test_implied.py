@@ -99,7 +99,18 @@ def chebyshev(q, k):
     return attnc.max(abs(q.y - k.y), abs(q.x - k.x)) <= 2
 
 
-BOUND = {"disk": (disk(radius=3), 3, 3), "diamond": (diamond(), 4, 2), "ring": (ring(), 4, 4), "chebyshev": (chebyshev(), 2, 2)}
+@attnc.pattern
+def frame(q, k):
+    return abs(q.y - k.y) + abs(q.x - k.x) == 3
+
+
+BOUND = {
+    "disk": (disk(radius=3), 3, 3),
+    "diamond": (diamond(), 4, 2),
+    "ring": (ring(), 4, 4),
+    "frame": (frame(), 3, 3),
+    "chebyshev": (chebyshev(), 2, 2),
+}
 
 
 @pytest.mark.parametrize("name", BOUND)

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
 
+import attnc
 from attnc import ShapeError
+from attnc.compiler import has_compiler
 from attnc.runtime import layout as layouts
 from attnc.runtime.call import empty_like_order, strides
 
@@ -113,3 +115,20 @@ def test_heads_that_a_group_tells_need_not_be_given() -> None:
     assert layouts.to_rows(torch.zeros(1, 5, 6, 4), parsed, None, "t")[0].shape == (1, 2, 5, 4)
     with pytest.raises(ShapeError, match=r"dimension of 7 that \(three h\) with heads=None does not fit"):
         layouts.to_rows(torch.zeros(1, 5, 7, 4), parsed, None, "t")
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("grid", [(6, 1), (5, 4), (1, 5), (3, 2, 4)], ids=str)
+def test_grids_cut_out_of_larger_ones(grid: tuple[int, ...]) -> None:
+    """Rows do not follow each other, of a statement that knows tokens by one number; an axis of one token says nothing of it."""
+    names = {2: "y x", 3: "t y x"}[len(grid)]
+    op = attnc.compile(attnc.pattern(lambda q, k: q.index >= k.index)(), grid=grid, layout=f"b {names} h d", backend="cpp")
+    larger = torch.randn(4, 2, *(n + 2 for n in grid), 2, 8)
+    *cut, weight = larger[(slice(None), slice(None), *(slice(1, n + 1) for n in grid))]
+    results = []
+    for tensors in (cut, [t.contiguous() for t in cut]):
+        mine = [t.detach().requires_grad_() for t in tensors]
+        out = op(*mine)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), mine)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

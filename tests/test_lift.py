@@ -117,3 +117,16 @@ def test_every_number_of_one_index() -> None:
         shifted = make("add", Q, num(offset))
         for e in (div(div(shifted, inner), outer), mod(div(shifted, inner), outer), div(mod(shifted, outer), inner)):
             same(e, (8,), 24, 8)
+
+
+def test_a_grid_holds_what_its_index_counts() -> None:
+    assert grid_of(48, (4,)) == (12, 4)
+    assert grid_of(48, (4, 12)) == (4, 3, 4)
+
+
+def test_reals_have_no_digits() -> None:
+    """2.0 * s is no multiple of 2.0."""
+    twice = make("mul", ir.SCORE, ir.const(2.0))
+    for op in ("floordiv", "mod"):
+        new = Digits((4,), {"q": (6, 4), "k": (6, 4)}).rewrite(make(op, twice, ir.const(2.0)))
+        assert evaluate(new, {ir.SCORE: 0.75}, np) == evaluate(make(op, twice, ir.const(2.0)), {ir.SCORE: 0.75}, np)

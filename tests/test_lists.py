@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -26,9 +27,10 @@ from attnc.codegen.torch import LIMITS
 from attnc.compiler import has_compiler
 from attnc.schedule.boxes import pieces
 from attnc.schedule.geometry import Geometry, geometry
-from attnc.schedule.list_choice import Limits, Listed, listed
+from attnc.schedule.list_choice import Limits, Listed, box_work, listed
 from attnc.schedule.lists import BlockLists, Walk, cut
 from attnc.schedule.split import split
+from attnc.schedule.tiles import Tile, of_lists
 
 CPP = importlib.util.find_spec("attnc.runtime.cpp") is not None and has_compiler()
 BACKENDS = ["torch", *(["cpp"] if CPP else [])]
@@ -204,6 +206,12 @@ def test_lists_are_sound_on_random_patterns(drawn: Any, data: Any) -> None:
             assert (truth[found == 2] == 2).all(), "a forbidden pair in a full block"
             assert (dense(lists.transposed()) == found.T).all()
             assert lists.visited <= lists.boxed
+            assert lists.bytes == 4 * (len(lists.offsets) + len(lists.full) + lists.visited)
+            together = np.ones((1, 1), bool)  # tiles and blocks of one residue class on every axis
+            for a, b in zip(queries, keys, strict=True):
+                together = np.kron(together, a[:, None, 0] == b[None, :, 0])
+            assert not (found > 0)[~together].any()
+            assert lists.boxed <= together.sum()
 
 
 @attnc.pattern
@@ -268,6 +276,7 @@ CASES: dict[str, Problem] = {
 # interpreted kernels take their time
 TRITON: dict[str, Problem] = {
     "checker": Problem(checker(), (16, 16), heads=1, kv_heads=1, batch=1),
+    "checker in windows": Problem(attnc.patterns.window(12) & checker(), (24, 12), heads=1, kv_heads=1, batch=1),
     "half plane with a prefix": Problem(half_plane(), (9, 10), prefix=3, batch=1, heads=2, kv_heads=1),
     "biased half plane": Problem(biased_half_plane(), (8, 12), heads=1, kv_heads=1, reach=31, batch=1),
     "bigbird": Problem(bigbird(side=6, every=48), (150,), heads=1, kv_heads=1, batch=1),
@@ -381,6 +390,32 @@ def test_interpreted_triton_walks_lists() -> None:
     assert set(told) == set(TRITON)
     assert not any(line.startswith("0 lists") for line in told.values()), told
     assert sum(int(line.split()[-2]) for line in told.values()) > 0, told
+
+
+def test_boxes_and_lists_are_weighed_alike() -> None:
+    """What is compared has one unit: boxes that leave nothing out cost about what a list of all blocks, in part, would."""
+    limits = Limits(64, 64)
+    for grid, sides in (((2048,), (64,)), ((32, 64), (8, 8))):
+        n = math.prod(grid)
+        g = geometry_of(attnc.pattern(lambda q, k: q.x >= 0)(), grid)
+        assert box_work(g, sides[: len(g.axes)], limits) == pytest.approx(limits.work(64, 64, 0, (n // 64) ** 2), rel=0.03)
+
+
+def test_sides_are_no_longer_than_a_residue_class() -> None:
+    """Every fourth key: 128 of 512. Blocks of that side are whole; of a longer one they would be cut, and masked."""
+    p = attnc.pattern(lambda q, k: ((q.x - k.x) % 4 == 0) & ((q.x // 64 + k.x // 64) % 3 == 0))()
+    found = listed(geometry_of(p, (512,)), Limits(256, 256), (32,), 1, 1)
+    assert found is not None
+    assert (found.query_sides, found.key_sides) == ((128,), (128,))
+
+
+def test_chunks_of_listed_tiles_fill_registers() -> None:
+    """Triton's chunks have powers of two, at least 16, of rows and of columns."""
+    flat = Tile((16,), (64,))
+    for queries, keys, fits in ((32, 64, True), (16, 16, True), (32, 48, False), (24, 64, False), (8, 32, False)):
+        found = of_lists(((queries,), (keys,)), 32, 2, "cuda:80", flat)
+        assert (found is not None) == fits, (queries, keys)
+        assert found is None or (found.forward.bm, found.forward.bn, found.dkv.bm) == (queries, keys, keys)
 
 
 def test_the_rule_leaves_what_lists_would_not_help() -> None:

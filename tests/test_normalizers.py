@@ -64,6 +64,14 @@ def test_normalisers_of_plain_scores_with_prefix_tokens(kind: str, backend: str)
         hold(Problem(weighted(patterns.window(3), kind), (4, 5), prefix=2, scale=scale, d=33, **REST), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_weight_where_nothing_is_seen_whatever_the_scale(backend: str) -> None:
+    """A scale that turns signs turns no -inf of an excluded pair; 0 times it is no NaN."""
+    p = weighted(patterns.causal(), "sigmoid")
+    for scale in (-0.3, 0.0):
+        hold(Problem(p, (5, 7), scale=scale, **REST), backend)
+
+
 @pytest.mark.parametrize("backend", SOME_BACKENDS)
 @pytest.mark.parametrize("kind", ["sink", "sigmoid"])
 def test_normalisers_with_virtual_keys_through_a_row_map(kind: str, backend: str) -> None:

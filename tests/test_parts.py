@@ -18,6 +18,7 @@ import torch
 import attnc
 from attnc.compiler import has_compiler
 from attnc.patterns import axial, cross, dilated, full, neighborhood, per_head, window
+from attnc.schedule.split import split
 
 GRID = (5, 6)
 RELATIVE = window(3, bias="relative")
@@ -76,6 +77,13 @@ def test_parts(name: str, backend: str) -> None:
     if backend == "cpp" and not has_compiler():
         pytest.skip("no C++ compiler")
     check(name, backend, torch.float64 if backend == "torch" else torch.float32)
+
+
+def test_a_union_runs_whole_where_its_parts_leave_little_out() -> None:
+    rows_or_columns = axial("x") | axial("y")
+    for grid, parts in (((9, 9), 2), ((2, 4), 1)):  # 22 % and 75 % of all pairs
+        (run,) = split(attnc.compile(rows_or_columns, grid=grid).program(2), grid, grid, 2, 2)
+        assert len(run.parts) == parts
 
 
 @pytest.mark.interpret

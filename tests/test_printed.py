@@ -52,6 +52,7 @@ STATEMENTS: dict[str, tuple[attnc.Pattern, tuple[int, ...], dict[str, Any]]] = {
     "joined_bias": (patterns.window(3, shift=1, bias="relative"), (6, 6), {"dtype": "float32"}),
     "volume": (patterns.neighborhood(3), (3, 6, 8), {}),
     "grid": (patterns.grid(2), (5, 6), {}),
+    "parts": (patterns.cross(1), (9, 12), {}),
 }
 
 
@@ -79,6 +80,28 @@ def test_text_for_every_grid(name: str) -> None:
     made, grid, keys, options = program(name)
     text = text_for(made, grid, keys, 32, options["value_dim"], 2, plain=True, target=options["target"])
     snapshot.matches(f"triton_{name}_any_size.txt", text)
+
+
+@pytest.mark.parametrize(
+    "p, grid, keys, fused",
+    [
+        (patterns.window(4), (8, 8), None, True),
+        (patterns.window(8), (16, 16), None, True),
+        (patterns.window(10), (20, 20), None, False),
+        (patterns.window(4), (8, 8), (16, 8), False),
+        (patterns.full(), (4, 4), (4, 4), False),
+    ],
+    ids=str,
+)
+def test_one_kernel_of_all_gradients_is_of_one_small_group(p: attnc.Pattern, grid: Any, keys: Any, fused: bool) -> None:
+    """Of tokens that see each other and nobody else, 64 at most; not of keys on a grid of their own."""
+    queries = ir.Tokens((None, None))
+    made = ir.Program(
+        p.trace(("y", "x"), same_grid=keys is None), queries, queries if keys is None else ir.Tokens(keys), keys is None
+    )
+    options = {"heads": 2, "head_dim": 32, "value_dim": 32, "dtype": "float16", "target": "cuda:80"}
+    text = emit_triton(made, grid, keys or grid, **options)  # type: ignore[arg-type]
+    assert ("def backward_dq(" not in text) == fused
 
 
 def test_text_of_channel_attention() -> None:

@@ -17,14 +17,14 @@ import torch
 from typer.testing import CliRunner
 
 import attnc
-from attnc import patterns
+from attnc import ir, patterns
 from attnc.cli import app
 from attnc.codegen import cpp_host
 from attnc.errors import DeclarationError, ShapeError, UnsupportedError
 from attnc.runtime import cpp, tuner, winners
 from attnc.runtime.cache import write_json
 from attnc.runtime.call import Call
-from attnc.schedule.boxes import tiling
+from attnc.schedule.boxes import Kernel, tiling
 from attnc.schedule.choose import bucket, candidates
 from attnc.schedule.geometry import geometry
 
@@ -92,6 +92,22 @@ def test_no_candidate_is_too_large_for_the_kernel() -> None:
             for _, c in found:
                 axes = tiling(call.geometry, kernel, c.sides, 4, 2).axes
                 assert math.prod(int((a.pieces[:, 2] - a.pieces[:, 1]).max()) for a in axes) <= kernel.queries, (p, c)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("p", [patterns.neighborhood(3), patterns.full(), patterns.dilated(3, 2)], ids=str)
+def test_segments_hold_every_piece_once(p: attnc.Pattern, prefix: int) -> None:
+    """Whatever the number of threads that share keys: one segment begins where the one before it ends."""
+    tokens = ir.Tokens((None, None), prefix)
+    g = geometry(ir.Program(p.trace(("y", "x")), tokens, tokens), (9, 20), (9, 20))
+    for threads in (1, 3, 16):
+        found = tiling(g, Kernel(16, 64, 8, 6, 8, 8, backward=True), (2,) * len(g.axes), 1, threads)
+        for a in found.axes:
+            ends = a.segments[:, :2]
+            assert (ends[0, 0], ends[-1, 1]) == (0, len(a.pieces))
+            assert (ends[1:, 0] == ends[:-1, 1]).all()
+            assert (ends[:, 0] < ends[:, 1]).all()
+        assert found.covers
 
 
 def test_choices_follow_the_registers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,11 @@ def test_candidates_spare_memory_pack_blocks_and_vary_batch_items() -> None:
     assert any(t.rows[0] * t.rows[1] > 9 and all(r % 3 == 0 for r in t.rows) for t in tiles.candidates(small, 32))
     window = call_of(patterns.window(7), (56, 56)).geometry
     assert len({t.batch for t in tiles.candidates(window, 32) if t.rows == (7, 7)}) > 2
+    for shift in (0, 3):  # a window is one chunk, and so is one that goes on at the end of an axis: nothing to pipeline
+        g = call_of(patterns.window(7, shift=shift), (56, 56)).geometry
+        own = tiles.choose(g, 32)
+        assert (own.rows, any(own.wraps)) == ((7, 7), shift > 0)
+        assert [t for t in tiles.candidates(g, 32) if replace(t, stages=own.stages) == own] == [own]
 
 
 # ------------------------------------------------------------------------------------------------------- compiled beforehand

@@ -109,10 +109,12 @@ class Spec:
         grid = (1024,) * self.rank
         last = geometry(self.program, grid, grid).axes[-1]
         r, j = np.arange(1024) % last.split, np.arange(1024) // last.split
-        width = last.hi[r, j] - last.lo[r, j] + 1
-        if last.block == width[0] and bool(((last.lo[r, j] <= j) & (j <= last.hi[r, j])).all()):
-            return 0  # blocks see themselves: tiles need no permutation
-        return int(width[0]) if 1 < width[0] <= LANES + 1 and bool((width == width[0]).all()) else 0
+        lo, hi = last.lo[r, j], last.hi[r, j]
+        width = int((hi - lo).max()) + 1
+        if width != int((hi - lo).min()) + 1 or not 1 < width <= LANES + 1:
+            return 0
+        own = last.block == width and bool(((lo <= j) & (j <= hi)).all())
+        return 0 if own else width  # blocks see themselves: tiles need no permutation
 
     def kernel(self, backward: bool) -> Kernel:
         """Tile limits: how many queries a tile and how many keys a chunk may have."""

@@ -175,12 +175,11 @@ def docstring(
             shown.setdefault(f"{tile_text(tile)}, {tile.warps} warp{'s' if tile.warps > 1 else ''}", []).append(name)
         lines += [f"tile:     {', '.join(names)}: {text}" for text, names in shown.items()]
     every = [p for p in parts or (spec,) if p.geometry is not None]
-    if every and not any(n.op in ("load", "batch") for p in every for n in ir.walk(p.structure.residual)):
-        most = heads or 1
-        allowed = sum(p.geometry.allowed(most) for p in every if p.geometry is not None)
+    if heads and not any(n.op in ("load", "batch") for p in every for n in ir.walk(p.structure.residual)):
+        allowed = sum(p.geometry.allowed(heads) for p in every if p.geometry is not None)
         sent = sum(issued(p.geometry, "q", p.tiles.forward) for p in every if p.geometry is not None)
         if allowed:
-            lines.append(f"waste:    {sent * most / allowed:.2f} score elements issued for each one allowed")
+            lines.append(f"waste:    {sent * heads / allowed:.2f} score elements issued for each one allowed")
     wrapped: list[str] = []
     for line in lines:
         wrapped += textwrap.wrap(line, 124, subsequent_indent=" " * 10) or [""]

@@ -194,11 +194,7 @@ class _Attention(torch.autograd.Function):
                 elif spec.geometry is not None:
                     least = longest_index(spec.geometry, e)
                     if least is not None:
-                        tests.append(
-                            f"{name}.shape[{d}] != 1 and {name}.shape[{d}] < {least}"
-                            if len(tests) == 0
-                            else f"1 < {name}.shape[{d}] < {least}"
-                        )
+                        tests.append(f"1 < {name}.shape[{d}] < {least}")
                         wants[d] = f">= {least}"
         text = f"    if {' or '.join(tests)}:"
         return [

@@ -39,7 +39,7 @@ class Range:
 
 
 ANY = Range(float("-inf"), float("inf"))
-NOTHING = Range(1, 0, True)
+NOTHING = Range(1, 0)
 
 
 def _leaves(e: ir.Expr, op: str) -> set[tuple[Any, ...]]:
