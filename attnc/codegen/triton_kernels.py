@@ -243,7 +243,8 @@ class Kernel(Steps):
             return
         self.put("first = tl.program_id(2) * PER")
         with self.block(f"for item in tl.range(first, tl.minimum(first + PER, B), num_stages={self.tile_choice.stages}):"):
-            self.put("b = tl.cast(item, tl.int64)")
+            # B >> 31 is 0, which no compiler knows: else each lane's pointer to each row would be a variable of the loop
+            self.put("b = tl.cast(item ^ (B >> 31), tl.int64)")
             yield
 
     def queries_program(self) -> None:
@@ -372,7 +373,7 @@ class Kernel(Steps):
             tests.append("some[:, None]")
         self.there = " & ".join(tests)
         with self.items():
-            self.put(f"q = {self.load(self.own('q'), self.channels('q'))}")
+            self.put(f"q = {self.load(self.own('q'), self.reach, self.channels('q'))}")
             self.words(of_rows=True)
             if self.spec.softmax:
                 self.put(f"token = (b * H + h) * N + {self.row_token()}")

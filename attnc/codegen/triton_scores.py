@@ -91,7 +91,9 @@ class Scores(Shapes):
         return f"{self.module.use('read', READ)}({pointers}, {' & '.join(some) or 'None'})"
 
     def own(self, tensor: str) -> str:
-        """Pointers to the tile's rows of a tensor."""
+        """Pointers to the tile's rows of a tensor. A group's rows are its columns, and so share their offsets."""
+        if self.fused:
+            return self.chunk_of(tensor)
         return self.own_rows(tensor.upper(), f"{tensor}_st", self.head(tensor), lanes(self.dim(tensor)))
 
     def chunk_of(self, tensor: str) -> str:

@@ -168,10 +168,10 @@ class Steps(Scores):
 
     def group_rows(self) -> None:
         """Load what a group's gradients need beyond its scores: only now, so that it does not live beside the first product."""
-        self.put(f"g = {self.load(self.own('g'), self.channels('g'))}")
+        self.put(f"g = {self.load(self.own('g'), self.reach, self.channels('g'))}")
         self.put(f"v = {self.load(self.chunk_of('v'), self.reach, self.channels('v'))}")
         if self.given:
-            self.put(f"o = {self.load(self.own('o'), self.channels('o'))}")
+            self.put(f"o = {self.load(self.own('o'), self.reach, self.channels('o'))}")
             self.put("delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)[:, None]")
             with self.block("if GLse is not None:"):
                 self.put("delta -= tl.load(GLse + token)[:, None]")
@@ -184,7 +184,7 @@ class Steps(Scores):
         self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
         self.store(self.chunk_of("dv"), "dv", "dv", self.there)
         self.put(f"dq = {dot('d', 'k')}")
-        self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
+        self.store(self.own("dq"), "dq * scale", "dq", self.there)
         self.put(f"dk = {dot('d.T', 'q')}")
         self.store(self.chunk_of("dk"), "dk * scale", "dk", self.there)
 
