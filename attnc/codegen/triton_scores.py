@@ -166,8 +166,7 @@ class Scores(Shapes):
         flat = ok == "seen[None, :]" and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
         if self.tiled:
             self.ok = ok
-            if not (self.fused and spec.reloads):
-                self.bias_tile(ok)
+            self.bias_tile(ok)
             return "bias"
         if spec.residual != ir.TRUE and not self.allowed:
             test = self.pair(spec.residual, ok)

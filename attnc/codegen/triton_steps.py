@@ -30,8 +30,6 @@ class Steps(Scores):
             real = "real[:, None]"
             count = f" & (n < {self.chunk_count()})" if self.chunk_count() != self.bn else ""
             self.put(f"real = {self.real_keys([f'k{p.name}' for p in self.plans])}{count}")
-        if self.tiled and self.fused and self.spec.reloads:
-            self.bias_tile(self.ok)
         for t in columns:
             value = self.load(self.chunk_of(t), real or reach, self.channels(t))
             self.put(f"{t} = tl.where({real}, {value}, pad_{t})" if real else f"{t} = {value}")
@@ -181,12 +179,12 @@ class Steps(Scores):
     def group_gradients(self, weight: str, d: str) -> None:
         """A group's gradients, one after the other: each is stored before the next, so that no two live in registers together."""
         self.put(f"d = {d}.to(k.dtype)")
-        self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
-        self.store(self.chunk_of("dv"), "dv", "dv", self.there)
         self.put(f"dq = {dot('d', 'k')}")
         self.store(self.own("dq"), "dq * scale", "dq", self.there)
         self.put(f"dk = {dot('d.T', 'q')}")
         self.store(self.chunk_of("dk"), "dk * scale", "dk", self.there)
+        self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
+        self.store(self.chunk_of("dv"), "dv", "dv", self.there)
 
     # ------------------------------------------------------------------------------------------------------------- table gradients
     def contributions(self) -> list[tuple[ir.Expr, str]]:

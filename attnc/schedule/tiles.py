@@ -281,7 +281,9 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
     if kind == "forward":
         warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
     else:
-        warps = 8 if width > 64 or (width > 32 and g.attend.tables) else 4  # a table's gradient lives beside those of rows
+        # warps beyond four of 16 rows each repeat products, which only pays where registers run out
+        wide = width > 64 and not (target in _WARPGROUPS and itemsize <= 2)
+        warps = 8 if wide or (itemsize > 2 and width > 32 and g.attend.tables) else 4  # a table's gradient lives beside rows'
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
     tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
