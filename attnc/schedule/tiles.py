@@ -289,11 +289,12 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
     wraps = tuple(joins(a) for a in g.axes)
     cut = any(a.shift and not w for a, w in zip(g.axes, wraps, strict=True))
     if kind == "forward":
-        warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
+        warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= (128 if itemsize <= 2 else 64) else 8
     else:
-        # warps beyond four of 16 rows each repeat products, which only pays where registers run out
-        wide = width > 64 and not (target in _WARPGROUPS and itemsize <= 2)
-        warps = 8 if wide or (itemsize > 2 and width > 32 and g.attend.tables) else 4  # a table's gradient lives beside rows'
+        # warps beyond four of 16 rows each repeat products, which only pays where registers run out: beside a mask of pairs
+        # at 128 channels, and where a table's gradient in float32 lives beside those of rows
+        four = itemsize <= 2 and (width <= 64 or target in _WARPGROUPS or (target.startswith("cuda") and not any(wraps)))
+        warps = 4 if four or (itemsize > 2 and width <= 64 and not (width > 32 and g.attend.tables)) else 8
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
     tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
@@ -320,7 +321,7 @@ def _settled(g: Geometry, side: Side, tile: Tile, kind: Kind, width: int, itemsi
     if kind == "forward" and sides == (128, 128) and crowded and not hopper:
         return replace(tile, chunk=_scaled(tile.chunk, up=False))
     if kind == "dq" and sides == (128, 128) and target == "cuda:100":  # pipelined, both products' sums leave tensor memory
-        return replace(tile, chunk=tile.chunk if exact else _scaled(tile.chunk, up=False), stages=1)
+        return replace(tile, chunk=tile.chunk if exact and not crowded else _scaled(tile.chunk, up=False), stages=1)
     if kind == "dq" and sides == (128, 128) and not hopper:
         return replace(tile, chunk=_scaled(tile.chunk, up=False))
     if kind == "dkv" and hopper and sides == (128, 64):
