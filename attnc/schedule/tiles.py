@@ -257,7 +257,7 @@ def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str 
     the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers."""
     rows, columns, weights = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize, tile.bm * tile.bn * itemsize
     if target.startswith("hip"):  # rows pass through it once, before the loop
-        return max(rows, columns + weights)
+        return max(rows, columns + weights, columns * (1 if tile.warps == 1 else min(tile.stages, 2)))
     more = 1 if kind == "forward" else 2
     if target in _WARPGROUPS and itemsize <= 2:
         return more * (rows + weights) + min(tile.stages, 2) * columns + 8 * tile.bn + (64 if target == "cuda:100" else 0)
@@ -316,7 +316,9 @@ def _settled(g: Geometry, side: Side, tile: Tile, kind: Kind, width: int, itemsi
     hopper = int(target.removeprefix("cuda:")) >= 90
     if sides == (64, 64) and tile.warps == 4 and tile.stages > 1:
         # dk and dv keep both sums beside two products: with a mask there is room for half a chunk
-        tight = (kind == "dkv" and not hopper and not exact) or (kind != "forward" and crowded)
+        tight = (kind == "dkv" and not hopper and not exact) or (
+            crowded and (kind == "dkv" or (kind == "dq" and target != "cuda:90"))
+        )
         return replace(tile, chunk=_scaled(tile.chunk, up=False)) if tight else tile
     if kind == "forward" and sides == (128, 128) and crowded and not hopper:
         return replace(tile, chunk=_scaled(tile.chunk, up=False))
