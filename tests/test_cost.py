@@ -112,7 +112,7 @@ def test_the_whole_model_is_a_function_of_the_sizes() -> None:
         programs, chunks = counts("p", g.structure, side, tile)  # type: ignore[arg-type]
         rows = names[0] * names[1]
         found = cost.work(
-            kind, tile, SIZES, programs=programs, chunks=chunks, rows=rows, columns=rows, exact=False, target="cuda:90"
+            kind, tile, SIZES, programs=programs, chunks=chunks, rows=rows, columns=rows, masked=1.0, target="cuda:90"
         )  # fmt: skip
         number = cost.of_geometry(g, kind, tile, SIZES, "cuda:90")
         for what in ("issued", "flops", "loaded", "stored", "least"):

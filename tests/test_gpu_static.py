@@ -15,37 +15,50 @@ from attnc.schedule.chips import chip
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPORTS: dict[str, dict[str, Any]] = json.loads((DOCS / "gpu-static.json").read_text(encoding="utf-8"))
-# kernels that spill all the same, with the bytes: registers that ptxas fills with a group's five products at 64 channels
+# kernels that spill, with the bytes: of RDNA's 256 registers, tiles that other chips hold ask more; elsewhere what is left
 SPILLS = {
-    f"{call} | float16 64 | {target}": spilled
-    for target, calls in {
-        "cuda:80": {
-            'axial("y") | axial("x") 64x64': 8,
-            'window(7, bias="relative") 56x56': 64,
-            "window(7) 56x56": 16,
-            "window(7, shift=3) 56x56": 48,
-            'window(7, shift=3, bias="relative") 56x56': 48,
-            "blocks((14, 4)) 56x56": 32,
-            "grid(7) 56x56": 24,
-            'axial("x") 56x56': 32,
-            "cross(8) 64x64": 8,
-            "dilated_blocks(7, 8) 56x56": 24,
-            "causal() 56x56": 40,
-            "per_head([window(7), grid(7)]) 56x56": 88,
-        },
-        "cuda:90": {"per_head([window(7), grid(7)]) 56x56": 8},
-        "cuda:100": {
-            "full(), one axis 4096": 184,
-            "cross(8) 64x64": 280,
+    f"{call} | {setting}": spilled
+    for setting, calls in {
+        "float16 64 | cuda:100": {
             "band(2, 5) 56x56": 8,
-            "per_head([window(7), grid(7)]) 56x56": 120,
         },
-        "hip:gfx942": {"causal(), one axis 4096": 1188, "full(), one axis 4096": 188},
+        "float16 64 | hip:gfx942": {
+            "overlapping_window(7, 11) 56x56": 8,
+            "per_head([window(7), grid(7)]) 56x56": 104,
+        },
+        "float16 64 | hip:gfx1100": {
+            "neighborhood(7) 56x56": 524,
+            'window(7, bias="relative") 56x56': 792,
+            "neighborhood(7, dilation=4) 56x56": 596,
+            'axial("y") | axial("x") 64x64': 672,
+            "causal(), one axis 4096": 4056,
+            "full(), one axis 4096": 948,
+            "window(7) 56x56": 256,
+            "window(7, shift=3) 56x56": 356,
+            'window(7, shift=3, bias="relative") 56x56': 716,
+            "window(8) 64x64": 256,
+            "blocks((14, 4)) 56x56": 288,
+            "grid(7) 56x56": 256,
+            'axial("x") 56x56': 276,
+            'strip("y", 8) 64x64': 960,
+            "cross(8) 64x64": 3400,
+            "neighborhood(13) 56x56": 604,
+            "neighborhood(7, stride=4) 56x56": 508,
+            "neighborhood(7, causal=True) 56x56": 536,
+            'neighborhood(7, bias="relative") 56x56': 764,
+            "dilated(5, 2) 56x56": 600,
+            "dilated_blocks(7, 8) 56x56": 256,
+            "overlapping_window(7, 11) 56x56": 520,
+            "cross_scale(5) 56x56": 524,
+            "cross_scale(2) 28x28": 16,
+            "causal() 56x56": 3648,
+            "band(2, 5) 56x56": 492,
+            "full() 56x56": 3208,
+            "per_head([window(7), grid(7)]) 56x56": 644,
+        },
     }.items()
     for call, spilled in calls.items()
 }
-# what Triton's own compiler fails on: an internal error of ptxas, in backward_dq
-REFUSED = {"causal(), one axis 4096 | float16 64 | cuda:100"}
 # thread-instructions that are above what is asked
 ABOVE = {("full(), one axis", "cuda:80", "backward_dkv"): 13.4}
 # statements with loops over full tiles that take more than dense attention's
@@ -107,9 +120,6 @@ def test_every_module_compiles_for_every_target(call: str, target: str) -> None:
     kept = REPORTS.get(PAGE.name_of(**setting))
     if kept is None:  # two to eight seconds each
         pytest.skip("not in the table yet; `make gpu-static` compiles it")
-    if PAGE.name_of(**setting) in REFUSED:
-        assert "PTX codegen error" in kept["refused"]
-        return
     report = PAGE.settled((call, setting, kept["module"]))[1] or kept
     assert {"forward", "backward_dkv"} <= set(report["kernels"])
     assert all(k["instructions"] > 0 for k in report["kernels"].values())

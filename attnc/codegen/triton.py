@@ -68,10 +68,9 @@ def make_spec(
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     structure = analyse(program.attend, program.same_grid, padded)
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
-    hopper = target.startswith("cuda:") and int(target.removeprefix("cuda:")) >= 90  # whose products read from shared memory
     return Spec(
-        program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, reloads=hopper,
-        wide=wide, listed=listed,
+        program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, wide=wide,
+        listed=listed,
     )  # fmt: skip
 
 

@@ -243,7 +243,8 @@ class Kernel(Steps):
             return
         self.put("first = tl.program_id(2) * PER")
         with self.block(f"for item in tl.range(first, tl.minimum(first + PER, B), num_stages={self.tile_choice.stages}):"):
-            self.put("b = tl.cast(item, tl.int64)")
+            # B >> 31 is 0, which no compiler knows: else each lane's pointer to each row would be a variable of the loop
+            self.put("b = tl.cast(item ^ (B >> 31), tl.int64)")
             yield
 
     def queries_program(self) -> None:
@@ -370,26 +371,16 @@ class Kernel(Steps):
             self.put(f"count = tl.sum(live.to(tl.int32), 0) + tl.zeros([{self.bn}], tl.int32)")
             self.put("some = count > 0  # a tile past the end of its class has no keys of its own")
             tests.append("some[:, None]")
+        self.there = " & ".join(tests)
         with self.items():
-            for t in ("q", "g"):
-                self.put(f"{t} = {self.load(self.own(t), self.channels(t))}")
+            self.put(f"q = {self.load(self.own('q'), self.reach, self.channels('q'))}")
             self.words(of_rows=True)
             if self.spec.softmax:
                 self.put(f"token = (b * H + h) * N + {self.row_token()}")
-                self.put("lse = tl.load(Lse + token)[:, None]", f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)")
-                if self.given:
-                    self.put(f"o = {self.load(self.own('o'), self.channels('o'))}")
-                    self.put("delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)[:, None]")
-                    with self.block("if GLse is not None:"):
-                        self.put("delta -= tl.load(GLse + token)[:, None]")
-                if self.tiled:  # whose rows beyond the group hold finite scores
-                    self.put('lse = tl.where(live[:, None], lse, float("inf"))')
-            elif self.tiled:
-                self.put("g = tl.where(live[:, None], g, 0.0)  # rows beyond the group hold finite scores")
+                some = "live[:, None]" if self.certain else f"live[:, None] & (lse > {INF})"
+                self.put("lse = tl.load(Lse + token)[:, None]")
+                self.put(f'lse = tl.where({some}, lse * LOG2E, float("inf"))  # no weight in rows beyond the group')
             self.chunk(full=False)
-            self.store(self.own("dq"), "dq * scale", "dq", "live[:, None]")
-            for t, value in (("dk", "dk * scale"), ("dv", "dv")):
-                self.store(self.chunk_of(t), value, t, " & ".join(tests))
         if self.spec.learned:
             self.store_partial()
 

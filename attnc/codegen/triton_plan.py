@@ -46,7 +46,6 @@ class Spec:
     part: bool = False  # one of several statements that share their queries: a group does not hold all keys of a row
     suffix: str = ""  # of the names of its kernels, where one module holds several statements
     itemsize: int = 2  # bytes of an element that tiles were chosen for
-    reloads: bool = False  # a group's bias is read anew for each batch item: the target has no registers left to keep it in
     adds: bool = False  # its kernels go on from the output, LSE and gradients of an earlier part
     wide: bool = False  # a batch item or a table may span 2**31 elements: offsets have 64 bits
     lengths: tuple[str, ...] = ()  # real lengths of another statement's grids that its dropout reads

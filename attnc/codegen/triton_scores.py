@@ -91,7 +91,9 @@ class Scores(Shapes):
         return f"{self.module.use('read', READ)}({pointers}, {' & '.join(some) or 'None'})"
 
     def own(self, tensor: str) -> str:
-        """Pointers to the tile's rows of a tensor."""
+        """Pointers to the tile's rows of a tensor. A group's rows are its columns, and so share their offsets."""
+        if self.fused:
+            return self.chunk_of(tensor)
         return self.own_rows(tensor.upper(), f"{tensor}_st", self.head(tensor), lanes(self.dim(tensor)))
 
     def chunk_of(self, tensor: str) -> str:
@@ -161,15 +163,11 @@ class Scores(Shapes):
         """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked after), "" or "general"."""
         spec = self.spec
         # a mask and terms of the chunk's columns alone have one row, and a product starts from all of them
-        flat = ok == "seen[None, :]" and not self.fused and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
+        flat = ok == "seen[None, :]" and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
         if self.tiled:
             self.ok = ok
-            if not (self.fused and spec.reloads):
-                self.bias_tile(ok)
+            self.bias_tile(ok)
             return "bias"
-        if self.fused and ok:  # rows beyond the group must not reach dk and dv
-            self.put(f"ok = live[:, None] & {ok}")
-            ok = "ok"
         if spec.residual != ir.TRUE and not self.allowed:
             test = self.pair(spec.residual, ok)
             self.put(f"ok = {ok} & ({test})" if ok else f"ok = tl.broadcast_to({test}, [{self.bm}, {self.bn}])")
@@ -185,7 +183,6 @@ class Scores(Shapes):
                 value += f" + tl.where({ok}, 0.0, {INF})"
             elif self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
                 value += f" + tl.where(seen, 0.0, {INF})[None, :]"
-                value += f" + tl.where(live, 0.0, {INF})[:, None]" if self.fused else ""
             elif ok:
                 value = f"tl.where({ok}, {value}, {INF})"
             self.put(f"bias = tl.broadcast_to({value}, {shape})" if flat or not ok else f"bias = {value}")
@@ -194,7 +191,7 @@ class Scores(Shapes):
             self.ok = "" if ok == "bias" else ok
             return ok
         if ok == "ok" or self.hoist:
-            zero = "0.0" if ok == "ok" and not self.fused and not flat else f"tl.zeros({shape}, tl.float32)"
+            zero = "0.0" if ok == "ok" and not flat else f"tl.zeros({shape}, tl.float32)"
             self.put(f"bias = tl.where({ok}, {zero}, {INF})")
             return "bias"
         return "seen"

@@ -15,6 +15,7 @@ class Steps(Scores):
     certain: bool  # every row has a key, and the maximum needs no floor
     with_prefix: bool  # the prefix tokens' keys follow the grid's
     given: bool  # delta comes from the whole output, of all parts of a union
+    there: str  # which columns of a group's chunk get gradients, "" where all do
 
     # ------------------------------------------------------------------------------------------------------------------ one chunk
     def chunk(self, *, full: bool) -> None:
@@ -23,14 +24,12 @@ class Steps(Scores):
             self.how = self.score(self.mask(full))
         self.words(of_rows=False)
         reach = "" if full else self.reach
-        columns = ("q", "g") if self.side == "k" else ("k", "v")
+        columns = ("q", "g") if self.side == "k" else ("k",) if self.fused else ("k", "v")
         real = ""
         if self.spec.padded and self.side == "q":
             real = "real[:, None]"
             count = f" & (n < {self.chunk_count()})" if self.chunk_count() != self.bn else ""
             self.put(f"real = {self.real_keys([f'k{p.name}' for p in self.plans])}{count}")
-        if self.tiled and self.fused and self.spec.reloads:
-            self.bias_tile(self.ok)
         for t in columns:
             value = self.load(self.chunk_of(t), real or reach, self.channels(t))
             self.put(f"{t} = tl.where({real}, {value}, pad_{t})" if real else f"{t} = {value}")
@@ -133,7 +132,7 @@ class Steps(Scores):
         if early:  # before dp, which need not live beside the weights in half precision
             self.put(add_dv)
         if self.fused:
-            self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
+            self.group_rows()
         less = self.kind == "backward_dq" and spec.softmax and weight == "p"  # the product starts from -delta
         start = f"tl.broadcast_to(-delta[:, None], [{self.bm}, {self.bn}])" if less else ""
         self.put(f"dp = {dot(row2, f'{column2}.T', start)}")
@@ -160,11 +159,32 @@ class Steps(Scores):
             self.put(f"dt = {f'tl.where({self.ok}, {value}, 0.0)' if self.ok else value}")
             d = "dt"
         if self.fused:
-            self.put(f"d = {d}.to(k.dtype)")
-            self.put(f"dq, dk = {dot('d', 'k')}, {dot('d.T', 'q')}")
+            self.group_gradients(weight, d)
         else:
             grad = "dk" if keys else "dq"
             self.put(f"{grad} = {dot(f'{d}.to({column}.dtype)', column, grad)}")
+
+    def group_rows(self) -> None:
+        """Load what a group's gradients need beyond its scores: only now, so that it does not live beside the first product."""
+        self.put(f"g = {self.load(self.own('g'), self.reach, self.channels('g'))}")
+        self.put(f"v = {self.load(self.chunk_of('v'), self.reach, self.channels('v'))}")
+        if self.given:
+            self.put(f"o = {self.load(self.own('o'), self.reach, self.channels('o'))}")
+            self.put("delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)[:, None]")
+            with self.block("if GLse is not None:"):
+                self.put("delta -= tl.load(GLse + token)[:, None]")
+        if not self.spec.softmax:
+            self.put("g = tl.where(live[:, None], g, 0.0)  # rows beyond the group have weights")
+
+    def group_gradients(self, weight: str, d: str) -> None:
+        """A group's gradients, one after the other: each is stored before the next, so that no two live in registers together."""
+        self.put(f"d = {d}.to(k.dtype)")
+        self.put(f"dq = {dot('d', 'k')}")
+        self.store(self.own("dq"), "dq * scale", "dq", self.there)
+        self.put(f"dk = {dot('d.T', 'q')}")
+        self.store(self.chunk_of("dk"), "dk * scale", "dk", self.there)
+        self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
+        self.store(self.chunk_of("dv"), "dv", "dv", self.there)
 
     # ------------------------------------------------------------------------------------------------------------- table gradients
     def contributions(self) -> list[tuple[ir.Expr, str]]:

@@ -82,7 +82,7 @@ _HEAVIER = {"forward": 1.35, "dq": 1.35, "dkv": 1.55, "fused": 1.7}
 
 
 def work(
-    kind: str, tile: Tile, sizes: Sizes, *, programs: Count, chunks: Count, rows: Count, columns: Count, exact: bool, target: str
+    kind: str, tile: Tile, sizes: Sizes, *, programs: Count, chunks: Count, rows: Count, columns: Count, masked: float, target: str
 ) -> Work:
     """One launch, from the programs and chunks of one head. rows, columns: tokens on the tile's side and on the other."""
     s = sizes
@@ -97,7 +97,7 @@ def work(
     others = s.batch * (s.heads if kind == "dkv" else s.kv_heads)
     least = each * rows * int(real @ _ROWS[kind]) + others * columns * int(real @ _COLUMNS[kind])
     heavier = _HEAVIER[kind]
-    instructions = heavier * per * schedule.instructions(tile, s.width, chunks, programs, exact)
+    instructions = heavier * per * schedule.instructions(tile, s.width, chunks, programs, masked)
     shared_kind: Kind = "forward" if kind == "forward" else "dq" if kind == "dq" else "dkv"
     shared = schedule.shared_bytes(shared_kind, tile, s.width, s.itemsize, target)
     if tile.warps == 1:  # its columns stay in registers
@@ -130,7 +130,7 @@ def of_geometry(g: Geometry, kind: str, tile: Tile, sizes: Sizes, target: str) -
         chunks=math.prod(w.steps for w in ws),
         rows=math.prod(r for r, _ in rows),
         columns=math.prod(c for _, c in rows),
-        exact=all(w.exact for w in ws),
+        masked=schedule.masked(g, ws),
         target=target,
     )
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from attnc import ir
 from attnc.schedule.geometry import Axis, Geometry
 
 Side = Literal["q", "k"]
@@ -198,13 +199,14 @@ def _grouped(g: Geometry) -> Tile | None:
     return Tile(tuple(rows), tuple(rows))
 
 
-def instructions(tile: Tile, width: int, steps: Any, programs: Any, exact: bool) -> Any:
+def instructions(tile: Tile, width: int, steps: Any, programs: Any, masked: float) -> Any:
     """Thread-instructions, roughly: per chunk its elements, its rows' statistics, its columns' loads; per program its rows.
 
-    The weights were fitted to counted instructions of kernels compiled for sm_90. Counts may be sympy expressions.
+    The weights were fitted to counted instructions of kernels compiled for sm_90. Counts may be sympy expressions. masked: the
+    share of chunks whose pairs are compared.
     """
     lanes = LANES * tile.warps
-    each = 5.0 if exact else 6.0
+    each = 5.0 + masked
     per_chunk = tile.bm * tile.bn * each + tile.bn * width * 0.6 + tile.bm * (width + 8) + 24 * lanes
     return steps * per_chunk + programs * (160 * lanes + tile.bm * width * 1.5)
 
@@ -213,7 +215,15 @@ def _cost(g: Geometry, side: Side, tile: Tile, width: int) -> float:
     """Instructions of one head's programs."""
     ws = walks(g, side, tile)
     steps, programs = math.prod(w.steps for w in ws), math.prod(w.programs for w in ws)
-    return float(instructions(tile, width, steps, programs, all(w.exact for w in ws)))
+    return float(instructions(tile, width, steps, programs, masked(g, ws)))
+
+
+def masked(g: Geometry, ws: tuple[Walk, ...]) -> float:
+    """The share of chunks with a mask: none where chunks are exact; where one axis is not, its chunks that are not full."""
+    cut = [w for w in ws if not w.exact]
+    if len(cut) == 1 and cut[0].steps and g.structure.residual == ir.TRUE:
+        return cut[0].partial / cut[0].steps
+    return 1.0 if cut else 0.0
 
 
 # score elements that one lane may hold at head dimensions up to 64, by how many tiles of them a kernel keeps alive
@@ -247,7 +257,7 @@ def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str 
     the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers."""
     rows, columns, weights = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize, tile.bm * tile.bn * itemsize
     if target.startswith("hip"):  # rows pass through it once, before the loop
-        return max(rows, columns + weights)
+        return max(rows, columns + weights, columns * (1 if tile.warps == 1 else min(tile.stages, 2)))
     more = 1 if kind == "forward" else 2
     if target in _WARPGROUPS and itemsize <= 2:
         return more * (rows + weights) + min(tile.stages, 2) * columns + 8 * tile.bn + (64 if target == "cuda:100" else 0)
@@ -279,9 +289,12 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
     wraps = tuple(joins(a) for a in g.axes)
     cut = any(a.shift and not w for a, w in zip(g.axes, wraps, strict=True))
     if kind == "forward":
-        warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= 64 else 8
+        warps = 2 if width <= 32 and itemsize <= 2 and not cut else 4 if width <= (128 if itemsize <= 2 else 64) else 8
     else:
-        warps = 8 if width > 64 or (width > 32 and g.attend.tables) else 4  # a table's gradient lives beside those of rows
+        # warps beyond four of 16 rows each repeat products, which only pays where registers run out: beside a mask of pairs
+        # at 128 channels, and where a table's gradient in float32 lives beside those of rows
+        four = itemsize <= 2 and (width <= 64 or target in _WARPGROUPS or (target.startswith("cuda") and not any(wraps)))
+        warps = 4 if four or (itemsize > 2 and width <= 64 and not (width > 32 and g.attend.tables)) else 8
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
     tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
@@ -291,27 +304,50 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
 
 
 def _settled(g: Geometry, side: Side, tile: Tile, kind: Kind, width: int, itemsize: int, target: str) -> Tile:
-    """The largest tiles of 64 channels, as their registers turned out when compiled: what the cost does not know.
-
-    Before sm_90, dq holds 128 x 64 scores without spills. From sm_90 on, dk and dv of tiles without masks take fewer instructions
-    by 64 x 128 in one warpgroup that does not pipeline (two of them share a multiprocessor); with masks they hold 64 x 64.
-    """
-    if width != 64 or itemsize > 2 or tile.warps != 8 or not target.startswith("cuda"):
+    """The large tiles of 64 channels, as their registers turned out when compiled: what the cost does not know."""
+    if width != 64 or itemsize > 2:
         return tile
-
-    def scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:
-        most = max(sides)
-        at = sides.index(most)
-        return (*sides[:at], most * 2 if up else most // 2, *sides[at + 1 :])
-
+    sides, exact = (tile.bm, tile.bn), all(w.exact for w in walks(g, side, tile))
+    crowded = g.structure.residual != ir.TRUE  # a condition on pairs, whose parts live beside the scores
+    if target == "hip:gfx942":
+        return _settled_cdna(tile, kind, exact)
+    if not target.startswith("cuda"):
+        return tile
     hopper = int(target.removeprefix("cuda:")) >= 90
-    if kind == "dq" and not hopper and (tile.bm, tile.bn) == (128, 128):
-        return replace(tile, chunk=scaled(tile.chunk, up=False))
-    if kind == "dkv" and hopper and (tile.bm, tile.bn) == (128, 64):
-        half = replace(tile, rows=scaled(tile.rows, up=False), warps=4)
-        wide = replace(half, chunk=scaled(tile.chunk, up=True), stages=1)
+    if sides == (64, 64) and tile.warps == 4 and tile.stages > 1:
+        # dk and dv keep both sums beside two products: with a mask there is room for half a chunk
+        tight = (kind == "dkv" and not hopper and not exact) or (
+            crowded and (kind == "dkv" or (kind == "dq" and target != "cuda:90"))
+        )
+        return replace(tile, chunk=_scaled(tile.chunk, up=False)) if tight else tile
+    if kind == "forward" and sides == (128, 128) and crowded and not hopper:
+        return replace(tile, chunk=_scaled(tile.chunk, up=False))
+    if kind == "dq" and sides == (128, 128) and target == "cuda:100":  # pipelined, both products' sums leave tensor memory
+        return replace(tile, chunk=tile.chunk if exact and not crowded else _scaled(tile.chunk, up=False), stages=1)
+    if kind == "dq" and sides == (128, 128) and not hopper:
+        return replace(tile, chunk=_scaled(tile.chunk, up=False))
+    if kind == "dkv" and hopper and sides == (128, 64):
+        # fewer instructions by one warpgroup that does not pipeline (several of them share a multiprocessor)
+        half = replace(tile, rows=_scaled(tile.rows, up=False), warps=4, stages=1)
+        wide = replace(half, chunk=_scaled(tile.chunk, up=True))
         return wide if all(w.exact for w in walks(g, side, wide)) else half
     return tile
+
+
+def _settled_cdna(tile: Tile, kind: Kind, exact: bool) -> Tile:
+    """For CDNA's 512 registers a lane, which waves of four share: one wave to a quarter of 64 rows."""
+    if tile.warps != 8 or tile.bm != 128 or (kind == "forward" and exact):
+        return tile
+    chunk = tile.chunk
+    while math.prod(chunk) > (32 if kind == "dkv" else 64):
+        chunk = _scaled(chunk, up=False)
+    return replace(tile, rows=_scaled(tile.rows, up=False), chunk=chunk, warps=4, stages=2 if kind == "dkv" else 1)
+
+
+def _scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:
+    """Sides with the longest of them doubled or halved."""
+    at = sides.index(max(sides))
+    return (*sides[:at], sides[at] * 2 if up else sides[at] // 2, *sides[at + 1 :])
 
 
 @lru_cache(maxsize=1024)
