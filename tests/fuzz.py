@@ -34,7 +34,7 @@ from attnc import ir
 from attnc.lang.pattern import Pattern, Statement
 
 FOLDER = Path(__file__).parent / "fuzzed"
-SIMULATOR = Path(__file__).parents[2] / "shared" / "tools" / "gpusim"
+SIMULATOR = Path(__file__).resolve().parents[2] / "shared" / "tools" / "gpusim"
 
 
 @dataclass(frozen=True)
