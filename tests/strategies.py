@@ -504,7 +504,7 @@ def dense(
         some = (score > float("-inf")).any(-2, keepdim=True)
         safe = torch.where(some, score, 0.0)
         weight = torch.where(some, torch.softmax(safe, -2), 0.0)[..., : raw.shape[-2], :]
-        lse = torch.where(some[..., 0, :], torch.logsumexp(safe, -2), float("-inf"))
+        lse = torch.where(some[..., 0, :], torch.logsumexp(safe, -2), float("-inf"))[..., k_row >= 0]
     else:
         if a.normalizer.sink:
             score = score.expand(raw.shape)
