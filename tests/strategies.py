@@ -372,14 +372,17 @@ def calls(
     most: int,
     proof: Problem | None = None,
     kernel: Problem | None = None,
+    *,
+    alone: bool = False,
 ) -> Problem:
     """A call of a pattern.
 
     proof: another one, whose proof serves this one too: whether there is padding, and a grid of keys. kernel: one whose built
-    kernel does, of its dtype, head dimensions and prefix.
+    kernel does, of its dtype, head dimensions and prefix. alone: one batch item, one key head, one query head for it are likelier.
     """
     sizes = draw(grids(rank, most))
-    kv_heads = draw(st.sampled_from((1, 2)))
+    counts = st.sampled_from((1, 1, 1, 2) if alone else (1, 2))
+    kv_heads = draw(counts)
     pad = None
     if kernel is None:
         prefix = draw(st.integers(0, 2)) if draw(st.integers(0, 2)) == 0 else 0
@@ -390,12 +393,12 @@ def calls(
     kv_grid = draw(grids(rank, most)) if (draw(st.integers(0, 5)) == 0 if proof is None else proof.kv_grid is not None) else None
     map_of = pattern.trace(ir.AXES[rank]).q_map
     widths = (1, 3, 8, 16, 33) if map_of is None or map_of.kind == "l2norm" else (8, 15, 16, 33)
-    batch = draw(st.sampled_from((1, 2)))
+    batch = draw(counts)
     return Problem(
         pattern,
         sizes,
         batch=batch,
-        heads=kv_heads * draw(st.sampled_from((1, 2))),
+        heads=kv_heads * draw(counts),
         kv_heads=kv_heads,
         d=draw(st.sampled_from(widths)) if kernel is None else kernel.d,
         dv=draw(st.sampled_from((1, 5, 8, 17))) if kernel is None else kernel.dv,
