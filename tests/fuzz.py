@@ -125,16 +125,17 @@ def fuzz(backend: str, seconds: float, first: int = 0) -> Counter[str]:
                 return
             kept = Kept.of(p, held_to, "")
             digest = hashlib.sha256(repr(kept).encode()).hexdigest()
-            if digest in seen and not last:  # while nothing failed: a failure is tried again and made smaller
+            new = digest not in seen
+            if not new and not last:  # while nothing failed: a failure is tried again and made smaller
                 continue
-            counts["tried"] += 1
+            counts["tried"] += new
             seen.add(digest)
             statements.add(hashlib.sha256(repr(p.traced).encode()).hexdigest())
             try:
                 draws.hold(p, held_to)
             except attnc.AttncError as e:
-                counts["refused"] += 1
-                counts[f"refused: {type(e).__name__}"] += 1
+                counts["refused"] += new
+                counts[f"refused: {type(e).__name__}"] += new
             except Exception as e:
                 last.append(replace(kept, said=f"{type(e).__name__}: {e}"))
                 raise

@@ -673,8 +673,8 @@ def hold(p: Problem, backend: str, *, lse: bool = True) -> None:
     """A backend's outputs and gradients stay within the budget.
 
     One draw of a tensor of few elements (the gradient of a table of one number) says little about plain code's error, which is
-    then small by luck. So where half precision misses the budget on the problem's own numbers, more draws are made, and the errors
-    of all of them together count, on both sides.
+    then small by luck. So where a budget is missed on the problem's own numbers, more draws are made, and the errors of all of them
+    together count, on both sides.
     """
     whole = has_lse(p)
     # softmax over queries: the kernels give the output as the gradient that it also is
@@ -700,7 +700,7 @@ def hold(p: Problem, backend: str, *, lse: bool = True) -> None:
     try:
         compare(*mine, told, slopes_too=slopes)
     except AssertionError:
-        if p.dtype not in (torch.float16, torch.bfloat16):
+        if p.dtype == torch.float64:  # whose budget has nothing of plain code's error
             raise
         others = [replace(p, seed=p.seed + 1001 + i) for i in range(MORE_DRAWS)]
         compare_draws([mine, *((*drawn(o), plain(o)) for o in others)], told, slopes_too=slopes)

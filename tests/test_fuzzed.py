@@ -54,7 +54,7 @@ def test_the_fuzzer_sees_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_more_draws_forgive_no_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In half precision a budget that one draw misses is asked of several draws together; a backend that errs in each misses it."""
+    """A budget that one draw misses is asked of several draws together; a backend that errs in each misses it."""
     from attnc.codegen import torch as portable
 
     plain = portable.backward
