@@ -12,6 +12,8 @@ import fuzz
 import pytest
 import strategies as draws
 
+from attnc.patterns import window
+
 FOUND = sorted(fuzz.FOLDER.glob("*.json"))
 
 
@@ -30,7 +32,7 @@ def test_found_once(path: Path) -> None:
 
 
 def test_a_kept_program_is_the_program(tmp_path: Path) -> None:
-    p = draws.Problem(draws.decay() & draws.window(2), (5, 4), d=3, strides="guarded", pad=((1, 0), (0, 2)))
+    p = draws.Problem(draws.decay() & window(2), (5, 4), d=3, strides="guarded", pad=((1, 0), (0, 2)))
     kept = fuzz.Kept(**json.loads(json.dumps(fuzz.asdict(fuzz.Kept.of(p, "torch", "")))))
     again = kept.restored()
     assert draws.replace_pads(again) == draws.replace_pads(p)
