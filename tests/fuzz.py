@@ -53,7 +53,7 @@ LEGS = {
     "torch": Leg(24, 30, False, 0.25),
     "cpp": Leg(40, 24, True, 0.4),
     "triton": Leg(12, 8, True, 0.25, alone=True),  # interpreted, which takes as long as there are programs
-    "gpusim": Leg(24, 5, True, 0.1),  # compiled for sm_90, where a simulator of PTX lies beside the project
+    "gpusim": Leg(16, 5, True, 0.1, alone=True),  # compiled for sm_90, where a simulator of PTX lies beside the project
 }
 EXAMPLES = 10  # statements of one seed
 
