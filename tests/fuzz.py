@@ -34,24 +34,26 @@ from attnc import ir
 from attnc.lang.pattern import Pattern, Statement
 
 FOLDER = Path(__file__).parent / "fuzzed"
-SIMULATOR = Path(__file__).parents[2] / "shared" / "tools" / "gpusim"
+SIMULATOR = Path(__file__).resolve().parents[2] / "shared" / "tools" / "gpusim"
 
 
 @dataclass(frozen=True)
 class Leg:
-    """How a backend is tried: most tokens of a grid, calls of one statement, whether kernels are built, share of the minutes."""
+    """How a backend is tried: most tokens of a grid, calls of one statement, whether kernels are built, share of the minutes, and
+    whether a call has one head of one batch item more often than not."""
 
     tokens: int
     calls: int
     built: bool
     share: float
+    alone: bool = False
 
 
 LEGS = {
     "torch": Leg(24, 30, False, 0.25),
     "cpp": Leg(40, 24, True, 0.4),
-    "triton": Leg(12, 8, True, 0.25),  # interpreted
-    "gpusim": Leg(24, 5, True, 0.1),  # compiled for sm_90, where a simulator of PTX lies beside the project
+    "triton": Leg(12, 8, True, 0.25, alone=True),  # interpreted, which takes as long as there are programs
+    "gpusim": Leg(16, 5, True, 0.1, alone=True),  # compiled for sm_90, where a simulator of PTX lies beside the project
 }
 EXAMPLES = 10  # statements of one seed
 
@@ -99,8 +101,8 @@ def families(draw: st.DrawFn, backend: str) -> list[Problem]:
     dtypes = {"triton": floats[:1], "gpusim": floats[:2] * 2 + floats[2:]}.get(backend, (*floats, torch.float64))
     rank = draw(st.sampled_from((1, 2, 2, 2, 3)))
     pattern = draw(PATTERNS[rank])
-    first = draw(draws.calls(pattern, rank, dtypes, leg.tokens))
-    others = draws.calls(pattern, rank, dtypes, leg.tokens, first, first if leg.built else None)
+    first = draw(draws.calls(pattern, rank, dtypes, leg.tokens, alone=leg.alone))
+    others = draws.calls(pattern, rank, dtypes, leg.tokens, first, first if leg.built else None, alone=leg.alone)
     return [first, *draw(st.lists(others, min_size=leg.calls - 1, max_size=leg.calls - 1))]
 
 
@@ -123,16 +125,17 @@ def fuzz(backend: str, seconds: float, first: int = 0) -> Counter[str]:
                 return
             kept = Kept.of(p, held_to, "")
             digest = hashlib.sha256(repr(kept).encode()).hexdigest()
-            if digest in seen and not last:  # while nothing failed: a failure is tried again and made smaller
+            new = digest not in seen
+            if not new and not last:  # while nothing failed: a failure is tried again and made smaller
                 continue
-            counts["tried"] += 1
+            counts["tried"] += new
             seen.add(digest)
             statements.add(hashlib.sha256(repr(p.traced).encode()).hexdigest())
             try:
                 draws.hold(p, held_to)
             except attnc.AttncError as e:
-                counts["refused"] += 1
-                counts[f"refused: {type(e).__name__}"] += 1
+                counts["refused"] += new
+                counts[f"refused: {type(e).__name__}"] += new
             except Exception as e:
                 last.append(replace(kept, said=f"{type(e).__name__}: {e}"))
                 raise

@@ -31,6 +31,7 @@ def integers(depth: int) -> st.SearchStrategy[Mod]:
         lambda x, c: abs(x - c),
         lambda x, c: torch.div(x, c, rounding_mode="floor") + c,
         lambda x, c: torch.div(x, c, rounding_mode="trunc"),
+        lambda x, c: torch.fmod(x - 3, c) + torch.fmod(x, -c),
         lambda x, c: (x / c).floor().long(),
         lambda x, c: -torch.ceil(x / c).int(),
         lambda x, c: x.clamp(-c, c + 1),

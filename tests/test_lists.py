@@ -375,9 +375,37 @@ def test_explain_tells_of_lists() -> None:
     text = attnc.explain(checker(), grid=(40, 40))
     assert "lists       tiles of 1x40 queries visit 640 blocks of 40x1 keys, 640 of them in full;" in text
     assert "40.0 % of the boxes' 1,600" in text
+    assert "operators walk them, in tiles of their backend's own, and modules for the CPU; Triton modules walk boxes" in text
+    striped = attnc.pattern(lambda q, k: ((q.x - k.x) % 2 == 0) & (2 * q.y + q.x >= 2 * k.y + k.x))()
+    assert "Triton kernels walk boxes, because of residue classes" in attnc.explain(striped, grid=(40, 40))
+    assert "Triton kernels walk boxes, because of virtual rows" in attnc.explain(half_plane(), grid=(40, 40), pad=((0, 4), (0, 4)))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+def test_inspect_compiles_the_kernels_that_walk_lists() -> None:
+    """Of an operator's calls, with the elements of the listed blocks: all of them allowed where every block is full."""
+    options: dict[str, Any] = {"heads": 2, "head_dim": 32, "target": "cuda:80"}
+    found = attnc.inspect(checker(), grid=(64, 64), **options)
+    assert found.strategy == "dense by lists"
+    assert found.issued_elements == found.allowed_elements == 2 * 13418496 // 2
+    for k in ("forward", "backward_dq", "backward_dkv"):
+        assert found.kernels[k].issued_elements == found.issued_elements
+        assert [x.iterations > 0 for x in found.kernels[k].loops] == [True, False], "full blocks, and none in part"
+    # prefix tokens: a loop of their own before those over blocks
+    beside = attnc.inspect(half_plane(), grid=(48, 48), prefix=2, **options)
+    prefix, full, part = beside.kernels["forward"].loops
+    programs = 2 * 48 * 48 // 64
+    assert (prefix.iterations, full.kind, part.kind) == (programs, "full", "partial")
+    assert (full.iterations + part.iterations) * 64 * 64 == beside.kernels["forward"].issued_elements
+    # a grid so small that lists would not pay
+    assert attnc.inspect(half_plane(), grid=(8, 8), **options).strategy == "dense"
+
+
+@needs_triton
 def test_interpreted_triton_walks_lists() -> None:
     """Forward and backward against float64, full chunks and partial ones, with prefix tokens, a table and shared key heads."""
     here = Path(__file__).parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -41,8 +42,8 @@ def test_eager_is_the_meaning_of_all_weights(p: Problem) -> None:
 @given(draws.problems(made=draws.weights))
 def test_torch_on_all_weights(p: Problem) -> None:
     some = p.sizes is None or any(all(s) for s in p.sizes)  # without an image nothing runs, and nothing is refused
-    if p.pad is not None and "queries" in p.pattern.name and some:
-        with pytest.raises(attnc.UnsupportedError, match="softmax over queries together with pad="):
+    if p.pad is not None and p.prefix and "queries" in p.pattern.name and some:
+        with pytest.raises(attnc.UnsupportedError, match="softmax over queries together with pad= and prefix tokens"):
             hold(p, "torch")
     else:
         hold(p, "torch")
@@ -78,6 +79,36 @@ def test_normalisers_with_virtual_keys_through_a_row_map(kind: str, backend: str
     """pad_k goes through the keys' map too, and gets its gradient through it."""
     p = weighted(patterns.window(3), kind, maps=True)
     hold(Problem(p, (4, 5), pad=((1, 1), (0, 1)), **REST), backend)
+
+
+PADDED: dict[str, Problem] = {
+    "bias and maps": Problem(
+        weighted(patterns.neighborhood(3, bias="relative"), "queries", post=True, maps=True), (5, 7), pad=((1, 2), (0, 3)), **REST
+    ),
+    "a sink and dropout": Problem(
+        weighted(patterns.window(3), "queries with a sink"), (4, 5), pad=((1, 1), (0, 1)), dropout=0.4, strides="guarded", **REST
+    ),
+    "a grid of keys": Problem(weighted(patterns.window(3), "queries"), (4, 5), kv_grid=(3, 6), pad=((1, 1), (0, 1)), **REST),
+    "images": Problem(weighted(patterns.window(3), "queries"), (4, 5), pad=((1, 1), (0, 1)), sizes=((3, 5), (2, 0)), **REST),
+    "no interval": Problem(weighted(draws.lookup(), "queries"), (7,), pad=((1, 1),), dtype=torch.float64, **REST),
+}
+
+
+@pytest.mark.parametrize("backend", SOME_BACKENDS)
+@pytest.mark.parametrize("name", PADDED)
+def test_softmax_over_queries_with_virtual_keys(name: str, backend: str) -> None:
+    """Virtual keys share themselves out among the queries that see them; virtual queries take no share."""
+    hold(PADDED[name], backend)
+
+
+def test_softmax_over_queries_padded_to_a_multiple() -> None:
+    """One operator at two sizes, one of them without virtual rows, beside the explicit padding."""
+    p = weighted(patterns.window(3), "queries")
+    for grid, pad in (((4, 5), ((0, 2), (0, 1))), ((3, 6), ((0, 0), (0, 0)))):
+        q, k, v = (torch.randn(2, 2, math.prod(grid), 8, dtype=torch.float64) for _ in range(3))
+        pads = {n: torch.randn(2, 8, dtype=torch.float64) for n in ("pad_k", "pad_v")}
+        found = attnc.compile(p, pad="multiple", backend="torch")(q, k, v, grid=grid, **pads)
+        torch.testing.assert_close(found, attnc.compile(p, grid=grid, pad=pad, backend="eager")(q, k, v, **pads))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

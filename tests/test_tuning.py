@@ -238,6 +238,26 @@ def test_tuning_once_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     cpp.tunable(call_of(patterns.window(3), (6, 6)), q, k, v, False)
 
 
+def test_tiles_that_come_with_lists_are_timed_and_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that walks lists has one candidate, which is timed for whoever asks and not kept."""
+    races: list[list[str]] = []
+
+    def fake(runners: dict[str, Any]) -> dict[str, float]:
+        races.append(list(runners))
+        return dict.fromkeys(runners, 1.0)
+
+    monkeypatch.setattr(tuner, "race", fake)
+    half_plane = attnc.pattern(lambda q, k: q.y + 2 * q.x >= k.y + 2 * k.x + 3)()
+    found = attnc.tune(half_plane, {"grid": (40, 40), "heads": 1, "head_dim": 8, "backward": False})
+    assert [r.untuned for r in found.races] == races[0]
+    assert races[0][0].endswith(", by lists")
+    assert len(races) == len(races[0]) == 1
+    assert set(tuner._winners.values()) == {None}
+    q, k, v = rows(1600, heads=1)
+    attnc.compile(half_plane, grid=(40, 40), tune=True)(q, k, v)
+    assert len(races) == 1
+
+
 def test_only_those_tune_that_were_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """One packed tensor, forward and backward, with and without."""
     races: list[int] = []

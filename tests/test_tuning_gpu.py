@@ -106,6 +106,24 @@ def test_the_fastest_is_kept_and_launched_from_then_on(launches: Launches) -> No
         assert f"num_warps={choice.forward.warps}" in Path(module.__file__).read_text()
 
 
+def test_tiles_that_come_with_lists_are_timed_and_not_chosen(launches: Launches) -> None:
+    """Where a call walks lists of blocks nothing else is raced, nothing is kept, and a call that tunes measures nothing."""
+    half_plane = attnc.pattern(lambda q, k: q.y + 2 * q.x >= k.y + 2 * k.x + 3)()
+    clock = Clock()
+    with device.using(fake(clock)):
+        found = attnc.tune(half_plane, SHAPE | {"grid": (48, 48)}, fake(clock))
+        assert [r.direction for r in found.races] == ["forward", "backward"]
+        for r in found.races:
+            (only,) = r.trials
+            assert only.choice == r.untuned
+            assert only.choice.endswith(", by lists")
+            assert r.gain == 1
+        assert not tuner._winners or set(tuner._winners.values()) == {None}
+        asked = clock.asked
+        attnc.compile(half_plane, grid=(48, 48), backend="triton", tune=True)(*rows(48 * 48))
+        assert clock.asked == asked
+
+
 def call_kept(op: Any) -> list[dict[Any, Any]]:
     """What the operator's backend kept for its calls."""
     from attnc.runtime.operator import _parts

@@ -279,6 +279,7 @@ HELD: dict[str, dict[str, Problem]] = {
         "neighborhood": Problem(weighted(patterns.neighborhood(3), "queries with a sink", post=True), (5, 6), **REST),
         "prefix": Problem(weighted(patterns.window(3), "queries", maps=True), (4, 5), prefix=2, **REST),
         "causal": Problem(weighted(patterns.causal(), "queries"), (3, 6), **REST),
+        "virtual keys": Problem(weighted(patterns.window(3), "queries"), (4, 5), pad=((1, 1), (0, 1)), **REST),
     },
     "sizes": {
         "window": Problem(BIASED["window"], (4, 5), dropout=0.3, **IMAGES),

@@ -111,9 +111,12 @@ def _remainder(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any) -> Expr:
 
 def _fmod(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any) -> Expr:
     a, b = _integers(t, "fmod", x, y)
-    if not (nonnegative(a) and nonnegative(b)):
+    if nonnegative(a) and nonnegative(b):
+        return make("mod", a, b)
+    if b.op != "const":
         t.refuse(f"takes the truncated remainder of `{ir.show(a)}`, which may be negative (`%` is the floored one)")
-    return make("mod", a, b)
+    size = ir.const(abs(b.args[0]))  # the remainder has the sign of a
+    return make("where", make("lt", a, ir.ZERO), make("neg", make("mod", make("neg", a), size)), make("mod", a, size))
 
 
 def _trunc(t: Tracer, e: Expr) -> Expr:

@@ -7,6 +7,7 @@ import math
 from attnc import ir
 from attnc.report import boxes
 from attnc.report.subject import Part, Subject
+from attnc.runtime.triton_lists import obstacle
 from attnc.schedule.list_choice import Limits, Listed, listed, mentions
 
 YARDSTICK = Limits(boxes.TOKENS, boxes.TOKENS)  # of about 64 queries and 64 keys, whatever a backend's are
@@ -49,4 +50,10 @@ def lines(s: Subject, allowed: int | None) -> list[str]:
             out.append(
                 f"  {'':11} {s.heads * x.elements():,} score elements in them, {s.heads * x.elements() / own:.2f} for each allowed"
             )
+        why = obstacle(p.geometry)
+        if why is None:
+            said = "operators walk them, in tiles of their backend's own, and modules for the CPU; Triton modules walk boxes"
+        else:
+            said = f"walked on cpp and torch, in tiles of their own; Triton kernels walk boxes, because of {why}"
+        out.append(f"  {'':11} {said}")
     return out

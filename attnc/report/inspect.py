@@ -1,7 +1,8 @@
 """The static report of a Triton module: what it issues, what it needs, what its machine code looks like. No GPU is needed.
 
 The module's own launches run on tensors without data while a stand-in driver names the target, so every kernel is compiled as it
-would be on that device, and its machine code is read and weighed with the tile counts.
+would be on that device, and its machine code is read and weighed with the tile counts. Where an operator's call walks lists of
+blocks, the report is on the kernels that walk them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from attnc import ir
 from attnc.codegen.around import core_program
 from attnc.codegen.triton import make_spec, part_specs, printed, source
 from attnc.codegen.triton_face import longest_index
+from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
 from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
@@ -26,9 +29,11 @@ from attnc.lang.pattern import Pattern
 from attnc.report.weigh import WARP, KernelReport, Launch, code_of, kernel_report, together
 from attnc.schedule import tiles as schedule
 from attnc.schedule.geometry import Geometry
+from attnc.schedule.lists import BlockLists
 
 if TYPE_CHECKING:
     from attnc.arguments import GridLike, PadLike
+    from attnc.runtime.triton_lists import Lists
 
 TARGETS = ("cuda:75", "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
 
@@ -153,7 +158,10 @@ def inspect(
     target: str = "cuda:90",
     batch: int = 1,
 ) -> Report:
-    """A report on the kernels that `attnc.emit` would print: strategy, work, and each kernel's machine code. No GPU is needed.
+    """A report on the kernels of a statement: strategy, work, and each kernel's machine code. No GPU is needed.
+
+    They are those that `attnc.emit` would print, and an operator runs. Where an operator's calls walk lists of blocks, which a
+    stand-alone module does not, they are the operator's, and the strategy ends in "by lists".
 
     Args:
         p: a pattern.
@@ -204,8 +212,6 @@ def inspect_triton(
     chosen: schedule.Tiles | None = None,
 ) -> Report:
     """Compile a program's module for a target and report on it."""
-    from attnc.runtime.triton import load
-
     if target not in TARGETS:
         raise UnsupportedError(f"target {target!r}: one of {', '.join(TARGETS)}")
     kind = getattr(torch, dtype)
@@ -213,35 +219,99 @@ def inspect_triton(
     sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize}
     spec = make_spec(program, q_grid, k_grid, **sizes, chosen=chosen, target=target)
     parts = () if chosen else part_specs(program, q_grid, k_grid, heads, **sizes, target=target)
-    module = load_fresh(source(spec, parts=parts, heads=heads, dtype=dtype, target=target), load)
-    began = time.perf_counter()
-    launches = compile_module(module, target, lambda: _call(module, spec, heads, head_dim, value_dim, kind, batch))
-    seconds = time.perf_counter() - began
     every = parts or (spec,)
+    lists = [None if chosen else _lists(s, target, heads, batch) for s in every]
+    modules = [_Module(spec, parts, (None,) * len(every))]
+    if any(x is not None for x in lists):  # an operator runs each part by itself
+        modules = [_called(s, x, bool(parts), target) for s, x in zip(every, lists, strict=True)]
     most = sum(_allowed(s, heads) for s in every)
     found: dict[str, list[KernelReport]] = {}
-    kernels = {k.name: (s, k) for s, mine, _ in printed(spec, parts)[1] for k in mine}
-    for launch in launches:
-        owner, kernel = kernels.get(launch.name, (spec, None))
-        report = kernel_report(owner, launch, code_of(launch, target), kernel, most * batch, heads, batch, target)
-        found.setdefault(launch.name.removesuffix(owner.suffix), []).append(report)
-    sent = issued_by(spec, parts, heads)
-    chunks = sum(schedule.issued(_geometry(s), "q", s.tiles.forward) * heads // s.tiles.forward.bm for s in every)
+    seconds, sent, rows = 0.0, 0, 0
+    for m in modules:
+        module = load_fresh(m.text(heads, dtype, target))
+        began = time.perf_counter()
+        launches = compile_module(module, target, partial(_call, module, m, heads, head_dim, value_dim, kind, batch))
+        seconds += time.perf_counter() - began
+        kernels = m.kernels()
+        for launch in launches:
+            owner, kernel = kernels.get(launch.name, (m.spec, None))
+            blocks = None if kernel is None else m.blocks(kernel)
+            report = kernel_report(owner, launch, code_of(launch, target), kernel, most * batch, heads, batch, target, blocks)
+            found.setdefault(launch.name.removesuffix(owner.suffix), []).append(report)
+        for s, x in zip(m.parts or (m.spec,), m.lists, strict=True):
+            elements = _elements(s, x)
+            sent += heads * elements + _prefix_elements(s, x, heads)
+            rows += heads * elements // s.tiles.forward.bm
     g, width = _geometry(spec), head_dim + value_dim
     statistics = batch * heads * g.n_queries * 4
     least = batch * heads * itemsize * (g.n_queries + g.n_keys) * width + statistics
     again = 2 * len(every) - 1  # a later part reads its queries anew, and the output that it goes on from
-    moved = batch * itemsize * (heads * g.n_queries * (len(every) * head_dim + again * value_dim) + chunks * width)
+    moved = batch * itemsize * (heads * g.n_queries * (len(every) * head_dim + again * value_dim) + rows * width)
     return Report(
-        spec.attend.name, target, " + ".join(s.structure.strategy for s in every), most * batch, sent * batch, sent / max(most, 1),
+        spec.attend.name, target, " + ".join(map(_strategy, every, lists)), most * batch, sent * batch, sent / max(most, 1),
         2 * width * most * batch, least, moved + again * statistics, round(seconds, 3),
-        {name: together(each) for name, each in found.items()}, round(chunks / heads / max(g.n_queries, 1), 3),
+        {name: together(each) for name, each in found.items()}, round(rows / heads / max(g.n_queries, 1), 3),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Module:
+    """A module to compile; of each of its statements the lists that its tiles walk, None for boxes."""
+
+    spec: Spec
+    parts: tuple[Spec, ...]
+    lists: tuple[Lists | None, ...]
+
+    @property
+    def printed(self) -> Spec:
+        """What is printed: where lists are walked, sizes are arguments as in an operator's module."""
+        return replace(self.spec, geometry=None) if self.spec.listed else self.spec
+
+    def text(self, heads: int, dtype: str, target: str) -> str:
+        """The module."""
+        return source(self.printed, parts=self.parts, heads=heads, dtype=dtype, target=target)
+
+    def kernels(self) -> dict[str, tuple[Spec, Kernel]]:
+        """Its kernels by name, but for those of prefix tokens, with their statements."""
+        found = printed(self.printed, self.parts)[1]
+        return {k.name: (s if self.parts else self.spec, k) for s, mine, _ in found for k in mine}
+
+    def blocks(self, k: Kernel) -> BlockLists | None:
+        """What a kernel's tiles visit, where it walks lists."""
+        found = self.lists[0]
+        return None if found is None else found.keys if k.side == "k" else found.queries
+
+
+def _lists(s: Spec, target: str, heads: int, batch: int) -> Lists | None:
+    """The lists that an operator's call on the target walks (the values of tables in its memory are not looked at)."""
+    from attnc.runtime import triton_lists
+
+    kernels = triton_lists.Kernels(s.head_dim, s.value_dim, s.itemsize, target)
+    return triton_lists.of(_geometry(s), kernels, heads, batch, ())
+
+
+def _called(s: Spec, lists: Lists | None, part: bool, target: str) -> _Module:
+    """What an operator runs of one statement."""
+    g = _geometry(s)
+    sizes: dict[str, Any] = {"head_dim": s.head_dim, "value_dim": s.value_dim, "itemsize": s.itemsize, "target": target}
+    chosen = s.tiles if lists is None else lists.tiles
+    made = make_spec(s.program, g.q_grid, g.k_grid, **sizes, chosen=chosen, part=part, listed=lists is not None)
+    return _Module(made, (), (lists,))
+
+
+def _strategy(s: Spec, lists: Lists | None) -> str:
+    return s.structure.strategy + (" by lists" if lists is not None else "")
 
 
 def issued_by(spec: Spec, parts: tuple[Spec, ...], heads: int) -> int:
     """Score elements that the forward of a module computes for one batch item, those of prefix tokens included."""
-    return sum(schedule.issued(_geometry(s), "q", s.tiles.forward) * heads + _prefix_elements(s, heads) for s in parts or (spec,))
+    return sum(_elements(s, None) * heads + _prefix_elements(s, None, heads) for s in parts or (spec,))
+
+
+def _elements(s: Spec, lists: Lists | None) -> int:
+    """Score elements that the forward computes for a head's pairs on the grid."""
+    t = s.tiles.forward
+    return schedule.issued(_geometry(s), "q", t) if lists is None else lists.queries.visited * t.bm * t.bn
 
 
 def _geometry(spec: Spec) -> Geometry:
@@ -249,8 +319,10 @@ def _geometry(spec: Spec) -> Geometry:
     return spec.geometry
 
 
-def load_fresh(text: str, load: Any) -> Any:
+def load_fresh(text: str) -> Any:
     """A module whose kernels nobody has compiled for another target yet."""
+    from attnc.runtime.triton import load
+
     return load(text)
 
 
@@ -258,13 +330,13 @@ def _allowed(spec: Spec, heads: int) -> int:
     return _geometry(spec).allowed(heads)
 
 
-def _prefix_elements(spec: Spec, heads: int) -> int:
+def _prefix_elements(spec: Spec, lists: Lists | None, heads: int) -> int:
     g = spec.geometry
     assert g is not None
     if not spec.prefix:
         return 0
     t, flat = spec.tiles.forward, spec.tiles.flat
-    programs = math.prod(w.programs for w in schedule.walks(g, "q", t))
+    programs = math.prod(w.programs for w in schedule.walks(g, "q", t)) if lists is None else len(lists.queries.full)
     grid_rows = programs * t.bm * -(-g.k_prefix // t.bn) * t.bn
     prefix_rows = -(-g.q_prefix // flat.rows[0]) * flat.bm * -(-g.n_keys // flat.bn) * flat.bn
     return heads * (grid_rows + prefix_rows)
@@ -289,9 +361,8 @@ def _tables(spec: Spec, heads: int, key_heads: int, dtype: torch.dtype) -> dict[
     return out
 
 
-def _call(module: Any, spec: Spec, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, batch: int) -> None:
-    g = spec.geometry
-    assert g is not None
+def _call(module: Any, m: _Module, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, batch: int) -> None:
+    spec, g = m.spec, _geometry(m.spec)
 
     def rows(n: int, d: int) -> torch.Tensor:
         return torch.empty(batch, heads, n, d, dtype=dtype, device="meta")
@@ -299,5 +370,10 @@ def _call(module: Any, spec: Spec, heads: int, head_dim: int, value_dim: int, dt
     q, k, v = rows(g.n_queries, head_dim), rows(g.n_keys, head_dim), rows(g.n_keys, value_dim)
     tables = _tables(spec, heads, heads, dtype)
     scale = head_dim**-0.5
-    out, lse = module.run_forward(q, k, v, tables, scale)
-    module.run_backward(q, k, v, out, lse, rows(g.n_queries, value_dim), None, tables, scale)
+    more: tuple[Any, ...] = ()
+    if m.lists[0] is not None:
+        from attnc.runtime import triton_lists
+
+        more = ((g.q_grid,) if spec.program.same_grid else (g.q_grid, g.k_grid)) + (triton_lists.on(m.lists[0], q.device),)
+    out, lse = module.run_forward(q, k, v, tables, scale, *more)
+    module.run_backward(q, k, v, out, lse, rows(g.n_queries, value_dim), None, tables, scale, *more)

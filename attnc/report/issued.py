@@ -18,16 +18,20 @@ from attnc.schedule.list_choice import Limits, Listed, listed, mentions
 
 def issued(backend: str, program: ir.Program, g: Geometry, *, heads: int, head_dim: int, value_dim: int, dtype: str) -> int:
     """Elements of one batch item's forward: triton counts whole register tiles, cpp the runs of keys of its rows, eager everything;
-    cpp and torch the blocks of lists where they walk such.
+    but for eager, the blocks of lists where calls walk such.
 
     dtype: "float32", "float16", ... Pairs with prefix tokens are counted once each, whatever the backend.
     """
     beside = heads * (g.q_prefix * g.n_keys + math.prod(g.q_grid) * g.k_prefix)
     if backend == "triton":
+        from attnc.runtime import triton_lists
         from attnc.schedule.tiles import issued as of_tile
         from attnc.schedule.tiles import tiles
 
         itemsize = 4 if dtype == "float32" else 2
+        lists = triton_lists.of(g, triton_lists.Kernels(head_dim, value_dim, itemsize, "cuda:80"), heads, 1, ())
+        if lists is not None:
+            return heads * lists.queries.visited * lists.tiles.forward.bm * lists.tiles.forward.bn + beside
         return heads * of_tile(g, "q", tiles(g, head_dim, value_dim, itemsize).forward) + beside
     if backend == "cpp":
         from attnc.codegen.cpp import Spec

@@ -11,6 +11,7 @@ from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
 from attnc.report import sass
 from attnc.schedule import tiles as schedule
+from attnc.schedule.lists import BlockLists
 
 WARP = {"gfx942": 64}
 # threads, registers, shared bytes, blocks an SM (or CU) holds; NVIDIA CUDA programming guide, AMD CDNA3 and RDNA3 ISA guides
@@ -112,8 +113,17 @@ def occupancy(code: sass.Code, warps: int, target: str) -> float:
 
 
 def kernel_report(
-    spec: Spec, launch: Launch, code: sass.Code, printed: Kernel | None, allowed: int, heads: int, batch: int, target: str
+    spec: Spec,
+    launch: Launch,
+    code: sass.Code,
+    printed: Kernel | None,
+    allowed: int,
+    heads: int,
+    batch: int,
+    target: str,
+    lists: BlockLists | None = None,
 ) -> KernelReport:
+    """What a kernel's machine code comes to, with the counts of its tiles, or of the blocks of the lists that it walks."""
     lanes = launch.warps * WARP.get(target.partition(":")[2], 32)
     programs = math.prod(launch.grid)
     executed = float(code.straight * programs)
@@ -122,9 +132,13 @@ def kernel_report(
     if printed is not None and launch.name == printed.name:
         t = printed.tile_choice
         tile, stages = f"{'x'.join(map(str, t.rows))}/{'x'.join(map(str, t.chunk))}", t.stages
-        executed, loops = _weigh(spec, printed, code, programs, heads, batch)
-        if spec.geometry is not None and not printed.prefix:
-            sent = heads * batch * schedule.issued(spec.geometry, printed.side, t)
+        if lists is not None:
+            executed, loops = _weigh_lists(spec, printed, lists, code, programs, heads * batch)
+            sent = heads * batch * lists.visited * t.bm * t.bn
+        else:
+            executed, loops = _weigh(spec, printed, code, programs, heads, batch)
+            if spec.geometry is not None and not printed.prefix:
+                sent = heads * batch * schedule.issued(spec.geometry, printed.side, t)
     else:
         for loop in code.loops:
             executed += programs * loop.instructions
@@ -151,7 +165,8 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
     expected = (
         []
         if k.hoist
-        else ([("partial", left)] if left else [])
+        else _beside(spec, k, programs)
+        + ([("partial", left)] if left else [])
         + ([("full" if maskless else "partial", full)] if full else [])
         + ([("partial", right)] if right else [])
     )
@@ -190,6 +205,37 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
     masses = sorted(x.mma for x in _leaves(code.loops) if x.mma)
     per_chunk = masses[0] if masses else 0
     visit(code.loops, 0, programs)
+    return executed, loops
+
+
+def _beside(spec: Spec, k: Kernel, programs: int) -> list[tuple[str, int]]:
+    """The loop over prefix tokens, which comes first where there are any: how often it runs in all programs."""
+    if not k.with_prefix:
+        return []
+    prefix = (spec.program.keys if k.side == "q" else spec.program.queries).prefix
+    return [("partial", programs * -(-prefix // k.tile_choice.bn))]
+
+
+def _weigh_lists(
+    spec: Spec, k: Kernel, lists: BlockLists, code: sass.Code, programs: int, each: int
+) -> tuple[float, list[LoopReport]]:
+    """The same of a kernel that walks lists: one loop over full blocks, then one over those in part."""
+    full = int(lists.full.sum())
+    expected = [*_beside(spec, k, programs), ("full", each * full), ("partial", each * (lists.visited - full))]
+    loops: list[LoopReport] = []
+    executed = float(code.straight * programs)
+
+    def visit(found: tuple[sass.Loop, ...]) -> None:
+        nonlocal executed
+        for loop in found:
+            n = programs
+            if loop.mma and not loop.inner:
+                kind, n = expected[len(loops)] if len(loops) < len(expected) else ("partial", 0)
+                loops.append(LoopReport(kind, loop.instructions, n, loop.masks))
+            executed += loop.instructions * n
+            visit(loop.inner)
+
+    visit(code.loops)
     return executed, loops
 
 

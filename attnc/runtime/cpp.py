@@ -145,7 +145,10 @@ def _choice(spec: Spec, geometry: Geometry, backward: bool, items: int, threads:
 
 def tunable(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuner.Tunable:
     """What `attnc.tune` may measure of a call."""
-    return _tunable(_check(_direction(call, backward), q, k, v), call.geometry, *_size(q, k, backward))
+    spec = _check(_direction(call, backward), q, k, v)
+    found = _tunable(spec, call.geometry, *_size(q, k, backward))
+    lists = _listed(call, spec, tuner.chosen(found).choice, q, backward, known_tables(call))
+    return found if lists is None else tuner.by_lists(found.like, lists.show())
 
 
 def _size(q: Tensor, k: Tensor, backward: bool) -> tuple[bool, int, int]:

@@ -183,7 +183,7 @@ def _over_queries(program: str) -> bool:
 
 def _exchange(
     q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, backend: str, tune: bool
-) -> over_queries.Exchange | None:
+) -> over_queries.Exchange | over_queries.Padded | None:
     """Where the softmax is over queries: the call with queries and keys exchanged (`eager` is the meaning, which does without)."""
     if backend == "eager" or not _over_queries(program):
         return None
@@ -192,7 +192,9 @@ def _exchange(
     shapes = tuple((n, tuple(t.shape)) for n, t in named.items())
     grids = tuple(map(int, q_grid)), tuple(map(int, k_grid))
     bounds.check(p, *grids, q.shape[1], q.shape[0], shapes, backend == "torch")
-    return over_queries.Exchange(_attend, _opaque(_attend_backward), p, named, scale, (*grids, program, backend, tune))
+    padded = any(n in named for n in over_queries.PADS)
+    kind = over_queries.Padded if padded else over_queries.Exchange
+    return kind(_attend, _opaque(_attend_backward), p, named, scale, (*grids, program, backend, tune))
 
 
 def _by_size(tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, *rest: Any) -> regions.BySize:

@@ -5,10 +5,14 @@ asks for, out[i] = sum_j A[j, i] v[j], is what that attention's backward gives a
 its output is v. With grad_out as its values its output is dv, and its backward, at the output gradient v again, gives dk and dq:
 dS = A (dA - delta) with dA[j, i] = grad_out[i] v[j] and delta[j] = sum_i A[j, i] dA[j, i] = dv[j] v[j]. So every backend that has a
 forward and a backward has this; what the forward computes in vain are the gradients of queries and keys.
+
+Virtual keys would be rows that ask, which kernels do not have: with `pad=` the rows of q, k and v are copied to the extended grid
+(O(N D)), where `pad_k` and `pad_v` are rows like any other, and the relation leaves out the queries there that do not exist.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,21 +25,17 @@ from torch import Tensor
 from attnc import ir
 from attnc.errors import UnsupportedError
 from attnc.runtime.call import empty_like_order
+from attnc.schedule.geometry import extension
+
+PADS = ("pad_k", "pad_v")
 
 
 @lru_cache(maxsize=256)
 def exchanged(p: ir.Program) -> tuple[str, tuple[str, ...]]:
-    """The program with queries and keys exchanged, normalised over its keys, without a sink: as text, and its tables' names.
-
-    Raises UnsupportedError where virtual keys exist: they would be queries.
-    """
+    """The unpadded program with queries and keys exchanged, normalised over its keys, without a sink: as text, and its tables'
+    names."""
     a = p.attend
     assert isinstance(a, ir.Attend)
-    if any(t.pad is not None or t.pad_multiple is not None for t in (p.queries, p.keys)):
-        raise UnsupportedError(
-            f"pattern {a.name}: softmax over queries together with pad=: virtual keys are not lowered as rows of their own; "
-            "backend='eager' does it, or append the padding to the tensors yourself"
-        )
     other: dict[Any, ir.Role] = {"q": "k", "k": "q"}
 
     def rule(n: ir.Expr) -> ir.Expr | None:
@@ -47,6 +47,111 @@ def exchanged(p: ir.Program) -> tuple[str, tuple[str, ...]]:
     post, dropout = (None if e is None else ir.rewrite(e, rule) for e in (a.post, a.dropout))
     attend = replace(a, relation=relation, score=score, post=post, dropout=dropout, normalizer=ir.SOFTMAX)
     return ir.to_json(replace(p, attend=attend, queries=p.keys, keys=p.queries)), attend.tables
+
+
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A grid inside of the one that padding extends it to."""
+
+    grid: Size
+    pads: tuple[tuple[int, int], ...]
+
+    @property
+    def extended(self) -> Size:
+        """Lengths with virtual rows."""
+        return tuple(n + sum(pad) for n, pad in zip(self.grid, self.pads, strict=True))
+
+    def real(self, rows: Tensor) -> Tensor:
+        """A view [B, H, *grid, D] of the tokens among rows [B, H, N, D] of the extended grid."""
+        shaped = rows.view(*rows.shape[:2], *self.extended, rows.shape[-1])
+        return shaped[:, :, *(slice(a, a + n) for n, (a, _) in zip(self.grid, self.pads, strict=True))]
+
+    def among(self, rows: Tensor, virtual: Tensor | None) -> Tensor:
+        """[B, H, N, D] of the extended grid: `rows` [B, H, N, D] or [B, H, *grid, D] in their places, `virtual` [H or 1, D]
+        elsewhere, or zeros."""
+        out = rows.new_zeros(*rows.shape[:2], math.prod(self.extended), rows.shape[-1])
+        if virtual is not None:
+            out += virtual[:, None].to(rows.dtype)
+        self.real(out).copy_(rows.reshape(*rows.shape[:2], *self.grid, rows.shape[-1]))
+        return out
+
+    def taken(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Those of the tokens, in the shape of `like` but for the channels."""
+        return self.real(rows).reshape(*like.shape[:-1], rows.shape[-1])
+
+    def of_virtual(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Summed over batch items and virtual rows, as a gradient of pad_k or pad_v."""
+        rest = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+        self.real(rest).zero_()
+        return rest.sum((0, 2)).sum_to_size(like.shape)
+
+
+@lru_cache(maxsize=256)
+def _extended(p: ir.Program, q_grid: Size, k_grid: Size) -> tuple[str, _Side, _Side]:
+    """The program on the extended grids as grids of their own, as text, and where tokens lie in them."""
+    a = p.attend
+    assert isinstance(a, ir.Attend)
+    if p.queries.prefix or p.keys.prefix:
+        raise UnsupportedError(
+            f"pattern {a.name}: softmax over queries together with pad= and prefix tokens: virtual keys as rows of their own would "
+            "be seen by prefix queries; backend='eager' does it, or leave out one of the two"
+        )
+    sides = [_Side(grid, extension(t, grid)) for t, grid in ((p.queries, q_grid), (p.keys, k_grid))]
+    relation = a.relation
+    for axis, (n, (before, after)) in enumerate(zip(q_grid, sides[0].pads, strict=True)):
+        at = ir.coord("q", axis)
+        if before:
+            relation = ir.make("and", relation, ir.make("le", ir.const(before), at))
+        if after and p.queries.pad is not None:  # one text for every size
+            relation = ir.make("and", relation, ir.make("lt", at, ir.make("sub", ir.size("q", axis), ir.const(after))))
+        elif after:
+            relation = ir.make("and", relation, ir.make("lt", at, ir.const(before + n)))
+    alone = [ir.Tokens((None,) * a.rank) for _ in sides]
+    return ir.to_json(replace(p, attend=replace(a, relation=relation), queries=alone[0], keys=alone[1])), sides[0], sides[1]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One call with virtual rows, by the operators (see Exchange) of the extended grids. tables: `pad_k` and `pad_v` too."""
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    program: ir.Program
+    tables: dict[str, Tensor]
+    scale: float
+    rest: tuple[Any, ...]
+
+    def _arguments(self) -> tuple[_Side, _Side, list[Tensor], tuple[Any, ...]]:
+        q_grid, k_grid, _, *options = self.rest
+        text, queries, keys = _extended(self.program, q_grid, k_grid)
+        own = [t for n, t in self.tables.items() if n not in PADS]
+        return queries, keys, own, (self.scale, queries.extended, keys.extended, text, *options)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out as q with Dv channels, and lse [B, H, Nk] of the keys that are tokens."""
+        queries, keys, tables, rest = self._arguments()
+        rows = queries.among(q, None), keys.among(k, self.tables["pad_k"]), keys.among(v, self.tables["pad_v"])
+        out, lse = self.attend(*rows, tables, *rest)
+        found = empty_like_order(q, v.shape[-1]).copy_(queries.taken(out, q))
+        return found, keys.real(lse[..., None]).flatten(2).contiguous()
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """dq, dk, dv and the gradients of tables."""
+        queries, keys, tables, rest = self._arguments()
+        pad_k, pad_v = self.tables["pad_k"], self.tables["pad_v"]
+        rows = queries.among(q, None), keys.among(k, pad_k), keys.among(v, pad_v)
+        of_lse = None if grad_lse is None else keys.among(grad_lse[..., None], None)[..., 0]
+        out, every = self.attend(*rows, tables, *rest)
+        given = queries.among(grad_out, None)
+        dq, dk, dv, gradients = self.attend_backward(*rows, tables, out, every, given, of_lse, *rest)
+        found = dict(zip((n for n in self.tables if n not in PADS), gradients, strict=True))
+        found |= {"pad_k": keys.of_virtual(dk, pad_k), "pad_v": keys.of_virtual(dv, pad_v)}
+        return queries.taken(dq, q), keys.taken(dk, k), keys.taken(dv, v), found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from attnc.runtime.cache import read_json, write_json
 def _rules() -> str:
     """Changes with the rules: a proof by others is no proof."""
     folder = Path(structure.__file__).parent
-    texts = [p.read_bytes() for p in sorted([*folder.glob("*.py"), folder.parent / "ir.py"])]
+    texts = [p.read_bytes() for p in sorted([*folder.glob("*.py"), *(folder.parent / "ir").glob("*.py")])]
     return f"{hashlib.sha256(b''.join(texts)).hexdigest()} sympy {metadata.version('sympy')}"
 
 

@@ -21,6 +21,7 @@ from attnc.errors import BuildError, UnsupportedError
 from attnc.runtime import cache, device, triton_choice, triton_lists, tuner
 from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.runtime.triton_choice import Choice, target_of, tiles
+from attnc.schedule.list_choice import Known
 from attnc.schedule.tiles import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -122,7 +123,7 @@ def _prepare(call: Call, *rows: Tensor, backward: bool) -> tuple[ModuleType, tup
     if found is None:
         _check(call, q)
         tables, target = known_tables(call), target_of(where)
-        lists = triton_lists.of(call.geometry, triton_lists.Kernels(*_widths(q, v), target), q.shape[1], q.shape[0], tables)
+        lists = _lists(call, q, v, target, tables)
         more: tuple[Any, ...] = ()
         if lists is None:
             text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target, large)
@@ -135,6 +136,11 @@ def _prepare(call: Call, *rows: Tensor, backward: bool) -> tuple[ModuleType, tup
     module, more = found
     g = call.geometry
     return module, (*((g.q_grid,) if call.program.same_grid else (g.q_grid, g.k_grid)), *more)
+
+
+def _lists(call: Call, q: Tensor, v: Tensor, target: str, tables: Known) -> triton_lists.Lists | None:
+    """The lists that a call walks, None where it walks boxes."""
+    return triton_lists.of(call.geometry, triton_lists.Kernels(*_widths(q, v), target), q.shape[1], q.shape[0], tables)
 
 
 def _widths(q: Tensor, v: Tensor) -> tuple[int, int, int]:
@@ -168,7 +174,10 @@ def _choice(call: Call, rows: tuple[Tensor, ...], backward: bool) -> Choice | No
 def tunable(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuner.Tunable:
     """What `attnc.tune` may measure of a call."""
     _check(call, q)
-    return triton_choice.tunable(call, (q, k, v), backward, device.of(q.device), _interpreted())
+    where = device.of(q.device)
+    found = triton_choice.tunable(call, (q, k, v), backward, where, _interpreted())
+    lists = _lists(call, q, v, target_of(where), known_tables(call))
+    return found if lists is None else tuner.by_lists(found.like, triton_choice.shown(lists.tiles.forward))
 
 
 def _interpreted() -> bool:

@@ -45,7 +45,7 @@ class Choice:
 
     def show(self) -> str:
         """For people: "2x8/2x16, 1 warp, 2 stages"."""
-        told = {n: _shown(t) for n, t in self.given().items()}
+        told = {n: shown(t) for n, t in self.given().items()}
         if len(set(told.values())) == 1:
             return next(iter(told.values()))
         return "; ".join(f"{'dk, dv' if n == 'dkv' else n} {text}" for n, text in told.items())
@@ -61,7 +61,8 @@ def use_static(check: Static) -> None:
     _static = check
 
 
-def _shown(t: Tile) -> str:
+def shown(t: Tile) -> str:
+    """A tile for people."""
     words = [f"{'x'.join(map(str, t.rows))}/{'x'.join(map(str, t.chunk))}", f"{t.warps} warp{'s' * (t.warps > 1)}"]
     words += [f"{t.stages} stages"] * (t.stages > 1) + [f"{t.batch} items"] * (t.batch > 1)
     return ", ".join(words) + (f", along {t.inner}" if t.inner and t.batch == 1 else "")

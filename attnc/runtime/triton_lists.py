@@ -46,12 +46,17 @@ class Lists:
     keys: BlockLists
 
 
+def obstacle(g: Geometry) -> str | None:
+    """What keeps Triton kernels from lists, whatever these would save."""
+    if g.padded or any(a.queries != a.real_queries for a in g.axes):
+        return "virtual rows"
+    return "residue classes" if any(f.split != ir.ONE for f in g.structure.axes) else None
+
+
 @lru_cache(maxsize=64)
 def of(g: Geometry, kernels: Kernels, heads: int, batch: int, tables: Known) -> Lists | None:
-    """The lists of a call; None where its tiles walk boxes: lists save too little, or axes have residue classes or padding."""
-    if g.padded or any(f.split != ir.ONE for f in g.structure.axes) or any(a.queries != a.real_queries for a in g.axes):
-        return None
-    if g.structure.residual == ir.TRUE:
+    """The lists of a call; None where its tiles walk boxes: lists save too little, or something is in their way."""
+    if obstacle(g) is not None or g.structure.residual == ir.TRUE:
         return None
     own = tiles.tiles(g, kernels.head_dim, kernels.value_dim, kernels.itemsize, kernels.target)
     found = listed(g, kernels.limits, own.forward.rows, heads, batch, tables)

@@ -48,12 +48,13 @@ class Tunable:
     """What may be chosen about a call: candidates, the model's choice first. like: all that a winner's worth depends on.
 
     flaw: why a candidate is not worth measuring, found without running it (registers that spill, say), or None; it is asked of
-    those that the model would measure.
+    those that the model would measure. fixed: nothing can be chosen, the one candidate is timed for whoever asks and not kept.
     """
 
     like: str
     candidates: tuple[Candidate, ...]
     flaw: Callable[[Candidate], str | None] | None = None
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ def chosen(tunable: Tunable) -> Candidate:
     return next((c for c in tunable.candidates if c.data == kept), tunable.candidates[0])
 
 
+def by_lists(like: str, tiles: str) -> Tunable:
+    """Of a call that walks lists of blocks, whose tiles come with the lists."""
+    return Tunable(like, (Candidate(None, None, f"{tiles}, by lists", 1.0),), fixed=True)
+
+
 @contextmanager
 def racing(told: Callable[[Race], None] | None = None) -> Iterator[list[Race]]:
     """Inside, calls that tune measure again whatever was kept; gives the list that their races are added to, and tells of each."""
@@ -150,7 +156,7 @@ def settle(module: ModuleType, call: Call, rows: tuple[Tensor, ...], rest: tuple
     run = module.backward if backward else module.forward
     tunable = module.tunable(call, *rows, backward)
     with _lock:  # one race at a time: two would measure each other
-        if not _heard and winner(tunable.like) is not None:
+        if not _heard and (tunable.fixed or winner(tunable.like) is not None):
             return
         field, dropped = _field(tunable)
         timed = device.of(rows[0].device).race or race
@@ -168,7 +174,8 @@ def settle(module: ModuleType, call: Call, rows: tuple[Tensor, ...], rest: tuple
         shape = f"{'x'.join(map(str, call.geometry.q_grid))}, {rows[0].shape[0]}x{rows[0].shape[1]} heads of {rows[0].shape[-1]}"
         direction = "backward" if backward else "forward"
         found = Race(call.attend.name, direction, shape, trials, first.shown, tuple(dropped))
-        _keep(tunable.like, field[order[0]].data, found)
+        if not tunable.fixed:
+            _keep(tunable.like, field[order[0]].data, found)
         for heard in list(_heard):
             heard(found)
 

@@ -185,8 +185,8 @@ class Geometry:
         return np.broadcast_to(out & evaluate(residual, leaves, np), (heads, *out.shape))
 
 
-def _extended(tokens: ir.Tokens, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(before, after) virtual rows per axis."""
+def extension(tokens: ir.Tokens, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(before, after) virtual rows per axis that `pad=` adds to a grid."""
     if tokens.pad is not None:
         return tokens.pad
     if tokens.pad_multiple is not None:
@@ -252,7 +252,7 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
         pads: tuple[tuple[tuple[int, int], ...], ...] = (((0, 0),), ((0, 0),))
         spans = [(n, n)]
     else:
-        pads = (_extended(program.queries, q_grid), _extended(program.keys, k_grid))
+        pads = (extension(program.queries, q_grid), extension(program.keys, k_grid))
         spans = list(zip(q_grid, k_grid, strict=True))
     sizes: dict[ir.Expr, int] = {}
     for i, (rq, rk) in enumerate(spans):

@@ -57,6 +57,10 @@ class Listed:
     lists: BlockLists
     work: float
 
+    def show(self) -> str:
+        """Tiles and blocks for people: "8x8/32x2"."""
+        return "/".join("x".join(map(str, sides)) for sides in (self.query_sides, self.key_sides))
+
     def for_chunks(self) -> tuple[BlockLists, BlockLists]:
         """Lists of each tile's blocks and of each block's tiles, for kernels that mask what a chunk cut by the axis lacks."""
         cut_queries, cut_keys = (

@@ -1,0 +1,90 @@
+"""The typed, immutable, printable IR. Its equality is the cache key; its JSON form is what operators and caches carry.
+
+Two layers. `Expr` (ir.expr) is a small integer/real/boolean expression over coordinates, sizes, the head and batch index, the raw
+score and runtime tables. `Attend` and `Channel` (ir.statement) are the statements made of them: which key a query may see, how a
+score becomes a weight. `Tokens` says where rows live (prefix tokens, then a grid, perhaps extended by virtual padded keys), and
+`Program` ties them together. ir.data is their JSON.
+"""
+
+from __future__ import annotations
+
+from attnc.ir.data import expr_from_data, expr_to_data, from_json, to_json
+from attnc.ir.expr import (
+    ARITY,
+    AXES,
+    BATCH,
+    FALSE,
+    HEAD,
+    HEADS,
+    INFIX,
+    LEAVES,
+    ONE,
+    ROLES,
+    SCORE,
+    TRACED,
+    TRUE,
+    ZERO,
+    Expr,
+    Kind,
+    Role,
+    all_of,
+    conjuncts,
+    const,
+    coord,
+    flatten_index,
+    index,
+    load,
+    make,
+    rewrite,
+    show,
+    size,
+    substitute,
+    var,
+    walk,
+)
+from attnc.ir.statement import SOFTMAX, Attend, Channel, Normalizer, Program, RowMap, Tokens
+
+__all__ = [
+    "ARITY",
+    "AXES",
+    "BATCH",
+    "FALSE",
+    "HEAD",
+    "HEADS",
+    "INFIX",
+    "LEAVES",
+    "ONE",
+    "ROLES",
+    "SCORE",
+    "SOFTMAX",
+    "TRACED",
+    "TRUE",
+    "ZERO",
+    "Attend",
+    "Channel",
+    "Expr",
+    "Kind",
+    "Normalizer",
+    "Program",
+    "Role",
+    "RowMap",
+    "Tokens",
+    "all_of",
+    "conjuncts",
+    "const",
+    "coord",
+    "expr_from_data",
+    "expr_to_data",
+    "flatten_index",
+    "from_json",
+    "index",
+    "load",
+    "make",
+    "rewrite",
+    "show",
+    "size",
+    "substitute",
+    "to_json",
+    "var",
+    "walk",
+]
