@@ -346,8 +346,9 @@ def test_command(cache: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- warm starts
-def test_a_second_process_proves_nothing(cache: Path) -> None:
+def test_a_second_process_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proof, kernel and choice come from the cache: sympy's rules are not even imported."""
+    monkeypatch.setenv("ATTNC_CACHE_DIR", str(tmp_path))
     script = """if True:
         import sys, torch, attnc
         from attnc import patterns

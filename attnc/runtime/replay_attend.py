@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.cpp_host import PADS, Ready, real_of
-from attnc.runtime import cpp, operator
+from attnc.runtime import cpp, operator, tuner
 from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.runtime.layout import Layout, rows_of_out, rows_undone, three
 from attnc.runtime.replay import CPU, Given, Plan, Replay
@@ -53,6 +53,11 @@ class AttendReplay(Replay):
     lse: torch.Size
     dtype: torch.dtype
     backwards: dict[tuple[int, ...], tuple[Plan, Ready]] = field(default_factory=dict)  # by the strides of the output's gradient
+
+    @property
+    def tune(self) -> bool:
+        """Candidates are measured where nothing is kept of them."""
+        return bool(self.rest[-2])
 
     def differentiable(self, return_lse: bool) -> bool:
         maps = self.call.attend.q_map, self.call.attend.k_map
@@ -107,10 +112,13 @@ class AttendReplay(Replay):
     ) -> tuple[Plan, Ready]:
         q, k, v = three(self.views(*given[: self.count]))
         read = _named(self.read, tables)
-        found = cpp.planned(replace(self.call, tables=read), q, k, v, True)
-        rows = dict(zip(("dq", "dk", "dv"), three(self.views(*into)), strict=True))
-        rows |= {"q": q, "k": k, "v": v, "lse": lse}
-        rows |= {n: rows_of_out(t, self.layout, self.rows) for n, t in (("out", out), ("grad_out", grad_out))}
+        call = replace(self.call, tables=read)
+        seen = (rows_of_out(t, self.layout, self.rows) for t in (out, grad_out))
+        rows = {"q": q, "k": k, "v": v, "lse": lse} | dict(zip(("out", "grad_out"), seen, strict=True))
+        if self.tune:
+            tuner.settle(cpp, call, (q, k, v), (rows["out"], lse, rows["grad_out"], None))
+        found = cpp.planned(call, q, k, v, True)
+        rows |= dict(zip(("dq", "dk", "dv"), three(self.views(*into)), strict=True))
         return _plan(*found, self.call.scale, {n: rows[n] for n in BACKWARD}, read), found[1]
 
     def gradients_seen(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
