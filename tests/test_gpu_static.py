@@ -91,7 +91,24 @@ SPILLS = {
 # thread-instructions that are above what is asked
 ABOVE = {("full(), one axis", "cuda:80", "backward_dkv"): 13.4}
 # statements with loops over full tiles that take more than dense attention's
-DEARER = {"causal(), one axis 4096", "full() 56x56", "cross(8) 64x64", "per_head([window(7), grid(7)]) 56x56"}
+DEARER = {"causal(), one axis 4096", "full() 56x56"}
+# single modules with such loops
+DEARER_MODULES = {
+    *(
+        f"cross(8) 64x64 | {s}"
+        for s in ("bfloat16 32 | cuda:90", "bfloat16 64 | cuda:80", "bfloat16 64 | cuda:90", "float16 128 | cuda:80")
+    ),
+    *(
+        f"per_head([window(7), grid(7)]) 56x56 | {s}"
+        for s in (
+            "bfloat16 32 | cuda:90",
+            "bfloat16 64 | cuda:80",
+            "bfloat16 64 | cuda:90",
+            "float16 128 | cuda:80",
+            "float16 128 | cuda:90",
+        )
+    ),
+}
 # what more shared memory is compiled than computed, in bytes: of predicates of pairs beside tables, mostly at 128 channels
 BEYOND = {
     ('neighborhood(7, bias="relative") 56x56 | float16 128 | cuda:90', "forward"): 15360,
@@ -135,7 +152,8 @@ def test_no_kernel_spills_or_asks_for_more_than_its_chip_has(key: str) -> None:
 
 def test_loops_over_full_tiles_are_dense_attentions() -> None:
     """Instructions, compares and selects for a score, but for what the page lists."""
-    assert {key.rsplit(" | ", 2)[0] for key in REPORTS if PAGE.dearer(key, REPORTS)} <= DEARER
+    dearer = {key for key in REPORTS if PAGE.dearer(key, REPORTS)} - DEARER_MODULES
+    assert {key.rsplit(" | ", 2)[0] for key in dearer} <= DEARER
 
 
 @pytest.mark.parametrize("target", PAGE.HELD)
