@@ -288,3 +288,26 @@ def test_checkpoints_of_a_first_call(mechanism: bool) -> None:
         wanted = torch.autograd.grad(meaning(*exact, **options).square().sum(), exact)
         for a, b in zip(torch.autograd.grad(out.sum(), rows), wanted, strict=True):
             _close(a, b, "gradient")
+
+
+@pytest.mark.parametrize("mechanism", [False, True])
+def test_a_packed_tensor_that_lies_in_a_wider_one(mechanism: bool, replayed: list[bool]) -> None:
+    """Its gradient is dense: q, k and v lie elsewhere in it."""
+    p = patterns.channel() if mechanism else patterns.window(3)
+    options: dict[str, Any] = {"layout": "three b h x d" if mechanism else "three b h (y x) d"}
+    options |= {} if mechanism else {"grid": (6, 5)}
+    op, meaning = (make(p, **options) for make in (attnc.compile, attnc.reference))
+    for _ in range(2):
+        whole = torch.randn(3, 4, 2, 30, 8, requires_grad=True)
+        exact = _double(whole)
+        out, truth = op(whole[:, 1:3]), meaning(exact[:, 1:3])
+        weight = torch.randn_like(out)
+        _close(torch.autograd.grad(out, whole, weight)[0], torch.autograd.grad(truth, exact, weight.double())[0], "gradient")
+    assert len(replayed) == 4
+
+
+def test_a_key_too_many_is_refused_however_often_the_others_were_seen() -> None:
+    op, x, bias = _window()
+    op(x, bias=bias)
+    with pytest.raises(attnc.ShapeError, match="packs q, k and v"):
+        op(x, x, bias=bias)

@@ -91,7 +91,7 @@ struct Forward : Band {
     void run(bool more) {
         const element* q_from = P.q + here.place(P, P.q_layout);
         element* out_from = P.out + here.place(P, P.out_layout);
-        real* lse_from = P.lse + here.place(P, P.lse_layout);
+        real* lse_from = P.lse ? P.lse + here.place(P, P.lse_layout) : nullptr;
         if (LOADS) table.aim(here);
         aim_blocks(here);
         int64_t have = 0;                    // lines before it are in the rings, or no longer needed
@@ -114,6 +114,7 @@ struct Forward : Band {
                 for (int r = 0; r < rows; r++) {
                     element* out = out_from + out_grid.at(row + r, x);
                     store_columns<DV>(o + r * DV * L, L, out, out_grid.step, out_grid.channel, wide);
+                    if (!lse_from) continue;
                     real* lse = lse_from + lse_grid.at(row + r, x);
                     for (int i = 0; i < wide; i++) lse[i * lse_grid.step] = log_sum[r][i];
                 }

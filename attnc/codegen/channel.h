@@ -274,7 +274,7 @@ struct Channel {
 
 // Tokens are summed in parts whatever the threads, so their number never shows in a result. Where there are heads enough for all
 // threads, each does whole heads; else parts are shared out.
-extern "C" void channel(const Problem* problem) {
+extern "C" bool channel(const Problem* problem) {
     const Problem& P = *problem;
     const int64_t groups = P.batch * P.heads, parts = max<int64_t>(min((P.tokens + PART - 1) / PART, MOST_PARTS), 1);
     const int64_t idle = (P.threads - groups % P.threads) % P.threads;      // threads without a head in the last round
@@ -319,4 +319,5 @@ extern "C" void channel(const Problem* problem) {
             }
         }
     }
+    return true;
 }

@@ -366,7 +366,7 @@ struct Forward {
         numbers = numbers_of(P, tile);
         out = corner(P.out, P.out_layout, b, h);
         const element* q_corner = corner(P.q, P.q_layout, b, h);
-        real* lse = corner(P.lse, P.lse_layout, b, h);
+        real* lse = P.lse ? corner(P.lse, P.lse_layout, b, h) : nullptr;
         for (int i = 0; i < tile.queries; i++) {
             const element* row = q_corner + here->q_offset[i];
             if (!UNIT_Q && WORD * sizeof(element) == sizeof(real) && D % WORD == 0 && P.q_layout.channel == 1 && P.scale > 0) q_row[i] = (const real*)row;
@@ -400,6 +400,9 @@ struct Forward {
                 rows(i, m, n + 1 == chunks);
             }
         }
+        for (int i = 0; i < tile.queries; i++)
+            if (total[i] <= 0) for (int d = 0; d < DV; d++) out[here->out_offset[i] + d * P.out_layout.channel] = put(0);
+        if (!lse) return;
         // log-sum-exp of L queries at a time; a row without keys has -inf, one with a NaN keeps it
         for (int i = tile.queries; i < up(tile.queries, L); i++) { maximum[i] = 0; total[i] = 1; }
         for (int i = 0; i < tile.queries; i += L) {
@@ -407,10 +410,7 @@ struct Forward {
             const V logs = PLAIN_SCORE ? (most + log2(sums)) * splat(LN2) : most + log2(sums) * splat(LN2);
             store(log_sum + i, select(sums > V{}, logs, select(sums <= V{}, splat(-INF), sums)));
         }
-        for (int i = 0; i < tile.queries; i++) {
-            if (total[i] <= 0) for (int d = 0; d < DV; d++) out[here->out_offset[i] + d * P.out_layout.channel] = put(0);
-            lse[here->lse_offset[i]] = SOFTMAX ? log_sum[i] : -INF;
-        }
+        for (int i = 0; i < tile.queries; i++) lse[here->lse_offset[i]] = SOFTMAX ? log_sum[i] : -INF;
     }
 };
 // Items for the thread that asks, in runs that get shorter: one that begins late or is held up leaves its share to the others.

@@ -4,6 +4,7 @@
 struct Shape {
     int64_t *queries, *keys;        // offsets
     int rows = 0, columns = 0, version = 0;
+    int64_t least = 0, most = 0;    // sums of the two
     int64_t place = 0;              // of its first expansion
     int64_t size() const { return rows * up(columns, L); }
     bool holds(const Tile& tile, const Keys& chunk, const int64_t* q, const int64_t* k) const {
@@ -18,6 +19,12 @@ struct Shape {
         const int64_t base = q[0];
         for (int i = 0; i < rows; i++) queries[i] = q[i] - base;
         for (int i = 0; i < columns; i++) keys[i] = k[i] + base;
+        least = most = 0;
+        for (const auto& [part, count] : {std::pair(queries, rows), std::pair(keys, columns)}) {
+            int64_t low = part[0], high = part[0];
+            for (int i = 1; i < count; i++) { low = min(low, part[i]); high = max(high, part[i]); }
+            least += low; most += high;
+        }
     }
 };
 struct Expansion {
@@ -35,9 +42,15 @@ struct Expansion {
     }
     void fill(const Shape& s, const Table& t, real* room, bool backward, double* into, int64_t head) {
         values = room; sums = backward ? room + s.size() : nullptr; gradient = into; last = t.last; shift = head; stride = up(s.columns, L); version = s.version; tiles = 0;
+        const bool inside = s.least + shift >= 0 && s.most + shift <= last;
+        const int columns = s.columns;
         for (int i = 0; i < s.rows; i++) {
-            for (int k = 0; k < s.columns; k++) values[i * stride + k] = t.data[offset(s, i, k)];
-            for (int k = s.columns; k < stride; k++) values[i * stride + k] = 0;
+            real* const row = values + i * stride;
+            if (inside) {
+                const real* const from = t.data + (s.queries[i] + shift);
+                for (int k = 0; k < columns; k++) row[k] = from[s.keys[k]];
+            } else for (int k = 0; k < columns; k++) row[k] = t.data[offset(s, i, k)];
+            for (int k = columns; k < stride; k++) row[k] = 0;
         }
         if (sums) memset(sums, 0, sizeof(real) * s.rows * stride);
     }

@@ -16,7 +16,7 @@ struct Problem {
     double scale;
     const element *q, *k, *v;
     element* out;
-    real* lse;
+    real* lse;               // a forward may do without
     const element* grad_out;
     const real* grad_lse;
     element *dq, *dk, *dv;

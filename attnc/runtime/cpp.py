@@ -9,7 +9,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,29 +77,55 @@ def _build(text: str, folder: Path) -> None:
         raise BuildError(f"the C++ compiler failed; the source is kept at {kept}\n{said}")
 
 
+# A call like an earlier one: its structure `like` but for some words. moves: how many; then for each the word, the tensor that it
+# points into, and the bytes from where that one begins.
+AGAIN = """
+extern "C" bool @NAME@_again(const attnc::Problem* like, const int64_t* moves, const int64_t* addresses) {
+    attnc::Problem problem = *like;
+    const int64_t count = *moves++;
+    for (int64_t i = 0; i < count; i++, moves += 3) {
+        const int64_t place = addresses[moves[1]] + moves[2];
+        memcpy((char*)&problem + 8 * moves[0], &place, 8);
+    }
+    return attnc::@NAME@(&problem);
+}
+"""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A built kernel. False: it does not take the problem, and nothing was written."""
+
+    run: Callable[[Any], bool]  # (problem)
+    again: Callable[[int, int, bytes], bool]  # (like, moves, addresses), see `AGAIN`
+
+
 @lru_cache(maxsize=256)
-def _function(text: str, name: str) -> Any:
+def _function(text: str, name: str) -> Function:
     """The function `name` of a source, built or found in the cache."""
+    text += AGAIN.replace("@NAME@", name)
     folder = entry("cpp", f"{_machine()}\n{text}", lambda path: _build(text, path), ("kernel.cpp", "kernel.so"))
-    function = getattr(ctypes.CDLL(os.fspath(folder / "kernel.so")), name)
-    function.restype = None
-    return function
+    library = ctypes.CDLL(os.fspath(folder / "kernel.so"))
+    run, again = getattr(library, name), getattr(library, f"{name}_again")
+    run.restype = again.restype = ctypes.c_bool
+    again.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
+    return Function(run, again)
 
 
 @lru_cache(maxsize=256)
-def _kernel(spec: Spec, backward: bool, band: bool) -> Any:
-    function = _function(source(spec, backward, band), "attend_backward" if backward else "attend_forward")
-    function.restype = ctypes.c_bool
-    return function
+def _kernel(spec: Spec, backward: bool, band: bool) -> Function:
+    return _function(source(spec, backward, band), "attend_backward" if backward else "attend_forward")
 
 
-def _runner(spec: Spec, backward: bool, choice: Choice) -> Callable[[Any], Any]:
-    """Runs a problem. Whether a call is a band, the band's kernel says last; the other is built when it is its turn."""
+def _either(spec: Spec, backward: bool, choice: Choice) -> Function:
+    """Whether a call is a band, the band's kernel says last; the other is built when it is its turn."""
     if not choice.band:
-        box: Callable[[Any], Any] = _kernel(spec, backward, False)
-        return box
+        return _kernel(spec, backward, False)
     band = _kernel(spec, backward, True)
-    return lambda problem: band(problem) or _kernel(spec, backward, False)(problem)
+    return Function(
+        lambda problem: band.run(problem) or _kernel(spec, backward, False).run(problem),
+        lambda *call: band.again(*call) or _kernel(spec, backward, False).again(*call),
+    )
 
 
 @lru_cache(maxsize=256)
@@ -184,8 +210,8 @@ def _spec(program: ir.Program, dim: int, value_dim: int, dtype: torch.dtype) -> 
     return spec
 
 
-def planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[Callable[[Any], Any], cpp_host.Ready]:
-    """What runs a call and its structure, kept beside the statement: to look it all up again takes longer than a small kernel."""
+def planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[Function, cpp_host.Ready]:
+    """The kernel of a call and its structure, kept beside the statement: to look all up again takes longer than a small kernel."""
     key = backward, q.dtype, q.shape[-1], v.shape[-1], torch.get_num_threads(), tuner.version(), call.choice, call.continues
     found = call.kept.get(key)
     if found is None or not (q.is_cpu and k.is_cpu and v.is_cpu and q.dtype == k.dtype == v.dtype):
@@ -197,7 +223,7 @@ def planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tupl
         tables = known_tables(call)
         lists = _listed(call, spec, choice, q, backward, tables)
         ready = _ready(spec, call.geometry, choice, *size) if lists is None else _ready_listed(spec, call.geometry, lists, *size)
-        found = _runner(spec, backward, choice), ready
+        found = _either(spec, backward, choice), ready
         if not tables:  # or the next call's tables may hold other numbers
             call.kept[key] = found
     return found
@@ -210,15 +236,16 @@ def _listed(call: Call, spec: Spec, choice: Choice, q: Tensor, backward: bool, t
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of one call."""
-    run, ready = planned(call, q, k, v, False)
-    return cpp_host.run_forward(run, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
+    kernel, ready = planned(call, q, k, v, False)
+    return cpp_host.run_forward(kernel.run, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
 
 
 def backward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """dq, dk, dv and the gradients of tables."""
-    run, ready = planned(call, q, k, v, True)
+    kernel, ready = planned(call, q, k, v, True)
+    run = kernel.run
     maps, tables = (call.attend.q_map, call.attend.k_map), call.tables
     if maps == (None, None):
         return cpp_host.run_backward(run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, tables, call.into)
@@ -232,7 +259,7 @@ def backward(
     return dq, dk, dv, sums
 
 
-def channel_kernel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:
+def channel_kernel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Function:
     """The built kernel, after a look at the shapes."""
     dtype = str(q.dtype).removeprefix("torch.")
     if q.dim() != 4 or k.shape != v.shape or q.shape[:3] != k.shape[:3]:
@@ -251,14 +278,14 @@ def channel_kernel(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _channel_kernel(dtype: str, dim: int, key_dim: int, backward: bool) -> Any:
+def _channel_kernel(dtype: str, dim: int, key_dim: int, backward: bool) -> Function:
     return _function(channel_source(dtype, dim, key_dim, backward), "channel")
 
 
 def channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """S[i, j] = scale * sum_n q[n, i] k[n, j]; out[n, i] = sum_j softmax_j(S)[i, j] v[n, j]. Tensors [B, H, N, channels]."""
     out = empty_like_order(q, q.shape[-1])
-    cpp_host.run_channel(channel_kernel(q, k, v, False), scale, {"q": q, "k": k, "v": v, "out": out})
+    cpp_host.run_channel(channel_kernel(q, k, v, False).run, scale, {"q": q, "k": k, "v": v, "out": out})
     return out
 
 
@@ -266,5 +293,5 @@ def channel_backward(q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Te
     """dq, dk, dv."""
     dq, dk, dv = (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
-    cpp_host.run_channel(channel_kernel(q, k, v, True), scale, tensors)
+    cpp_host.run_channel(channel_kernel(q, k, v, True).run, scale, tensors)
     return dq, dk, dv

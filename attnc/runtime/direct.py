@@ -22,7 +22,7 @@ _OWN = (Tensor, torch.nn.Parameter)
 
 def alone(tensors: Iterable[Tensor]) -> bool:
     """Nothing but autograd would see an operator that is called on these tensors now."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # (an export that is not Dynamo's has tensors of its own class)
         return False
     for t in tensors:
         if type(t) not in _OWN or t.is_neg():  # (the dispatcher makes a negative view of it what it stands for)

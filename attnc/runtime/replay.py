@@ -6,9 +6,10 @@ has taken the caches. What a call comes to is found once and kept as the kernel'
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +18,42 @@ from torch import Tensor
 from attnc.runtime import direct, tuner
 
 CPU = torch.device("cpu")
+Again = Callable[[int, int, bytes], bool]  # see `attnc.runtime.cpp.AGAIN`
 Given = tuple[Tensor, ...]  # what the user gives: q, k and v, or the one tensor that holds them, then tables
 
 
-@dataclass(frozen=True, eq=False)
 class Plan:
-    """A kernel and its structure, as 64-bit words; places: which of them take the addresses of a call, in their order."""
+    """A kernel and its structure as an earlier call filled it.
 
-    run: Callable[[Any], Any]
-    words: Any
-    filled: bytes
-    places: tuple[int, ...]
+    moves: for each address in the structure that differs from call to call, where it stands (bytes from the beginning), which of a
+    call's tensors it points into, and how far behind that one's beginning. kept: what the other addresses point to.
+    """
+
+    def __init__(self, again: Again, filled: bytes, moves: list[tuple[int, int, int]], tensors: int, kept: Any = None) -> None:
+        numbers = [len(moves), *(n for at, tensor, move in moves for n in (at // 8, tensor, move))]
+        self._again, self._kept = again, kept
+        self._filled, self._numbers = ctypes.create_string_buffer(filled, len(filled)), (ctypes.c_int64 * len(numbers))(*numbers)
+        self._like, self._moves = ctypes.addressof(self._filled), ctypes.addressof(self._numbers)
+        self._pack = struct.Struct(f"{tensors}q").pack
 
     def __call__(self, addresses: list[int]) -> None:
-        structure = self.words.from_buffer_copy(self.filled)
-        for place, address in zip(self.places, addresses, strict=True):
-            structure[place] = address
-        self.run(structure)
+        """addresses: of the call's tensors."""
+        self._again(self._like, self._moves, self._pack(*addresses))
+
+
+def places(first: int, tensors: Given, rows: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    """Where q, k and v (or their gradients) are: in which tensor of a call, of the three or the one from number `first` on, and how
+    many bytes behind its beginning."""
+    one = len(tensors) == 1
+    return [(first + (0 if one else i), t.data_ptr() - tensors[0 if one else i].data_ptr()) for i, t in enumerate(rows)]
 
 
 class Replay(ABC):
     """A call, to be run again on tensors of the same shapes, strides and dtypes."""
 
     @abstractmethod
-    def run(self, given: Given) -> tuple[Tensor, ...]:
-        """out in the user's layout, and what else a backward reads."""
+    def run(self, given: Given, more: bool) -> tuple[Tensor, ...]:
+        """out in the user's layout; more: and what else a backward reads."""
 
     @abstractmethod
     def gradients(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
@@ -62,14 +74,14 @@ class Replay(ABC):
                 return None
             apply: Callable[..., Tensor] = _Replayed.apply
             return apply(self, *given)
-        out, *rest = self.run(given)
-        return (out, rest[0]) if return_lse else out
+        made = self.run(given, return_lse)
+        return (made[0], made[1]) if return_lse else made[0]
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, replay: Replay, *given: Tensor) -> Any:
-        made = replay.run(given)
+        made = replay.run(given, True)
         ctx.save_for_backward(*made, *given)
         ctx.replay, ctx.count = replay, len(made)
         return made[0]

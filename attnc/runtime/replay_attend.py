@@ -13,27 +13,12 @@ from torch import Tensor
 from attnc.codegen.cpp_host import PADS, Ready, real_of
 from attnc.runtime import cpp, operator, tuner
 from attnc.runtime.call import Call, empty_like_order, known_tables
+from attnc.runtime.cpp import Function
 from attnc.runtime.layout import Layout, rows_of_out, rows_undone, three
-from attnc.runtime.replay import CPU, Given, Plan, Replay
+from attnc.runtime.replay import CPU, Given, Plan, Replay, places
 
-BACKWARD = ("q", "k", "v", "out", "lse", "grad_out", "dq", "dk", "dv")  # the order of addresses
-
-
-def _plan(run: Callable[[Any], Any], ready: Ready, scale: float, rows: dict[str, Tensor], tables: dict[str, Tensor]) -> Plan:
-    """Addresses are those of `rows`, then of `tables`; in a backward, those of the gradients of real tables follow."""
-    kind, filled = ready.type, ready.problem(scale, rows, tables)
-    places = [getattr(kind, n).offset for n in rows]
-    data, gradient = {n: getattr(kind, n).offset for n in PADS}, []
-    for group, names in zip(("tables", "int_tables"), ready.names, strict=True):
-        entries = getattr(filled, group)
-        for n, entry in zip(names, entries, strict=False):
-            start = ctypes.addressof(entry) - ctypes.addressof(filled)
-            data[n] = start + type(entry).data.offset
-            if group == "tables" and "dq" in rows:
-                gradient.append(start + type(entry).gradient.offset)
-    places += [*(data[n] for n in tables), *gradient]
-    words = ctypes.sizeof(kind) // 8
-    return Plan(run, ctypes.c_uint64 * words, bytes(filled), tuple(p // 8 for p in places))
+OF_ROWS = ("dq", "dk", "dv")
+BACKWARD = ("q", "k", "v", "out", "lse", "grad_out", *OF_ROWS)  # the order that strides are filled in
 
 
 @dataclass(eq=False)
@@ -45,13 +30,16 @@ class AttendReplay(Replay):
     views: Callable[..., tuple[Tensor, ...]]  # q, k and v (or the one tensor) as rows
     rest: tuple[Any, ...]  # what operators take after the tables
     count: int  # tensors that hold q, k and v
-    moves: tuple[int, ...]  # bytes from the beginning of the one tensor to q, k and v
-    read: tuple[tuple[str, int | Tensor, torch.dtype | None], ...]  # tables: which one given or what else; the dtype that is read
-    forward: Plan
+    names: tuple[str, ...]  # of the tables
+    at: dict[str, int]  # those that are given: which of the tensors they are
+    held: dict[str, Tensor]  # the others, as the kernel reads them
+    converted: tuple[tuple[int, torch.dtype], ...]  # tensors that it reads in another dtype, or made contiguous
     out: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides, as the user gets it
     rows: torch.Size  # its shape as rows
     lse: torch.Size
     dtype: torch.dtype
+    real: torch.dtype  # of lse
+    forward: Plan = field(init=False)
     backwards: dict[tuple[int, ...], tuple[Plan, Ready]] = field(default_factory=dict)  # by the strides of the output's gradient
 
     @property
@@ -61,83 +49,103 @@ class AttendReplay(Replay):
 
     def differentiable(self, return_lse: bool) -> bool:
         maps = self.call.attend.q_map, self.call.attend.k_map
-        return not return_lse and maps == (None, None) and not any(n in PADS for n, _, _ in self.read)
+        return not return_lse and maps == (None, None) and not any(n in PADS for n in (*self.at, *self.held))
 
-    def _addresses(self, tensors: tuple[Tensor, ...]) -> list[int]:
-        """Of q, k and v, or of their gradients."""
-        if self.count == 3:
-            return [t.data_ptr() for t in tensors[:3]]
-        start = tensors[0].data_ptr()
-        return [start + m for m in self.moves]
+    def read(self, given: Given) -> Given:
+        """As the kernel reads them; its addresses count only as long as these live."""
+        if not self.converted:
+            return given
+        read = list(given)
+        for at, dtype in self.converted:
+            read[at] = read[at].to(dtype).contiguous()
+        return tuple(read)
 
-    def _tables(self, given: Given) -> list[Tensor]:
-        """As the kernel reads them."""
-        tables = [t if isinstance(t, Tensor) else given[t] for _, t, _ in self.read]
-        return [t if dtype is None else t.to(dtype).contiguous() for t, (_, _, dtype) in zip(tables, self.read, strict=True)]
+    def _tables(self, read: Given) -> dict[str, Tensor]:
+        return {n: read[self.at[n]] if n in self.at else self.held[n] for n in self.names}
 
-    def run(self, given: Given) -> tuple[Tensor, Tensor]:
+    def plan(
+        self, found: tuple[Function, Ready], rows: dict[str, Tensor], read: Given, where: dict[str, tuple[int, int]],
+        sums: dict[str, int], count: int,
+    ) -> Plan:  # fmt: skip
+        """Of one direction. where: each of the rows is, in a call's `count` tensors. sums: which of those are tables' gradients."""
+        kernel, ready = found
+        kind, filled = ready.type, ready.problem(self.call.scale, rows, self._tables(read))
+        moves = [(getattr(kind, n).offset, *place) for n, place in where.items()]
+        moves += [(getattr(kind, n).offset, self.at[n], 0) for n in PADS if n in self.at]
+        for group, names in zip(("tables", "int_tables"), ready.names, strict=True):
+            for n, entry in zip(names, getattr(filled, group), strict=False):
+                start = ctypes.addressof(entry) - ctypes.addressof(filled)
+                if n in self.at:
+                    moves.append((start + type(entry).data.offset, self.at[n], 0))
+                if n in sums:
+                    moves.append((start + type(entry).gradient.offset, sums[n], 0))
+        return Plan(kernel.again, bytes(filled), moves, count, ready)
+
+    def run(self, given: Given, more: bool) -> tuple[Tensor, ...]:
         out = torch.empty_strided(*self.out, dtype=self.dtype, device=CPU)
-        lse = torch.empty(self.lse, dtype=real_of(self.dtype), device=CPU)
-        tables = self._tables(given)
-        self.forward([*self._addresses(given), out.data_ptr(), lse.data_ptr(), *[t.data_ptr() for t in tables]])
+        read = self.read(given) if self.converted else given
+        addresses = [t.data_ptr() for t in read]
+        addresses.append(out.data_ptr())
+        if not more:
+            addresses.append(0)
+            self.forward(addresses)
+            return (out,)
+        lse = torch.empty(self.lse, dtype=self.real, device=CPU)
+        addresses.append(lse.data_ptr())
+        self.forward(addresses)
         return out, lse
 
     def gradients(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
         out, lse = made
         into = tuple(empty_like_order(t, t.shape[-1]) for t in given[: self.count])
-        tables = self._tables(given)
+        read = self.read(given)
         strides = grad_out.stride()
         if strides not in self.backwards:
-            self.backwards[strides] = self._backward(given, tables, out, lse, grad_out, into)
+            self.backwards[strides] = self._backward(read, out, lse, grad_out, into)
         plan, ready = self.backwards[strides]
         if not ready.covers:
             for t in into if self.count == 1 else into[1:]:
                 t.zero_()
-        sums = {
-            n: torch.zeros(t.shape, dtype=lse.dtype, device=CPU)
-            for n, t in _named(self.read, tables).items()
-            if n in ready.names[0]
-        }
-        kept = (out, lse, grad_out, *tables, *(sums[n] for n in ready.names[0]))
-        o, s, g, *others = (t.data_ptr() for t in kept)
-        plan([*self._addresses(given), o, s, g, *self._addresses(into), *others])
+        tables = self._tables(read)
+        sums = {n: torch.zeros(tables[n].shape, dtype=lse.dtype, device=CPU) for n in ready.names[0]}
+        plan([t.data_ptr() for t in (*read, out, lse, grad_out, *into, *sums.values())])
         found: list[Tensor | None] = [*into, *[None] * (len(given) - self.count)]
-        for n, at, _ in self.read:
-            if n in sums and isinstance(at, int):
-                found[at] = sums[n].to(given[at].dtype)
+        for n, t in sums.items():
+            if n in self.at:
+                found[self.at[n]] = t.to(given[self.at[n]].dtype)
         return found
 
-    def _backward(
-        self, given: Given, tables: list[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor, into: Given
-    ) -> tuple[Plan, Ready]:
-        q, k, v = three(self.views(*given[: self.count]))
-        read = _named(self.read, tables)
-        call = replace(self.call, tables=read)
+    def _backward(self, read: Given, out: Tensor, lse: Tensor, grad_out: Tensor, into: Given) -> tuple[Plan, Ready]:
+        q, k, v = three(self.views(*read[: self.count]))
+        call = replace(self.call, tables=self._tables(read))
         seen = (rows_of_out(t, self.layout, self.rows) for t in (out, grad_out))
         rows = {"q": q, "k": k, "v": v, "lse": lse} | dict(zip(("out", "grad_out"), seen, strict=True))
         if self.tune:
             tuner.settle(cpp, call, (q, k, v), (rows["out"], lse, rows["grad_out"], None))
         found = cpp.planned(call, q, k, v, True)
-        rows |= dict(zip(("dq", "dk", "dv"), three(self.views(*into)), strict=True))
-        return _plan(*found, self.call.scale, {n: rows[n] for n in BACKWARD}, read), found[1]
+        gradients = three(self.views(*into))
+        rows |= dict(zip(OF_ROWS, gradients, strict=True))
+        n = len(read)
+        where = dict(zip("qkv", places(0, read[: self.count], (q, k, v)), strict=True))
+        where |= {name: (n + i, 0) for i, name in enumerate(("out", "lse", "grad_out"))}
+        where |= dict(zip(OF_ROWS, places(n + 3, into, gradients), strict=True))
+        first = n + 3 + len(into)
+        sums = {name: first + i for i, name in enumerate(found[1].names[0])}
+        order = {name: rows[name] for name in BACKWARD}
+        return self.plan(found, order, read, where, sums, first + len(sums)), found[1]
 
     def gradients_seen(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
         out, lse = made
         rows = self.views(*given[: self.count])
         backward: Any = torch.ops.attnc.attend_backward if self.count == 3 else torch.ops.attnc.attend_packed_backward
         seen = [rows_of_out(t, self.layout, self.rows) for t in (out, grad_out)]
-        tables = [given[t] for _, t, _ in self.read if isinstance(t, int)]
-        *moved, sums = backward(*rows, tables, seen[0], lse, seen[1], None, *self.rest)
+        *moved, sums = backward(*rows, [*self._tables(given).values()], seen[0], lse, seen[1], None, *self.rest)
         found: list[Tensor | None] = [rows_undone(g, self.layout, t.shape) for g, t in zip(moved, given, strict=False)]
         found += [None] * (len(given) - self.count)
-        for (_, t, _), g in zip(self.read, sums, strict=True):
-            if isinstance(t, int) and given[t].is_floating_point():
-                found[t] = g
+        for n, g in zip(self.names, sums, strict=True):
+            if n in self.at and given[self.at[n]].is_floating_point():
+                found[self.at[n]] = g
         return found
-
-
-def _named(read: tuple[tuple[str, Any, Any], ...], tables: list[Tensor]) -> dict[str, Tensor]:
-    return {n: t for (n, _, _), t in zip(read, tables, strict=True)}
 
 
 def record_attend(
@@ -155,14 +163,18 @@ def record_attend(
     out, lse = found
     if call is None or not lse.numel() or known_tables(call) or not all(t.is_cpu for t in (*given, *tables.values())):
         return None
-    run, ready = cpp.planned(call, q, k, v, False)
-    count, real = len(rows), real_of(q.dtype)
+    kernel = cpp.planned(call, q, k, v, False)
+    count, real, shape = len(rows), real_of(q.dtype), torch.Size((*q.shape[:-1], v.shape[-1]))
+    wanted = {n: torch.int32 if n in kernel[1].names[1] else real for n in tables}
     at = {n: count + i for i, n in enumerate(names)}
-    wanted = {n: torch.int32 if n in ready.names[1] else real for n in tables}
-    read = tuple((n, at.get(n, t), None if t.dtype == wanted[n] and t.is_contiguous() else wanted[n]) for n, t in tables.items())
-    shape = torch.Size((*q.shape[:-1], v.shape[-1]))
-    tensors = {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, shape), "lse": lse}
-    plan = _plan(run, ready, scale, tensors, {n: t.to(wanted[n]).contiguous() for n, t in tables.items()})
-    moves = tuple(t.data_ptr() - given[0].data_ptr() for t in (q, k, v)) if count == 1 else ()
-    looks = (out.shape, out.stride()), shape, lse.shape, out.dtype
-    return AttendReplay(replace(call, tables={}), layout, views, rest, count, moves, read, plan, *looks)
+    held = {n: t.to(wanted[n]).contiguous() for n, t in tables.items() if n not in at}
+    converted = tuple((i, wanted[n]) for n, i in at.items() if tables[n].dtype != wanted[n] or not tables[n].is_contiguous())
+    made = AttendReplay(
+        replace(call, tables={}), layout, views, rest, count, tuple(tables), at, held, converted,
+        (out.shape, out.stride()), shape, lse.shape, out.dtype, real,
+    )  # fmt: skip
+    like = {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, shape), "lse": lse}
+    n = len(given)
+    where = dict(zip("qkv", places(0, given[:count], (q, k, v)), strict=True)) | {"out": (n, 0), "lse": (n + 1, 0)}
+    made.forward = made.plan(kernel, like, made.read(given), where, {}, n + 2)
+    return made

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,18 +13,24 @@ from attnc.codegen.cpp_host import ChannelProblem, channel_problem
 from attnc.runtime import cpp
 from attnc.runtime.call import empty_like_order
 from attnc.runtime.layout import Layout, rows_of_out, rows_undone, three
-from attnc.runtime.replay import CPU, Given, Plan, Replay
+from attnc.runtime.replay import CPU, Given, Plan, Replay, places
 
-WORDS = ctypes.c_uint64 * (ctypes.sizeof(ChannelProblem) // 8)
+T = TypeVar("T")
+ROWS, GRADIENTS = ("q", "k", "v"), ("dq", "dk", "dv")
+Roles = tuple[int, int, int]
 
 
-def _plan(scale: float, backward: bool, rows: dict[str, Tensor]) -> Plan:
-    """Addresses are those of `rows`, by the names of the structure."""
+def _by_role(roles: Roles, names: tuple[str, str, str], of: Sequence[T]) -> dict[str, T]:
+    return {n: of[r] for n, r in zip(names, roles, strict=True)}
+
+
+def _plan(scale: float, backward: bool, rows: dict[str, Tensor], where: dict[str, tuple[int, int]], count: int) -> Plan:
+    """where: each of the rows is, in a call's `count` tensors."""
     q = rows["q"]
     filled = ChannelProblem.from_buffer_copy(channel_problem(tuple(rows), q.shape, tuple([t.stride() for t in rows.values()])))
     filled.threads, filled.scale = torch.get_num_threads(), scale
-    places = [getattr(ChannelProblem, n).offset // 8 for n in rows]
-    return Plan(cpp.channel_kernel(q, rows["k"], rows["v"], backward), WORDS, bytes(filled), tuple(places))
+    moves = [(getattr(ChannelProblem, n).offset, *place) for n, place in where.items()]
+    return Plan(cpp.channel_kernel(q, rows["k"], rows["v"], backward).again, bytes(filled), moves, count)
 
 
 @dataclass(eq=False)
@@ -34,38 +39,42 @@ class ChannelReplay(Replay):
 
     layout: Layout
     views: Callable[..., tuple[Tensor, ...]]  # what is given as rows
-    roles: tuple[int, int, int]  # which of the rows the step takes as q, k and v
+    roles: Roles  # which of the rows the step takes as q, k and v
     scale: float
     backend: str
-    moves: tuple[int, ...]  # bytes from the beginning of the one tensor to its three parts
     forward: Plan
     out: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides, as the user gets it
     rows: torch.Size  # its shape as rows
     dtype: torch.dtype
     backwards: dict[tuple[int, ...], Plan] = field(default_factory=dict)  # by the strides of the output's gradient
 
-    def _addresses(self, tensors: Given) -> list[int]:
-        given = [tensors[0].data_ptr() + m for m in self.moves] if len(tensors) == 1 else [t.data_ptr() for t in tensors]
-        return [given[r] for r in self.roles]
-
-    def _rows(self, tensors: Given) -> list[Tensor]:
+    def _rows(self, tensors: Given) -> tuple[Tensor, ...]:
         rows = three(self.views(*tensors))
-        return [rows[r] for r in self.roles]
+        return tuple(rows[r] for r in self.roles)
 
-    def run(self, given: Given) -> tuple[Tensor, ...]:
+    def run(self, given: Given, more: bool) -> tuple[Tensor, ...]:
         out = torch.empty_strided(*self.out, dtype=self.dtype, device=CPU)
-        self.forward([*self._addresses(given), out.data_ptr()])
+        addresses = [t.data_ptr() for t in given]
+        addresses.append(out.data_ptr())
+        self.forward(addresses)
         return (out,)
 
     def gradients(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
         into = tuple(empty_like_order(t, t.shape[-1]) for t in given)
         strides = grad_out.stride()
         if strides not in self.backwards:
-            rows = dict(zip("qkv", self._rows(given), strict=True)) | {"grad_out": rows_of_out(grad_out, self.layout, self.rows)}
-            rows |= dict(zip(("dq", "dk", "dv"), self._rows(into), strict=True))
-            self.backwards[strides] = _plan(self.scale, True, rows)
-        self.backwards[strides]([*self._addresses(given), grad_out.data_ptr(), *self._addresses(into)])
+            self.backwards[strides] = self._backward(given, grad_out, into)
+        self.backwards[strides]([t.data_ptr() for t in (*given, grad_out, *into)])
         return [*into]
+
+    def _backward(self, given: Given, grad_out: Tensor, into: Given) -> Plan:
+        n = len(given)
+        rows, where = {"grad_out": rows_of_out(grad_out, self.layout, self.rows)}, {"grad_out": (n, 0)}
+        for names, first, tensors in ((ROWS, 0, given), (GRADIENTS, n + 1, into)):
+            parts = three(self.views(*tensors))
+            rows |= _by_role(self.roles, names, parts)
+            where |= _by_role(self.roles, names, places(first, tensors, parts))
+        return _plan(self.scale, True, rows, where, 2 * n + 1)
 
     def gradients_seen(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
         seen = rows_of_out(grad_out, self.layout, self.rows)
@@ -76,7 +85,7 @@ class ChannelReplay(Replay):
 
 
 def record_channel(
-    given: Given, views: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], steps: list[tuple[Any, tuple[int, int, int]]],
+    given: Given, views: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], steps: list[tuple[Any, Roles]],
     layout: Layout, out: Tensor, scale: float, backend: str,
 ) -> ChannelReplay | None:  # fmt: skip
     """A call that has been run, for calls like it; None where it is more than one step.
@@ -87,7 +96,8 @@ def record_channel(
     if len(steps) != 1 or sorted(steps[0][1]) != [0, 1, 2] or not out.numel():
         return None
     roles = steps[0][1]
-    q, k, v = (values[r] for r in roles)
-    plan = _plan(scale, False, {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, q.shape)})
-    moves = tuple(t.data_ptr() - given[0].data_ptr() for t in values)
-    return ChannelReplay(layout, views, roles, scale, backend, moves, plan, (out.shape, out.stride()), q.shape, out.dtype)
+    n, seen = len(given), _by_role(roles, ROWS, values)
+    q = seen["q"]
+    where = _by_role(roles, ROWS, places(0, given, values)) | {"out": (n, 0)}
+    plan = _plan(scale, False, seen | {"out": rows_of_out(out, layout, q.shape)}, where, n + 1)
+    return ChannelReplay(layout, views, roles, scale, backend, plan, (out.shape, out.stride()), q.shape, out.dtype)
