@@ -142,8 +142,18 @@ def mixed_index(q, k, *, bias: Table):
 
 
 @pattern
+def decaying(q, k, *, bias: Table):
+    return where(k.x <= q.x, SCORE + bias[HEAD, q.x - k.x])
+
+
+@pattern
 def factored(q, k, *, gate: Table):
     return where(q.x // 5 == k.x // 5, SCORE, post=gate[HEAD, q.x % 5, k.x % 5] * 0.5 + 1.0)
+
+
+@pattern
+def factored_by_place(q, k, *, gate: Table):
+    return where(q.x // 5 == k.x // 5, SCORE, post=gate[HEAD, q.x - k.x + 4] * 0.5 + 1.0)
 
 
 @pattern
@@ -353,6 +363,11 @@ SCORES = {
     "absolute bias": (absolute(), (20, 30), {"bias": R(1, 600, 600)}, {"batch": 1}),
     "index of both": (mixed_index(), (40,), {"bias": R(7, 2)}, {}),
     "factor": (factored(), (23,), {"gate": R(2, 5, 5)}, {}),
+    "factor by place": (factored_by_place(), (23,), {"gate": R(2, 9)}, {}),
+    "bias of windows of several chunks": (biased(s=24), (24, 26), {"bias": R(2, 47, 47)}, {"batch": 1}),
+    "bias of a large window": (biased(s=14), (14, 17), {"bias": R(2, 27, 27)}, {"batch": 3}),
+    "bias of many windows": (biased(s=2), (11, 13), {"bias": R(2, 3, 3)}, {"batch": 3}),
+    "decay over several chunks": (decaying(), (1100,), {"bias": R(1, 1100)}, {"batch": 1, "heads": 1}),
     "bias and virtual keys": (biased(s=4), (9, 11), {"bias": R(4, 7, 7)}, {"multiple": (4, 4), "heads": 4, "kv_heads": 2}),
     "bias and prefix": (biased(s=4), (8, 11), {"bias": R(2, 7, 7)}, {"prefix": (1, 1)}),
 }

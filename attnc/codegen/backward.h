@@ -143,7 +143,7 @@ struct Backward {
                     if constexpr (POST) change += e * dp * post_slope[l];
                     change = select(e > V{}, change, V{});      // a pair that is not there may have an infinite slope
                     if (loads.expansion[l]) {
-                        real* sums = loads.expansion[l]->sums + (int64_t)i * loads.expansion[l]->stride + j;
+                        real* sums = loads.expansion[l]->sums + loads.expansion[l]->place[i] + j;
                         store(sums, load(sums) + change);
                     } else store(spare + l * CHUNK + j, change);
                 }
