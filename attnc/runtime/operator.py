@@ -156,12 +156,18 @@ def _sized(
     return dict(zip(names, tables, strict=True)), parts
 
 
-def single(q: Tensor, k: Tensor, tables: dict[str, Tensor], scale: float, q_grid: Any, k_grid: Any, program: str) -> Call | None:
-    """The one call of the C++ backend that this comes to; None where it is more than one kernel."""
+def calls(
+    q: Tensor, k: Tensor, tables: dict[str, Tensor], scale: float, q_grid: Any, k_grid: Any, program: str
+) -> list[tuple[slice, slice, Call]]:
+    """The forwards of the C++ backend that this comes to, in their order, with their heads of queries and of keys. Empty where it
+    is run in another way."""
     if _over_queries(program):
-        return None
+        return []
     named, parts = _sized(q, k, list(tables.values()), q_grid, k_grid, program, "cpp")
-    return parts[0].calls(named, scale)[0] if len(parts) == 1 and len(parts[0].statements) == 1 else None
+    found = [(p.heads, p.key_heads, p.calls(named, scale)) for p in parts]
+    if not all(mine for *_, mine in found):  # queries without keys
+        return []
+    return [(heads, keys, replace(c, continues=i > 0)) for heads, keys, mine in found for i, c in enumerate(mine)]
 
 
 def _rows_of(t: Tensor, cut: tuple[int, slice] | None) -> Tensor:

@@ -21,11 +21,15 @@ OF_ROWS = ("dq", "dk", "dv")
 BACKWARD = ("q", "k", "v", "out", "lse", "grad_out", *OF_ROWS)  # the order that strides are filled in
 
 
+def _away(part: Tensor, whole: Tensor) -> int:
+    """Bytes from the beginning of a tensor to that of a part of it."""
+    return part.data_ptr() - whole.data_ptr()
+
+
 @dataclass(eq=False)
 class AttendReplay(Replay):
-    """One kernel of attention."""
+    """The kernels of attention, one after the other; gradients of more than one come from the operators."""
 
-    call: Call
     layout: Layout
     views: Callable[..., tuple[Tensor, ...]]  # q, k and v (or the one tensor) as rows
     rest: tuple[Any, ...]  # what operators take after the tables
@@ -39,8 +43,15 @@ class AttendReplay(Replay):
     lse: torch.Size
     dtype: torch.dtype
     real: torch.dtype  # of lse
-    forward: Plan = field(init=False)
+    forward: tuple[Plan, ...] = ()
+    first: Call | None = None  # of the first kernel
     backwards: dict[tuple[int, ...], tuple[Plan, Ready]] = field(default_factory=dict)  # by the strides of the output's gradient
+
+    @property
+    def call(self) -> Call:
+        """The one kernel's, without tables."""
+        assert self.first is not None
+        return self.first
 
     @property
     def tune(self) -> bool:
@@ -48,8 +59,10 @@ class AttendReplay(Replay):
         return bool(self.rest[-2])
 
     def differentiable(self, return_lse: bool) -> bool:
-        maps = self.call.attend.q_map, self.call.attend.k_map
-        return not return_lse and maps == (None, None) and not any(n in PADS for n in (*self.at, *self.held))
+        if len(self.forward) > 1 or return_lse or any(n in PADS for n in self.names):
+            return False
+        attend = self.call.attend
+        return attend.q_map is None and attend.k_map is None
 
     def read(self, given: Given) -> Given:
         """As the kernel reads them; its addresses count only as long as these live."""
@@ -60,23 +73,25 @@ class AttendReplay(Replay):
             read[at] = read[at].to(dtype).contiguous()
         return tuple(read)
 
-    def _tables(self, read: Given) -> dict[str, Tensor]:
+    def tables(self, read: Given) -> dict[str, Tensor]:
         return {n: read[self.at[n]] if n in self.at else self.held[n] for n in self.names}
 
     def plan(
-        self, found: tuple[Function, Ready], rows: dict[str, Tensor], read: Given, where: dict[str, tuple[int, int]],
+        self, found: tuple[Function, Ready], call: Call, rows: dict[str, Tensor], read: Given, where: dict[str, tuple[int, int]],
         sums: dict[str, int], count: int,
     ) -> Plan:  # fmt: skip
-        """Of one direction. where: each of the rows is, in a call's `count` tensors. sums: which of those are tables' gradients."""
+        """One kernel. where: each of the rows is, in a call's `count` tensors. sums: which of those are tables' gradients."""
         kernel, ready = found
-        kind, filled = ready.type, ready.problem(self.call.scale, rows, self._tables(read))
+        kind, filled = ready.type, ready.problem(call.scale, rows, call.tables)
+        filled.continues = call.continues
         moves = [(getattr(kind, n).offset, *place) for n, place in where.items()]
-        moves += [(getattr(kind, n).offset, self.at[n], 0) for n in PADS if n in self.at]
+        tables = {n: (self.at[n], _away(t, read[self.at[n]])) for n, t in call.tables.items() if n in self.at}
+        moves += [(getattr(kind, n).offset, *tables[n]) for n in PADS if n in tables]
         for group, names in zip(("tables", "int_tables"), ready.names, strict=True):
             for n, entry in zip(names, getattr(filled, group), strict=False):
                 start = ctypes.addressof(entry) - ctypes.addressof(filled)
-                if n in self.at:
-                    moves.append((start + type(entry).data.offset, self.at[n], 0))
+                if n in tables:
+                    moves.append((start + type(entry).data.offset, *tables[n]))
                 if n in sums:
                     moves.append((start + type(entry).gradient.offset, sums[n], 0))
         return Plan(kernel.again, bytes(filled), moves, count, ready)
@@ -86,13 +101,14 @@ class AttendReplay(Replay):
         read = self.read(given) if self.converted else given
         addresses = [t.data_ptr() for t in read]
         addresses.append(out.data_ptr())
-        if not more:
+        if not more and len(self.forward) == 1:
             addresses.append(0)
-            self.forward(addresses)
+            self.forward[0](addresses)
             return (out,)
         lse = torch.empty(self.lse, dtype=self.real, device=CPU)
         addresses.append(lse.data_ptr())
-        self.forward(addresses)
+        for kernel in self.forward:
+            kernel(addresses)
         return out, lse
 
     def gradients(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
@@ -106,7 +122,7 @@ class AttendReplay(Replay):
         if not ready.covers:
             for t in into if self.count == 1 else into[1:]:
                 t.zero_()
-        tables = self._tables(read)
+        tables = self.tables(read)
         sums = {n: torch.zeros(tables[n].shape, dtype=lse.dtype, device=CPU) for n in ready.names[0]}
         plan([t.data_ptr() for t in (*read, out, lse, grad_out, *into, *sums.values())])
         found: list[Tensor | None] = [*into, *[None] * (len(given) - self.count)]
@@ -117,7 +133,7 @@ class AttendReplay(Replay):
 
     def _backward(self, read: Given, out: Tensor, lse: Tensor, grad_out: Tensor, into: Given) -> tuple[Plan, Ready]:
         q, k, v = three(self.views(*read[: self.count]))
-        call = replace(self.call, tables=self._tables(read))
+        call = replace(self.call, tables=self.tables(read))
         seen = (rows_of_out(t, self.layout, self.rows) for t in (out, grad_out))
         rows = {"q": q, "k": k, "v": v, "lse": lse} | dict(zip(("out", "grad_out"), seen, strict=True))
         if self.tune:
@@ -132,14 +148,14 @@ class AttendReplay(Replay):
         first = n + 3 + len(into)
         sums = {name: first + i for i, name in enumerate(found[1].names[0])}
         order = {name: rows[name] for name in BACKWARD}
-        return self.plan(found, order, read, where, sums, first + len(sums)), found[1]
+        return self.plan(found, call, order, read, where, sums, first + len(sums)), found[1]
 
     def gradients_seen(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
         out, lse = made
         rows = self.views(*given[: self.count])
         backward: Any = torch.ops.attnc.attend_backward if self.count == 3 else torch.ops.attnc.attend_packed_backward
         seen = [rows_of_out(t, self.layout, self.rows) for t in (out, grad_out)]
-        *moved, sums = backward(*rows, [*self._tables(given).values()], seen[0], lse, seen[1], None, *self.rest)
+        *moved, sums = backward(*rows, [*self.tables(given).values()], seen[0], lse, seen[1], None, *self.rest)
         found: list[Tensor | None] = [rows_undone(g, self.layout, t.shape) for g, t in zip(moved, given, strict=False)]
         found += [None] * (len(given) - self.count)
         for n, g in zip(self.names, sums, strict=True):
@@ -152,29 +168,33 @@ def record_attend(
     given: Given, names: tuple[str, ...], views: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...],
     tables: dict[str, Tensor], layout: Layout, found: tuple[Tensor, Tensor], rest: tuple[Any, ...],
 ) -> AttendReplay | None:  # fmt: skip
-    """A call that has been run, for calls like it; None where it is more than one kernel, or the next may differ.
+    """A call that has been run, for calls like it; None where the next may differ, or is run in another way.
 
     given: the user's tensors, of which the tables are called `names`. rows: q, k and v seen by `views`. tables: all that the
     statement reads. found: out as the user got it, and lse. rest: what operators take after the tables.
     """
     scale, q_grid, k_grid, program, *_ = rest
     q, k, v = three(rows)
-    call = operator.single(q, k, tables, scale, q_grid, k_grid, program)
     out, lse = found
-    if call is None or not lse.numel() or known_tables(call) or not all(t.is_cpu for t in (*given, *tables.values())):
+    if not lse.numel() or not all(t.is_cpu for t in (*given, *tables.values())):
         return None
-    kernel = cpp.planned(call, q, k, v, False)
     count, real, shape = len(rows), real_of(q.dtype), torch.Size((*q.shape[:-1], v.shape[-1]))
-    wanted = {n: torch.int32 if n in kernel[1].names[1] else real for n in tables}
+    wanted = {s.name: torch.int32 if s.integer else real for s in operator.table_specs(operator.program_of(program))}
     at = {n: count + i for i, n in enumerate(names)}
     held = {n: t.to(wanted[n]).contiguous() for n, t in tables.items() if n not in at}
     converted = tuple((i, wanted[n]) for n, i in at.items() if tables[n].dtype != wanted[n] or not tables[n].is_contiguous())
     made = AttendReplay(
-        replace(call, tables={}), layout, views, rest, count, tuple(tables), at, held, converted,
-        (out.shape, out.stride()), shape, lse.shape, out.dtype, real,
-    )  # fmt: skip
-    like = {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, shape), "lse": lse}
-    n = len(given)
-    where = dict(zip("qkv", places(0, given[:count], (q, k, v)), strict=True)) | {"out": (n, 0), "lse": (n + 1, 0)}
-    made.forward = made.plan(kernel, like, made.read(given), where, {}, n + 2)
-    return made
+        layout, views, rest, count, tuple(tables), at, held, converted, (out.shape, out.stride()), shape, lse.shape, out.dtype, real
+    )
+    read, n = made.read(given), len(given)
+    whole = {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, shape), "lse": lse}
+    begin = dict(zip(whole, [*places(0, given[:count], (q, k, v)), (n, 0), (n + 1, 0)], strict=True))
+    for heads, key_heads, call in operator.calls(q, k, made.tables(read), scale, q_grid, k_grid, program):
+        if known_tables(call) or not all(t.is_contiguous() for t in call.tables.values()):
+            return None
+        part = {name: t[:, key_heads if name in ("k", "v") else heads] for name, t in whole.items()}
+        where = {name: (i, move + _away(part[name], whole[name])) for name, (i, move) in begin.items()}
+        kernel = cpp.planned(call, part["q"], part["k"], part["v"], False)
+        made.forward += (made.plan(kernel, call, part, read, where, {}, n + 2),)
+        made.first = made.first or replace(call, tables={})
+    return made if made.forward else None
