@@ -18,7 +18,6 @@ from attnc.arguments import (
     PadLike,
     SizesLike,
     axes_and_sizes,
-    call_sizes,
     check_dropout,
     check_rows,
     check_tables,
@@ -36,6 +35,7 @@ from attnc.runtime.replay_attend import record_attend
 from attnc.runtime.replay_channel import record_channel
 from attnc.runtime.traced import Traced
 from attnc.schedule import bounds
+from attnc.tokens import Tokens
 
 Backend = str  # "auto", "triton", "cpp", "torch" or "eager"
 RESERVED = ("self", "q", "k", "v", "scale", "return_lse", "grid", "sizes", "dropout_p", "seed", "pad_k", "pad_v")
@@ -112,6 +112,7 @@ class Operator:
             raise DeclarationError(
                 f"{source.name}: kv_grid={kv_grid!r} beside grid={grid!r}: give both, with the same axes (lengths may be None)"
             )
+        self._tokens = Tokens(source.name, heads, self.layout, self.axes, self.grid, self.kv_grid, self.prefix, self.kv_prefix)
         self._warned = False
         self._seen: dict[Any, Accepted] = {}
         self._replays: dict[Any, replay.Replay | None] = {}
@@ -228,7 +229,7 @@ class Operator:
                 f"{name}: scale= is a number, and this is a tensor, which would get no gradient; "
                 "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
             )
-        rows = self._rows(q, k, v)
+        rows = self._tokens.rows(q, k, v)
         past = past and (sized is None or direct.alone((sized,)))
         accepted = self._accepted(rows, grid, tables, sized, past)
         scale = accepted.scale if scale is None else float(scale)
@@ -241,7 +242,7 @@ class Operator:
             out = layouts.from_rows(values[self._graph.result], accepted.layout)
             if key is not None:
                 steps, layout = self._graph.steps, accepted.layout
-                self._record(key, record_channel, given, self._rows, rows, steps, layout, out, scale, accepted.backend)
+                self._record(key, record_channel, given, self._tokens.rows, rows, steps, layout, out, scale, accepted.backend)
             return out
         traced = accepted.traced
         assert traced is not None
@@ -264,7 +265,7 @@ class Operator:
             read = {s.name: t for s, t in zip(traced.tables, ordered, strict=True)}
             rest = scale, accepted.q_grid, accepted.k_grid, traced.text, accepted.backend, self.tune, None
             recorder = record_attend if whole and not self._warned else _no_replay
-            self._record(key, recorder, given, tuple(tables), self._rows, rows, read, accepted.layout, (shaped, lse), rest)
+            self._record(key, recorder, given, tuple(tables), self._tokens.rows, rows, read, accepted.layout, (shaped, lse), rest)
         return (shaped, lse) if return_lse else shaped
 
     # ----------------------------------------------------------------------------------------------------------------- pieces
@@ -319,7 +320,7 @@ class Operator:
         if sizes is not None and rank is not None and packs(name, sizes.shape[0], rank, q, self.axes, told):
             q_grid = k_grid = (0,) * rank
         else:
-            q_grid, k_grid = self._grids(q, k, grid, rank)
+            q_grid, k_grid = self._tokens.grids(q, k, grid, rank)
             if sizes is not None and (sizes.shape[0], rank) != (q.shape[0], len(q_grid)):
                 raise ShapeError(
                     f"{name}: sizes= has shape {(sizes.shape[0], rank)}, expected {(q.shape[0], len(q_grid))}: a row for each "
@@ -385,92 +386,6 @@ class Operator:
             return self._run(past, r, [t[s.name] for s in core.tables], scale, inner, sizes)
 
         return around.surround(call.traced.program, grids, qkv, named, run, *(known or ()))
-
-    def _rows(self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> tuple[Tensor, ...]:
-        """q, k and v as rows, or the three of them in one tensor."""
-        name = self.source.name
-        if self.layout is None:
-            if k is None or v is None:
-                raise ShapeError(
-                    f"{name}: q, k and v are three tensors; for one packed tensor give layout='b (y x) (three h d)' or alike"
-                )
-            for what, t in (("q", q), ("k", k), ("v", v)):
-                if t.dim() != 4:
-                    raise ShapeError(
-                        f"{name}: {what} has shape {tuple(t.shape)}, expected [B, H, N, D]; say any other with layout="
-                    )
-            return q, k, v
-        if self.layout.packed:
-            if k is not None or v is not None:
-                raise ShapeError(
-                    f"{name}: the layout {self.layout.text!r} packs q, k and v in the first argument; k and v are left out"
-                )
-            return (layouts.to_rows(q, self.layout, self.heads, "qkv"),)
-        if k is None or v is None:
-            raise ShapeError(f"{name}: the layout {self.layout.text!r} has no `three`: q, k and v are three tensors")
-        out: list[Tensor] = []
-        for what, t in (("q", q), ("k", k), ("v", v)):
-            heads = self.heads
-            if heads and what != "q" and self.layout.joint:
-                at = next(i for i, g in enumerate(self.layout.groups) if "h" in g)
-                width = q.shape[at] // heads
-                if what == "k" and t.dim() == q.dim() and width and t.shape[at] % width == 0:
-                    heads = t.shape[at] // width  # grouped-query: fewer heads of the same width
-                elif what == "v":
-                    heads = out[1].shape[1]
-            out.append(layouts.to_rows(t, self.layout, heads, what))
-        return tuple(out)
-
-    def _grids(self, q: Tensor, k: Tensor, grid: GridLike, rank: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Lengths of the axes of queries and keys. rank: of the grid, where sizes= tells."""
-        name = self.source.name
-        given = call_sizes(grid, self.axes, name)
-        if q.dim() > 4 or (self.layout is not None and self.layout.separate):
-            seen: tuple[int, ...] = tuple(q.shape[2:-1])
-            kv_seen: tuple[int, ...] = tuple(k.shape[2:-1])
-            if len(seen) == 1 and self.prefix:
-                seen = (seen[0] - self.prefix,)
-            if len(kv_seen) == 1 and self.kv_prefix:
-                kv_seen = (kv_seen[0] - self.kv_prefix,)
-            if given is not None and given != seen:
-                raise ShapeError(f"{name}: grid={grid!r}, but q lies on {seen}")
-            given = seen
-        else:
-            kv_seen = ()
-        fixed = self.grid
-        if given is None:
-            if fixed is not None and None not in fixed:
-                given = tuple(n for n in fixed if n is not None)
-            elif self.axes is None or len(self.axes) == 1:
-                if self.axes is None and rank != 1:
-                    raise ShapeError(
-                        f"{name}: compiled without a grid: pass grid=(height, width) with the call, or to attnc.compile"
-                    )
-                given = (q.shape[2] - self.prefix,)
-            else:
-                raise ShapeError(f"{name}: the lengths of ({', '.join(self.axes)}) are open: pass grid= with the call")
-        elif fixed is not None and any(a is not None and a != b for a, b in zip(fixed, given, strict=False)):
-            raise ShapeError(f"{name}: compiled for grid={fixed}, called on {given}")
-        kv = given
-        if not self.same_grid:
-            fixed_kv = self.kv_grid or ()
-            if None in fixed_kv and not kv_seen:
-                raise ShapeError(f"{name}: kv_grid={fixed_kv} is open: use a layout with separate axes")
-            kv = kv_seen or tuple(n for n in fixed_kv if n is not None)
-            if any(a is not None and a != b for a, b in zip(fixed_kv, kv, strict=False)):
-                raise ShapeError(f"{name}: compiled for kv_grid={fixed_kv}, called on {kv}")
-        elif kv_seen and kv_seen != given:
-            raise ShapeError(f"{name}: q lies on {given} and k on {kv_seen}; compile with kv_grid= where the two grids differ")
-        for what, t, g, p in (("q", q, given, self.prefix), ("k", k, kv, self.kv_prefix)):
-            tokens, expected = 1, 1
-            for n in t.shape[2:-1]:
-                tokens *= n
-            for n in g:
-                expected *= n
-            if tokens != expected + p:
-                beside = f" and {p} prefix tokens" if p else ""
-                raise ShapeError(f"{name}: {what} has {tokens} tokens, the grid {g}{beside} make {expected + p}")
-        return given, kv
 
     def _backend(self, device: str) -> str:
         if self.backend != "auto":
