@@ -13,7 +13,7 @@ from attnc.errors import DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
 from attnc.runtime.layout import Layout
-from attnc.runtime.operator import TableSpec
+from attnc.runtime.parts import TableSpec
 
 GridLike = int | Sequence[int | None] | Mapping[str, int | None] | None
 PadLike = Literal["multiple"] | Sequence[tuple[int, int]] | None

@@ -17,7 +17,7 @@ import torch
 import attnc
 from attnc import patterns
 from attnc.codegen import cpp_host
-from attnc.runtime import cpp, operator, tuner, winners
+from attnc.runtime import cpp, parts, tuner, winners
 from bench.cases import Case, cases
 from bench.timing import Results, gemm_rate, interleaved, medians, passes, threads
 
@@ -151,10 +151,10 @@ def _built(case: Case, march: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cpp_host, "FLAGS", flags)
     for cached in (cpp._machine, cpp._function):
         cached.cache_clear()
-    run, kernels, parts = case.ours(), *(lru_cache(maxsize=None)(f.__wrapped__) for f in (cpp._kernel, operator._parts))
+    run, kernels, found = case.ours(), *(lru_cache(maxsize=None)(f.__wrapped__) for f in (cpp._kernel, parts.parts_of))
 
     def call(*inputs: torch.Tensor) -> torch.Tensor:
-        cpp._kernel, operator._parts = kernels, parts
+        cpp._kernel, parts.parts_of = kernels, found
         return run(*inputs)
 
     with torch.no_grad():

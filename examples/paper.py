@@ -19,7 +19,7 @@ from attnc.analysis.evaluate import evaluate
 from attnc.codegen import blocks, eager
 from attnc.report.issued import issued
 from attnc.runtime.call import Call
-from attnc.runtime.operator import table_names
+from attnc.runtime.parts import table_names
 from attnc.schedule.geometry import Geometry, geometry
 
 

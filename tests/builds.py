@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from attnc.codegen import cpp_host
-from attnc.runtime import cpp, operator
+from attnc.runtime import cpp, parts
 
 SHIPPED = tuple(cpp_host.FLAGS)
 QUICK = ("-O0", *SHIPPED[1:])
@@ -14,7 +14,7 @@ QUICK = ("-O0", *SHIPPED[1:])
 
 def _use(flags: Sequence[str]) -> None:
     cpp_host.FLAGS[:] = flags
-    for made in (cpp._machine, cpp._function, cpp._kernel, cpp._channel_kernel, operator._parts):
+    for made in (cpp._machine, cpp._function, cpp._kernel, cpp._channel_kernel, parts.parts_of):
         made.cache_clear()
 
 

@@ -30,7 +30,7 @@ from attnc.lang import functions as fn
 from attnc.lang.functions import HEAD, SCORE, where
 from attnc.lang.pattern import pattern
 from attnc.lang.symbols import Table
-from attnc.runtime import cpp, operator
+from attnc.runtime import cpp, parts
 from attnc.runtime.call import Call
 from attnc.schedule import choose
 from attnc.schedule.geometry import geometry
@@ -54,7 +54,7 @@ def preferred(monkeypatch):
     """Bands are taken wherever they fit, also where tiles would cost less."""
 
     def forget():
-        for known in (choose.candidates, cpp._tunable, cpp._choice, operator._parts):
+        for known in (choose.candidates, cpp._tunable, cpp._choice, parts.parts_of):
             known.cache_clear()
 
     forget()

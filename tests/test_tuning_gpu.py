@@ -126,10 +126,10 @@ def test_tiles_that_come_with_lists_are_timed_and_not_chosen(launches: Launches)
 
 def call_kept(op: Any) -> list[dict[Any, Any]]:
     """What the operator's backend kept for its calls."""
-    from attnc.runtime.operator import _parts
+    from attnc.runtime.parts import parts_of
 
     (traced,) = op._programs.values()
-    _, parts = _parts(traced.text, (28, 28), (28, 28), 2, 2, 1, "triton")
+    _, parts = parts_of(traced.text, (28, 28), (28, 28), 2, 2, 1, "triton")
     return [kept for part in parts for *_, kept in part.statements]
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -18,15 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnc import ir
 from attnc.analysis.structure import keep_proofs
-from attnc.codegen.around import core_program
 from attnc.errors import UnsupportedError
 from attnc.runtime import over_queries, proofs, regions, tuner
 from attnc.runtime.call import Call, empty_like_order, in_order, lse_like
+from attnc.runtime.parts import Part, program_of, rows_of, rows_of_part, sized, softmax_over_queries, table_names
 from attnc.schedule import bounds
-from attnc.schedule.geometry import Geometry, geometry
-from attnc.schedule.split import HeadRun, split
 
 BACKENDS = {
     "triton": "attnc.runtime.triton",
@@ -53,126 +49,10 @@ _library.define(
 )
 
 
-@lru_cache(maxsize=1024)
-def program_of(text: str) -> ir.Program:
-    """The program in an operator's JSON argument."""
-    return ir.from_json(text)
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """One of an operator's `tables`: its name, number of dimensions, and whether it holds integers."""
-
-    name: str
-    rank: int
-    integer: bool
-
-
-@lru_cache(maxsize=1024)
-def table_specs(p: ir.Program) -> tuple[TableSpec, ...]:
-    """The tables of a program, in the order operators take them; `pad_k` and `pad_v` last."""
-    a = p.attend
-    assert isinstance(a, ir.Attend)
-    padded = p.keys.pad is not None or p.keys.pad_multiple is not None
-    pads = [TableSpec(n, 2, False) for n in ("pad_k", "pad_v")] if padded else []
-    return (*(TableSpec(n, a.table_rank(n), n in a.int_tables) for n in a.tables), *pads)
-
-
-def table_names(p: ir.Program) -> tuple[str, ...]:
-    """Names of the tensors in an operator's `tables`, in order."""
-    return tuple(s.name for s in table_specs(p))
-
-
 def backend_module(name: str) -> ModuleType:
     """The module of a backend; triton and the compiler are needed only once one is used."""
     path = BACKENDS[name]
     return sys.modules.get(path) or importlib.import_module(path)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A run of heads: slices of q, k and v along the head dimension, the statements whose merged result it is, with the names of
-    their tables and what backends keep for their calls, and which slice of which table is its own."""
-
-    heads: slice
-    key_heads: slice
-    statements: tuple[tuple[ir.Program, Geometry, tuple[str, ...], dict[Any, Any]], ...]
-    cuts: dict[str, tuple[int, slice]]
-
-    def calls(self, tables: dict[str, Tensor], scale: float) -> list[Call]:
-        """Its statements with the tensors of a call."""
-        mine = {n: _rows_of(t, self.cuts.get(n)) for n, t in tables.items()} if self.cuts else tables
-        union = len(self.statements) > 1
-        return [Call(p, g, scale, {n: mine[n] for n in names}, union, kept=kept) for p, g, names, kept in self.statements]
-
-
-@lru_cache(maxsize=4096)
-def _parts(
-    program: str,
-    q_grid: tuple[int, ...],
-    k_grid: tuple[int, ...],
-    heads: int,
-    kv_heads: int,
-    batch: int,
-    backend: str,
-    *shapes: tuple[int, ...],
-) -> tuple[tuple[str, ...], tuple[_Part, ...]]:
-    """Names of the tables, whose shapes these are, and what a call of these sizes runs; checked once."""
-    whole = program_of(program)
-    names = table_names(whole)
-    named = dict(zip(names, shapes, strict=True))
-    bounds.check(whole, q_grid, k_grid, heads, batch, tuple((n, tuple(s)) for n, s in named.items()), backend in ("eager", "torch"))
-    runs = split(whole, q_grid, k_grid, heads, kv_heads)
-    if backend == "eager":  # the meaning is the statement as a whole, which proofs and their parts are held to
-        runs = (HeadRun(0, heads, 0, kv_heads, (whole,)),)
-    parts = []
-    for r in runs:
-        mine, keys = slice(r.first, r.last), slice(r.kv_first, r.kv_last)
-        cuts = {n: (d, mine) for n, d in r.cut} | dict.fromkeys(("pad_k", "pad_v"), (0, keys))
-        cuts = {n: at for n, at in cuts.items() if n in named and named[n][at[0]] > 1} if len(runs) > 1 else {}
-        spoken = [_with_heads(p, heads) for p in r.parts]
-        shapes_of = [(p, geometry(core_program(p), q_grid, k_grid), table_names(p)) for p in spoken]
-        parts.append(_Part(mine, keys, tuple((*s, {}) for s in shapes_of), cuts))
-    return names, tuple(parts)
-
-
-def _with_heads(p: ir.Program, heads: int) -> ir.Program:
-    """The program with its number of heads written in, where it asks for it."""
-    a = p.attend
-    assert isinstance(a, ir.Attend)
-    spoken = [e for e in (a.relation, a.score, a.post) if e is not None]
-    if not any(n == ir.HEADS for e in spoken for n in ir.walk(e)):
-        return p
-    relation, score, *post = (ir.substitute(e, {ir.HEADS: ir.const(heads)}) for e in spoken)
-    return replace(p, attend=replace(a, relation=relation, score=score, post=post[0] if post else None))
-
-
-def _sized(
-    q: Tensor, k: Tensor, tables: list[Tensor], q_grid: Any, k_grid: Any, program: str, backend: str
-) -> tuple[dict[str, Tensor], tuple[_Part, ...]]:
-    """The tables by name, and what the call runs."""
-    sizes = q.shape[1], k.shape[1], q.shape[0]
-    names, parts = _parts(program, tuple(q_grid), tuple(k_grid), *sizes, backend, *[t.shape for t in tables])
-    return dict(zip(names, tables, strict=True)), parts
-
-
-def calls(
-    q: Tensor, k: Tensor, tables: dict[str, Tensor], scale: float, q_grid: Any, k_grid: Any, program: str
-) -> list[tuple[slice, slice, Call]]:
-    """The forwards of the C++ backend that this comes to, in their order, with their heads of queries and of keys. Empty where it
-    is run in another way."""
-    if _over_queries(program):
-        return []
-    named, parts = _sized(q, k, list(tables.values()), q_grid, k_grid, program, "cpp")
-    found = [(p.heads, p.key_heads, p.calls(named, scale)) for p in parts]
-    if not all(mine for *_, mine in found):  # queries without keys
-        return []
-    return [(heads, keys, replace(c, continues=i > 0)) for heads, keys, mine in found for i, c in enumerate(mine)]
-
-
-def _rows_of(t: Tensor, cut: tuple[int, slice] | None) -> Tensor:
-    """A view of the slice that a run of heads gets of a table."""
-    return t if cut is None else t.narrow(cut[0], cut[1].start, cut[1].stop - cut[1].start)
 
 
 def _like(t: Tensor, gradient: Tensor) -> Tensor:
@@ -182,16 +62,11 @@ def _like(t: Tensor, gradient: Tensor) -> Tensor:
     return empty_like_order(t, t.shape[-1]).copy_(gradient)
 
 
-def _over_queries(program: str) -> bool:
-    a = program_of(program).attend
-    return isinstance(a, ir.Attend) and a.normalizer.over == "queries"
-
-
 def _exchange(
     q: Tensor, k: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, backend: str, tune: bool
 ) -> over_queries.Exchange | over_queries.Padded | None:
     """Where the softmax is over queries: the call with queries and keys exchanged (`eager` is the meaning, which does without)."""
-    if backend == "eager" or not _over_queries(program):
+    if backend == "eager" or not softmax_over_queries(program):
         return None
     p = program_of(program)
     named = dict(zip(table_names(p), tables, strict=True))
@@ -230,7 +105,7 @@ def _attend(
     if exchange is not None:
         return exchange.forward(q, k, v)
     module = backend_module(backend)
-    named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
+    named, parts = sized(q, k, tables, q_grid, k_grid, program, backend)
     if len(parts) == 1:
         return _run(module, parts[0].calls(named, scale), (q, k, v), into, tune)
     out, lse = into or (empty_like_order(q, v.shape[-1]), lse_like(q))
@@ -288,7 +163,7 @@ def _add(partial: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return empty_like_order(q, v.shape[-1]), lse_like(q, k if _over_queries(program) else q)
+    return empty_like_order(q, v.shape[-1]), lse_like(q, k if softmax_over_queries(program) else q)
 
 
 def _attend_backward(
@@ -317,12 +192,12 @@ def _attend_backward(
         dq, dk, dv, sums = images.backward(q, k, v, out, lse, grad_out, grad_lse, into)
     elif exchange is None:
         module = backend_module(backend)
-        named, parts = _sized(q, k, tables, q_grid, k_grid, program, backend)
+        named, parts = sized(q, k, tables, q_grid, k_grid, program, backend)
         runs = [(p, p.calls(named, scale)) for p in parts]
         rows = (q, k, v, out, lse, grad_out, grad_lse)
         for p, calls in runs if tune else ():
             for call in calls:
-                tuner.settle(module, call, *_rows_of_part(p, rows))
+                tuner.settle(module, call, *rows_of_part(p, rows))
         if len(runs) == 1 and len(runs[0][1]) == 1:
             call = runs[0][1][0]
             call.into = into
@@ -364,28 +239,21 @@ def _attend_packed_backward_fake(qkv: Tensor, tables: list[Tensor], *rest: Any, 
     return empty_like_order(qkv, qkv.shape[-1]), _table_gradients_fake(tables)
 
 
-def _rows_of_part(p: _Part, rows: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
-    """A part's heads of q, k and v, and of out, lse, grad_out and grad_lse."""
-    q, k, v, *rest = rows
-    mine = (q[:, p.heads], k[:, p.key_heads], v[:, p.key_heads])
-    return mine, tuple(t if t is None else t[:, p.heads] for t in rest)
-
-
 def _sum_of_parts(
-    module: ModuleType, runs: list[tuple[_Part, list[Call]]], rows: tuple[Any, ...], tables: dict[str, Tensor]
+    module: ModuleType, runs: list[tuple[Part, list[Call]]], rows: tuple[Any, ...], tables: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Gradients summed over parts and their statements, in float32 or wider."""
     q, k, v, _, lse, *_ = rows
     dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     sums = {n: torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for n, t in tables.items() if t.is_floating_point()}
     for p, calls in runs:
-        mine, rest = _rows_of_part(p, rows)
+        mine, rest = rows_of_part(p, rows)
         for call in calls:
             found = module.backward(call, *mine, *rest)
             for total, gradient, heads in zip((dq, dk, dv), found, (p.heads, p.key_heads, p.key_heads), strict=False):
                 total[:, heads] += gradient
             for n, g in found[3].items():
-                _rows_of(sums[n], p.cuts.get(n)).add_(g)
+                rows_of(sums[n], p.cuts.get(n)).add_(g)
     return dq, dk, dv, sums
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.cpp_host import PADS, Ready, real_of
-from attnc.runtime import cpp, operator, tuner
+from attnc.runtime import cpp, parts, tuner
 from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.runtime.cpp import Function
 from attnc.runtime.layout import Layout, rows_of_out, rows_undone, three
@@ -179,7 +179,7 @@ def record_attend(
     if not lse.numel() or not all(t.is_cpu for t in (*given, *tables.values())):
         return None
     count, real, shape = len(rows), real_of(q.dtype), torch.Size((*q.shape[:-1], v.shape[-1]))
-    wanted = {s.name: torch.int32 if s.integer else real for s in operator.table_specs(operator.program_of(program))}
+    wanted = {s.name: torch.int32 if s.integer else real for s in parts.table_specs(parts.program_of(program))}
     at = {n: count + i for i, n in enumerate(names)}
     held = {n: t.to(wanted[n]).contiguous() for n, t in tables.items() if n not in at}
     converted = tuple((i, wanted[n]) for n, i in at.items() if tables[n].dtype != wanted[n] or not tables[n].is_contiguous())
@@ -189,7 +189,7 @@ def record_attend(
     read, n = made.read(given), len(given)
     whole = {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, shape), "lse": lse}
     begin = dict(zip(whole, [*places(0, given[:count], (q, k, v)), (n, 0), (n + 1, 0)], strict=True))
-    for heads, key_heads, call in operator.calls(q, k, made.tables(read), scale, q_grid, k_grid, program):
+    for heads, key_heads, call in parts.calls(q, k, made.tables(read), scale, q_grid, k_grid, program):
         if known_tables(call) or not all(t.is_contiguous() for t in call.tables.values()):
             return None
         part = {name: t[:, key_heads if name in ("k", "v") else heads] for name, t in whole.items()}

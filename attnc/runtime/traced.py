@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from attnc import ir
 from attnc.analysis.dropout import with_dropout
 from attnc.codegen.around import core_program
-from attnc.runtime import operator
+from attnc.runtime import parts
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Traced:
 
     text: str
     program: ir.Program
-    tables: tuple[operator.TableSpec, ...]
+    tables: tuple[parts.TableSpec, ...]
     core: Traced | None
     dropped: Traced | None = None
 
@@ -38,6 +38,6 @@ class Traced:
 
     @classmethod
     def _of(cls, text: str) -> Traced:
-        program = operator.program_of(text)  # the object that the operators' caches know: lookups compare by identity
+        program = parts.program_of(text)  # the object that the operators' caches know: lookups compare by identity
         core = ir.to_json(core_program(program))
-        return cls(text, program, operator.table_specs(program), None if core == text else cls._of(core))
+        return cls(text, program, parts.table_specs(program), None if core == text else cls._of(core))
