@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 import attnc
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.equalized import BiasedLeaky, EqualConv2d, EqualLinear
+from attnc.models.blocks.linear import Linear
 from attnc.models.blocks.mlp import Mlp
-from attnc.models.blocks.relative_window import check_heads, check_multiple, fitted_window, relative_table
 from attnc.models.blocks.recompute import recomputed
+from attnc.models.blocks.relative_window import check_heads, check_multiple, fitted_window, relative_table
 from attnc.models.blocks.resample import Haar, Resample, downsample_twice, upsample_twice
 from attnc.models.blocks.style import AdaptiveInstanceNorm, mapping_network
 from attnc.models.official import official, tokens
@@ -83,8 +84,8 @@ class StyleBlock(nn.Module):
         self.window_size, shift = fitted_window(window_size, window_size // 2, input_resolution)
         self.scale = qk_scale or None
         self.norm1 = AdaptiveInstanceNorm(dim, style_dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.attn = nn.ModuleList(BiasTable(self.window_size, num_heads // 2) for _ in range(2))
         self.norm2 = AdaptiveInstanceNorm(dim, style_dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))

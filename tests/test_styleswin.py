@@ -160,7 +160,7 @@ def test_checkpointing_the_discriminator(sn: bool) -> None:
     torch.testing.assert_close(again, grads)
     torch.testing.assert_close(kept_buffers, buffers, rtol=0, atol=0)
     assert sum(t.numel() for t in fewer) < sum(t.numel() for t in every) * 0.6
-    assert create_model("styleswin_discriminator_256", channels={r: 4 for r in (4, 8, 16, 32, 64, 256)}, grad_checkpointing=True)
+    assert create_model("styleswin_discriminator_256", channels=dict.fromkeys((4, 8, 16, 32, 64, 256), 4), grad_checkpointing=True)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])

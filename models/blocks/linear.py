@@ -36,9 +36,11 @@ if SLOW_MKL:
     _library.impl("linear", torch.ops.mkldnn._linear_pointwise.default, "CPU")
 
 
-@torch.library.register_fake("attnc_models::linear", lib=_library)
 def _linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+torch.library.register_fake("attnc_models::linear", _linear_fake, lib=_library)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | None = None) -> Tensor:
@@ -69,8 +71,8 @@ def _watched() -> bool:
     """Whether somebody sees operators who may not know this one: a transform, a mode, or what makes a program to take elsewhere."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    modes = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-    return bool(modes) or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    modes = bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+    return modes or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
 
 
 class Linear(nn.Linear):
