@@ -145,3 +145,23 @@ def test_compiled_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(code.count("attnc_models.linear.default(") for code in codes) == 2 * linear.SLOW_MKL * (batch == 2)
         torch.testing.assert_close(compiled(x), plain(x))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["shvit_s1", "efficientvit_m0"])
+def test_maps_lie_channels_last_from_the_image_on(name: str) -> None:
+    model = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+    for _ in range(2):  # a second time changes nothing
+        changed, report = attnc.accelerate(model)
+        assert (report.model, report.stems) == (type(timm.create_model(name)).__name__, 1)
+        assert "; maps channels last from the image on" in str(report).splitlines()[0]
+        assert report.to_dict()["stems"] == 1
+    seen: list[bool] = []
+    for conv in (m for m in changed.modules() if isinstance(m, nn.Conv2d)):
+        conv.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+    with torch.no_grad():
+        torch.testing.assert_close(changed(x), expected)
+    assert seen[0]
+    assert sum(seen) > len(seen) / 2  # slices of maps do not

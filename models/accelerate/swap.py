@@ -39,12 +39,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class Accelerated:
     """What a module becomes: a mixin before the module's own class, whose methods it overrides.
 
-    covers: submodules that are not called any more, because an operator does their work. attends: whether it computes attention,
-    and so has a row in the report.
+    covers: submodules that are not called any more, because an operator does their work. counted: the report's field that counts
+    it, where it computes no attention and has no row.
     """
 
     covers: ClassVar[tuple[str, ...]] = ()
-    attends: ClassVar[bool] = True
+    counted: ClassVar[str] = ""
     attnc_backend: str
 
     def refuse(self) -> str:
@@ -105,7 +105,7 @@ def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     """
     if not isinstance(model, nn.Module):
         raise DeclarationError(f"accelerate: the model is a {type(model).__name__}, not a torch.nn.Module")
-    report = Report(type(model).__name__)
+    report = Report(_name(type(model)).rpartition(".")[2])
     covered: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
         cls = type(module)
@@ -117,9 +117,9 @@ def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
         kind = _name(cls)
         known = next((b for b in cls.__mro__ if _replacement(b) is not None), None)
         replacement = None if known is None else _replacement(known)
-        if replacement is not None and not replacement.attends:
-            if known is cls:
-                report.mlps += _swap(path, kind, module, replacement, backend).reason == ""
+        if replacement is not None and replacement.counted:
+            if known is cls and not _swap(path, kind, module, replacement, backend).reason:
+                setattr(report, replacement.counted, getattr(report, replacement.counted) + 1)
         elif replacement is not None:
             if known is cls:
                 report.rows.append(_swap(path, kind, module, replacement, backend))
@@ -164,7 +164,7 @@ def _leaf(module: nn.Module) -> bool:
     """Whether no attention is inside of this module."""
     inner = [type(m) for m in module.modules() if m is not module]
     known = (_replacement(cls) for cls in inner)
-    return not any(ATTENTION.search(cls.__name__) for cls in inner) and not any(r is not None and r.attends for r in known)
+    return not any(ATTENTION.search(cls.__name__) for cls in inner) and not any(r is not None and not r.counted for r in known)
 
 
 def _name(cls: type) -> str:

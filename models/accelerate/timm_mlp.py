@@ -22,7 +22,7 @@ def gelu(act: Any) -> str | None:
 class AcceleratedMlp(Accelerated, mlp.Mlp):
     """Linear, GELU, Linear."""
 
-    attends = False
+    counted = "mlps"
     gelu: str | None
 
     def refuse(self) -> str:

@@ -13,7 +13,7 @@ from attnc.models.blocks.linear import activated
 class AcceleratedMLP(Accelerated, misc.MLP):
     """Linear, GELU, Dropout, Linear, Dropout, as in torchvision's Swin."""
 
-    attends = False
+    counted = "mlps"
 
     def refuse(self) -> str:
         return "" if len(self) > 1 and type(self[1]) is nn.GELU else "no GELU follows its first layer"
