@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -136,30 +139,44 @@ def logits(found: Any) -> Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.SiLU)
+TIMM_GELU = ("GELU", "GELUTanh")  # timm's own classes, which are no nn.GELU
+
+
 @contextmanager
 def attention_times(model: nn.Module, paths: list[str]) -> Iterator[list[float]]:
-    """Seconds spent in the modules `paths` beside their layers: attention, partitions and residuals, from qkv to proj."""
-    total = [0.0]
+    """Seconds spent in the modules `paths` beside their layers: attention, partitions and residuals, from qkv to proj.
 
-    def timed(module: nn.Module, sign: int) -> None:
-        run = module.forward
+    Swin v2 calls its qkv layer's product as a function, with a bias that it puts together: that counts as the layer it is.
+    """
+    total, within = [0.0], [""]
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+    def timed(place: Any, name: str, what: str) -> None:
+        run = getattr(place, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = within[0]
+            if before != {"block": "", "layer": "block"}[what]:  # outside of the blocks, or part of a layer whose time is taken
+                return run(*args, **kwargs)
+            within[0], start = what, time.perf_counter()
             out = run(*args, **kwargs)
-            total[0] += sign * (time.perf_counter() - start)
+            total[0] += (1 if what == "block" else -1) * (time.perf_counter() - start)
+            within[0] = before
             return out
 
-        module.forward = forward  # type: ignore[method-assign]
-        undo.callback(delattr, module, "forward")
+        undo.callback(partial(setattr, place, name, run) if isinstance(place, ModuleType) else partial(delattr, place, name))
+        setattr(place, name, call)
 
     with ExitStack() as undo:
         for path in paths:
             block = model.get_submodule(path)
-            timed(block, 1)
+            timed(block, "forward", "block")
             for layer in block.modules():
-                if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d | nn.GELU | nn.ReLU | nn.SiLU):
-                    timed(layer, -1)
+                if isinstance(layer, LAYERS) or type(layer).__name__ in TIMM_GELU:
+                    timed(layer, "forward", "layer")
+        ours = [m for name, m in sys.modules.items() if name.startswith("attnc.models.accelerate.") and hasattr(m, "linear")]
+        for module in (nn.functional, *ours):
+            timed(module, "linear", "layer")
         yield total
 
 

@@ -44,6 +44,8 @@ compute the same with attnc: parameters, buffers and names stay, so checkpoints 
 what was replaced by which pattern, what was left alone and why, and in which calls the original's code still runs: where attention
 weights are dropped in training, where a call masks tokens, and in timm's shifted Swin blocks on maps that windows do not divide
 (timm rolls before it pads, which is another function than the paper's; torchvision pads first, and is replaced at every size).
+Linear layers take the faster of PyTorch's two CPU libraries, and feed-forward layers whose activation is a GELU compute it in the
+same pass over memory, where nobody differentiates; the report counts both.
 
 | family | modules |
 |---|---|
@@ -53,9 +55,9 @@ SPEED = """
 
 Forward in float32 of {batch} images on {threads} threads, medians of runs in turns, all with the same weights. *eager*: the
 library's own code, or both models through `torch.compile`; ratios are its time over that of `attnc.accelerate` of the same model,
-of attnc's own model, and of the attention part alone (from `qkv` to `proj`, partitions and residuals included). Rivals are networks
-that papers measured theirs against: beside our model with its norms folded (`model.fuse()`) they run as timm has them, and, after
-the comma, with channels last. {machine}
+of attnc's own model, and of the attention part alone: eager blocks without the time of their layers (linear, convolutions, norms
+and activations), partitions and residuals included. Rivals are networks that papers measured theirs against: beside our model with
+its norms folded (`model.fuse()`) they run as timm has them, and, after the comma, with channels last. {machine}
 
 | model | size | mode | eager, ms | accelerated | attnc's own | attention part |
 |---|---|---|---|---|---|---|

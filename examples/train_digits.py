@@ -148,7 +148,8 @@ def picture(report: list[dict[str, Any]], path: Path) -> None:
     middle.axhline(100 * BAR, color="gray", lw=0.8, ls=":")
     right.set(xlabel="step", ylabel="training loss")
     for axes in (left, right):
-        axes.legend(fontsize=8)
+        if axes.lines:  # none where the first steps were not compared
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -18,6 +18,7 @@ from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.drop import linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.isotropic import Isotropic
+from attnc.models.blocks.linear import Linear
 from attnc.models.blocks.patches import PatchEmbed, pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.tokens import TokenAttention, map_operator, with_class_token
@@ -68,9 +69,9 @@ class GPSA(nn.Module):
             raise DeclarationError(f"num_heads is {num_heads}, which does not divide dim = {dim}")
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qk = Linear(dim, 2 * dim, bias=qkv_bias)
+        self.v = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.pos_proj = nn.Linear(3, num_heads)
         self.proj_drop = nn.Dropout(proj_drop)
         self.gating_param = nn.Parameter(torch.ones(num_heads))

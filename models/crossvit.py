@@ -17,6 +17,7 @@ from attnc.errors import DeclarationError
 from attnc.models.blocks.drop import DropPath, linear_rates
 from attnc.models.blocks.init import init_vit
 from attnc.models.blocks.isotropic import tokens_to_map
+from attnc.models.blocks.linear import Linear
 from attnc.models.blocks.patches import pair
 from attnc.models.blocks.prenorm import PreNormBlock
 from attnc.models.blocks.staged import Staged
@@ -60,8 +61,8 @@ class CrossAttention(nn.Module):
             raise DeclarationError(f"num_heads is {num_heads}, which does not divide dim = {dim}")
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.wq, self.wk, self.wv = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
-        self.proj = nn.Linear(dim, dim)
+        self.wq, self.wk, self.wv = (Linear(dim, dim, bias=qkv_bias) for _ in range(3))
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.attend = cross_operator(backend)
 

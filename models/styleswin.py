@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 import attnc
 from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.equalized import BiasedLeaky, EqualConv2d, EqualLinear
+from attnc.models.blocks.linear import Linear
 from attnc.models.blocks.mlp import Mlp
+from attnc.models.blocks.recompute import recomputed
 from attnc.models.blocks.relative_window import check_heads, check_multiple, fitted_window, relative_table
 from attnc.models.blocks.resample import Haar, Resample, downsample_twice, upsample_twice
 from attnc.models.blocks.style import AdaptiveInstanceNorm, mapping_network
@@ -82,8 +84,8 @@ class StyleBlock(nn.Module):
         self.window_size, shift = fitted_window(window_size, window_size // 2, input_resolution)
         self.scale = qk_scale or None
         self.norm1 = AdaptiveInstanceNorm(dim, style_dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.attn = nn.ModuleList(BiasTable(self.window_size, num_heads // 2) for _ in range(2))
         self.norm2 = AdaptiveInstanceNorm(dim, style_dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
@@ -352,6 +354,7 @@ class Discriminator(nn.Module):
         channel_multiplier: of the channels from a resolution of 64 on.
         sn: spectral norm on ordinary layers, as in the released trainings, instead of equalised learning rates.
         channels: by resolution, for 4 .. size / 4 and `size`, instead of the official ones.
+        grad_checkpointing: recompute each resolution's convolutions in the backward.
 
     Raises:
         DeclarationError: the size is no power of two, or a resolution has no channels.
@@ -363,8 +366,11 @@ class Discriminator(nn.Module):
         channel_multiplier: int = 2,
         sn: bool = False,
         channels: Mapping[Any, int] | None = None,
+        *,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.grad_checkpointing = grad_checkpointing
         resolutions = _resolutions(size)
         if size < 16:
             raise DeclarationError(f"StyleSwin: size={size}: the discriminator needs at least 16")
@@ -395,11 +401,23 @@ class Discriminator(nn.Module):
             raise ShapeError(f"a batch of {x.shape[0]} has no groups of 4, over which deviations are taken; give a multiple")
         wavelets, features = self.dwt(x), None
         for from_rgb, conv in zip(self.from_rgbs, self.convs, strict=False):
-            wavelets, features = from_rgb(wavelets, features)
-            features = conv(features)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                wavelets, features = recomputed(_resolution, (from_rgb, conv), from_rgb, conv, wavelets, features)
+            else:
+                wavelets, features = _resolution(from_rgb, conv, wavelets, features)
         _, features = self.from_rgbs[-1](wavelets, features)
         out = self.final_conv(torch.cat([features, _deviation(features)], 1))
         return cast(Tensor, self.final_linear(out.flatten(1)))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade the resolutions' activations for computing them again in the backward."""
+        self.grad_checkpointing = enable
+
+
+def _resolution(from_rgb: nn.Module, conv: nn.Module, wavelets: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The wavelets at this resolution, and the features at half of it."""
+    wavelets, features = from_rgb(wavelets, features)
+    return wavelets, conv(features)
 
 
 def _deviation(x: Tensor) -> Tensor:

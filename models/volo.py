@@ -20,6 +20,7 @@ from attnc.errors import DeclarationError, ShapeError
 from attnc.models.blocks.attention import QkvAttention
 from attnc.models.blocks.conv import conv_map
 from attnc.models.blocks.init import init_vit
+from attnc.models.blocks.linear import Linear
 from attnc.models.blocks.mlp import Mlp
 from attnc.models.blocks.patches import pair
 from attnc.models.blocks.prenorm import PreNormBlock
@@ -88,9 +89,9 @@ class OutlookAttention(nn.Module):
         self.padding = padding
         self.stride = stride
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.attn = nn.Linear(dim, kernel_size**4 * num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.v = Linear(dim, dim, bias=qkv_bias)
+        self.attn = Linear(dim, kernel_size**4 * num_heads)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.mix = outlook_operator(kernel_size, stride, padding, backend)
 

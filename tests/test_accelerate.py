@@ -436,32 +436,3 @@ assert [r.path for r in report.left] == ["0"] and not {"timm", "torchvision"} & 
     for text in (after, alone):
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-
-
-# -------------------------------------------------------------------------------------------------------------- linear layers
-def test_linear_layers_take_the_faster_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As convolutions of one pixel: the same numbers, but where somebody differentiates, few rows or another dtype pass."""
-    from attnc.models.blocks import linear
-
-    layer = nn.Linear(24, 40)
-    model, report = attnc.accelerate(nn.Sequential(layer))
-    assert type(layer) is linear.Linear
-    assert report.linear == report.to_dict()["linear"] == 1
-    seen: list[Any] = []
-    conv2d = torch.nn.functional.conv2d
-    monkeypatch.setattr(linear.F, "conv2d", lambda *args, **more: seen.append(args) or conv2d(*args, **more))
-    x = torch.randn(3, 200, 24, generator=torch.Generator().manual_seed(0))
-    for fast in (True, False):
-        monkeypatch.setattr(linear, "_slow_mkl", lambda fast=fast: fast)
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-            assert model(x).is_contiguous()
-        assert len(seen) == (2 if fast else 0)
-        with torch.no_grad():
-            model(x[:, :100])
-            model(x.transpose(0, 1))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            assert model(x).dtype == torch.bfloat16
-        model(x).sum().backward()
-        assert len(seen) == (2 if fast else 0)
-        seen.clear()

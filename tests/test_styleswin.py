@@ -141,6 +141,28 @@ def test_checkpointing() -> None:
     checks.check_checkpointing(small, noise())
 
 
+@pytest.mark.parametrize("sn", [False, True])
+def test_checkpointing_the_discriminator(sn: bool) -> None:
+    """With two forwards before the backward, as in training: spectral norms step in each, and in no recomputation."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Discriminator(32, sn=sn, channels=WIDTHS)
+        model.set_grad_checkpointing(checkpointing)
+        kept: list[Tensor] = []
+        real, fake = checks.image(32, 32, batch=4), checks.image(32, 32, batch=4).flip(0, 2).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            loss = (model(real) - 2 * model(fake)).square().sum()
+        loss.backward()
+        found.append(({n: p.grad for n, p in model.named_parameters()} | {"fake": fake.grad}, dict(model.named_buffers()), kept))
+        assert all(m.training for m in model.modules())
+    (grads, buffers, every), (again, kept_buffers, fewer) = found
+    torch.testing.assert_close(again, grads)
+    torch.testing.assert_close(kept_buffers, buffers, rtol=0, atol=0)
+    assert sum(t.numel() for t in fewer) < sum(t.numel() for t in every) * 0.6
+    assert create_model("styleswin_discriminator_256", channels=dict.fromkeys((4, 8, 16, 32, 64, 256), 4), grad_checkpointing=True)
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_autocast(backend: str) -> None:
     checks.check_autocast(small(backend=backend), noise())

@@ -32,12 +32,15 @@ class Row:
 class Report:
     """The attention modules of a model, in its order. `print(report)`, `rich.print(report)`, `report.to_dict()`.
 
-    linear: how many linear layers became `attnc.models.blocks.linear.Linear`.
+    linear: how many linear layers became `attnc.models.blocks.linear.Linear`. mlps: how many feed-forward layers compute their GELU
+    in the same pass. stems: how many networks lay their maps channels last from the image on.
     """
 
     model: str
     rows: list[Row] = field(default_factory=list)
     linear: int = 0
+    mlps: int = 0
+    stems: int = 0
 
     @property
     def replaced(self) -> list[Row]:
@@ -52,10 +55,13 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the model's class and one dict per row."""
         rows = [asdict(r) | {"patterns": list(r.patterns), "replaced": r.replaced} for r in self.rows]
-        return {"model": self.model, "replaced": len(self.replaced), "left": len(self.left), "linear": self.linear, "rows": rows}
+        counts = {"linear": self.linear, "mlps": self.mlps, "stems": self.stems}
+        return {"model": self.model, "replaced": len(self.replaced), "left": len(self.left), **counts, "rows": rows}
 
     def _head(self) -> str:
         beside = f"; {self.linear} linear layers by the faster library" if self.linear else ""
+        beside += f", {self.mlps} with their GELU" if self.mlps else ""
+        beside += "; maps channels last from the image on" if self.stems else ""
         return f"{self.model}: {len(self.replaced)} attention modules replaced, {len(self.left)} left alone{beside}"
 
     def __str__(self) -> str:

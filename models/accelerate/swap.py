@@ -16,6 +16,7 @@ from attnc.models.blocks.linear import Linear
 PACKAGE = __name__.rpartition(".")[0]
 FAMILIES = {  # where classes are defined: the file of this folder that knows them
     "timm.layers.attention": "timm_vit",
+    "timm.layers.mlp": "timm_mlp",
     "timm.models.convit": "timm_convit",
     "timm.models.crossvit": "timm_crossvit",
     "timm.models.davit": "timm_davit",
@@ -29,6 +30,7 @@ FAMILIES = {  # where classes are defined: the file of this folder that knows th
     "timm.models.vision_transformer": "timm_vit",
     "timm.models.volo": "timm_volo",
     "torchvision.models.swin_transformer": "torchvision_swin",
+    "torchvision.ops.misc": "torchvision_mlp",
 }
 ATTENTION = re.compile("Attention|Attn|MHSA|SHSA|GPSA")  # in the names of classes that compute attention
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -37,10 +39,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class Accelerated:
     """What a module becomes: a mixin before the module's own class, whose methods it overrides.
 
-    covers: submodules that are not called any more, because an operator does their work.
+    covers: submodules that are not called any more, because an operator does their work. counted: the report's field that counts
+    it, where it computes no attention and has no row.
     """
 
     covers: ClassVar[tuple[str, ...]] = ()
+    counted: ClassVar[str] = ""
     attnc_backend: str
 
     def refuse(self) -> str:
@@ -84,7 +88,8 @@ def dropout_remark(p: float) -> str:
 def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     """Let attnc compute the attention modules that it knows, in place: same weights, same outputs, gradients as before.
 
-    Linear layers become `attnc.models.blocks.linear.Linear`, which take the faster library where there are two.
+    Linear layers become `attnc.models.blocks.linear.Linear`, which take the faster library where there are two, and feed-forward
+    layers of timm and torchvision ones whose GELU is part of the product before it.
 
     Args:
         model: of timm (davit, maxvit, gcvit, crossvit, convit, volo, efficientvit_msra, shvit, tnt, swin, swinv2, vit and
@@ -100,7 +105,7 @@ def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     """
     if not isinstance(model, nn.Module):
         raise DeclarationError(f"accelerate: the model is a {type(model).__name__}, not a torch.nn.Module")
-    report = Report(type(model).__name__)
+    report = Report(_name(type(model)).rpartition(".")[2])
     covered: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
         cls = type(module)
@@ -112,7 +117,10 @@ def accelerate(model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
         kind = _name(cls)
         known = next((b for b in cls.__mro__ if _replacement(b) is not None), None)
         replacement = None if known is None else _replacement(known)
-        if replacement is not None:
+        if replacement is not None and replacement.counted:
+            if known is cls and not _swap(path, kind, module, replacement, backend).reason:
+                setattr(report, replacement.counted, getattr(report, replacement.counted) + 1)
+        elif replacement is not None:
             if known is cls:
                 report.rows.append(_swap(path, kind, module, replacement, backend))
             else:
@@ -154,8 +162,9 @@ def _replacement(cls: type) -> type[Accelerated] | None:
 
 def _leaf(module: nn.Module) -> bool:
     """Whether no attention is inside of this module."""
-    inner = (type(m) for m in module.modules() if m is not module)
-    return not any(ATTENTION.search(cls.__name__) or _replacement(cls) for cls in inner)
+    inner = [type(m) for m in module.modules() if m is not module]
+    known = (_replacement(cls) for cls in inner)
+    return not any(ATTENTION.search(cls.__name__) for cls in inner) and not any(r is not None and not r.counted for r in known)
 
 
 def _name(cls: type) -> str:

@@ -26,7 +26,7 @@ class AcceleratedCascadedGroupAttention(Accelerated, efficientvit_msra.CascadedG
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H, W]``."""
-        # from the first attention on, maps lie in memory as the convolutions like them
+        # as the stem has it, where this module is called by itself
         x = x.contiguous(memory_format=torch.channels_last)
         biases = self.attention_biases[:, self.attention_bias_idxs]
         heads: list[Tensor] = []
@@ -37,4 +37,19 @@ class AcceleratedCascadedGroupAttention(Accelerated, efficientvit_msra.CascadedG
             mixed = self.attend(q, k, v, scale=self.scale, bias=biases[i : i + 1])
             heads.append(torch.unflatten(mixed.squeeze(2), 1, x.shape[2:]).permute(0, 3, 1, 2))
         out: Tensor = self.proj(torch.cat(heads, 1))
+        return out
+
+
+@replaces(efficientvit_msra.PatchEmbedding)
+class AcceleratedPatchEmbedding(Accelerated, efficientvit_msra.PatchEmbedding):
+    """The stem, its maps and all that follow in memory as convolutions like them."""
+
+    counted = "stems"
+
+    def build(self) -> tuple[()]:
+        return ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, 3, H, W] -> [B, C, H / 16, W / 16]``."""
+        out: Tensor = super().forward(x.contiguous(memory_format=torch.channels_last))
         return out

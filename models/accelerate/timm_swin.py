@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 import attnc
 from attnc.models.accelerate.operators import divides, padded_rows, padded_window, project, rolled_window
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, drops, replaces
+from attnc.models.blocks.linear import linear
 from attnc.models.blocks.relative_window import relative_table
 
 
@@ -89,7 +89,7 @@ class AcceleratedSwinV2Block(Block, swin_transformer_v2.SwinTransformerV2Block):
         attn = self.attn
         bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         if bias is not None and not attn.qkv_bias_separate:
-            qkv = F.linear(x, attn.qkv.weight, bias)
+            qkv = linear(x, attn.qkv.weight, bias)
         else:
             qkv = attn.qkv(x)
             qkv = qkv if bias is None else qkv + bias

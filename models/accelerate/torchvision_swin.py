@@ -12,6 +12,7 @@ from torchvision.models import swin_transformer
 import attnc
 from attnc.models.accelerate.operators import divides, padded_rows, padded_window
 from attnc.models.accelerate.swap import Accelerated, dropout_remark, replaces
+from attnc.models.blocks.linear import linear
 from attnc.models.blocks.relative_window import relative_table
 
 
@@ -79,5 +80,5 @@ class AcceleratedShiftedWindowAttentionV2(Windows, swin_transformer.ShiftedWindo
             q, k, v = bias.chunk(3)
             bias = torch.cat((q, torch.zeros_like(k), v))
         table = 16 * self.cpb_mlp(self.relative_coords_table)[0].sigmoid().permute(2, 0, 1)
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = linear(x, self.qkv.weight, bias)
         return self.mix(qkv, bias, 1.0, bias=table, logit_scale=self.logit_scale.flatten())

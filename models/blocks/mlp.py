@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from attnc.models.blocks.linear import Linear
+from attnc.models.blocks.linear import Linear, activated
 
 
 class Mlp(nn.Module):
@@ -26,5 +26,5 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C] -> [..., C]``."""
-        out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        out: Tensor = self.drop(self.fc2(self.drop(activated(self.fc1, self.act, self.act.approximate, x))))
         return out

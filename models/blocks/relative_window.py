@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import attnc
 from attnc.errors import DeclarationError, ShapeError
+from attnc.models.blocks.linear import Linear
 
 
 @cache  # layers share operators
@@ -93,8 +94,8 @@ class RelativeWindowAttention(nn.Module):
         self.window_size = window_size
         self.scale = qk_scale or None
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.attend = shifted_window_operator(window_size, shift, num_heads, backend)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
