@@ -84,12 +84,16 @@ def text(e: ir.Expr, names: Mapping[ir.Expr, str], load: Loader | None = None, *
             case "floor":
                 return f"floor_integer({go(a[0])})"
             case "tanh":  # no tanh in triton.language
-                return f"(2 * tl.sigmoid(2 * {go(a[0], 6)}) - 1)"
+                twice = f"2 * {go(a[0], 6)}" if a[0].kind == "real" else f"(2 * {go(a[0], 6)}).to(tl.float32)"
+                return f"(2 * tl.sigmoid({twice}) - 1)"
         if host:
             if n.op == "where":
                 return f"({go(a[1], 0)} if {go(a[0], 0)} else {go(a[2], 0)})"
             return f"{n.op}({', '.join(go(c) for c in a)})"
-        return f"{_TRITON[n.op]}({', '.join(go(c) for c in a)})"
+        inner = [go(c) for c in a]
+        if n.op in ("exp", "log", "sqrt", "sigmoid") and a[0].kind == "int":
+            inner = [f"({inner[0]}).to(tl.float32)"]
+        return f"{_TRITON[n.op]}({', '.join(inner)})"
 
     return go(e)
 

@@ -149,8 +149,10 @@ class Spec:
 
     @cached_property
     def learned(self) -> tuple[ir.Expr, ...]:
-        """Loads of the score and post-factor whose tables get a gradient."""
-        return loads(self.score) + (() if self.post is None else tuple(n for n in loads(self.post) if n not in loads(self.score)))
+        """Loads of the score and post-factor that these have a slope in: those that only decide conditions have none."""
+        spoken = (self.score,) if self.post is None else (self.score, self.post)
+        read = dict.fromkeys(n for e in spoken for n in loads(e))
+        return tuple(n for n in read if any(derivative(e, n) != ir.const(0.0) for e in spoken))
 
     @property
     def per_pair(self) -> bool:

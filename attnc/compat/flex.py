@@ -5,6 +5,12 @@
 What differs: the mask is read from its mod, so nothing of size N x N is built and `create_block_mask` costs nothing; every captured
 tensor of floats gets a gradient, on CPUs too; head dimensions go from 1 to 256. A mod that cannot be traced is refused with an
 error that names what it asked for.
+
+Mods may compare and round floats (`gate[h, q_idx] > 0.5`, T5's `torch.log(distance.float()).long()`), without a gradient through it.
+What depends on few integers torch itself computes, in the mod's own dtype, once for each of their values (see compat.listed); who
+attends to whom is then the same on every backend. Floats of the query against floats of the key are compared for each pair: in
+float32, or in float64 where q, k and v are. Pairs within its rounding of the threshold may fall on either side. Rounded numbers stop
+at 2 ** 30 on either side, and a table's index that comes from floats is kept inside of the table.
 """
 
 from __future__ import annotations
@@ -137,6 +143,7 @@ class _Traced:
     score: ir.Expr
     captured: dict[str, Tensor]
     lists: dict[str, Tensor]
+    wide: ir.Expr | None  # what kernels compare, and torch in float64
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -172,7 +179,8 @@ def _statement(score_mod: Mod | None, mask_mod: Mod | None, device: torch.device
         check_finite(what, score)
         relation = ir.make("and", relation, keep)
     relation, score, lists = listed(relation, score, n, tracer.dtypes, tracer.tables, device)
-    return _Traced(name, relation, score, tracer.tables, lists)
+    wide = next((e for e in ir.walk(relation) if tracer.dtypes.get(e) == torch.float64), None)
+    return _Traced(name, relation, score, tracer.tables, lists, wide)
 
 
 def _callable(mod: Any, what: str) -> Mod:
@@ -296,6 +304,11 @@ def _attend(
             key, value = (x.expand(query.shape[0], *x.shape[1:]) for x in (key, value))
     n = Lengths(query.shape[2], key.shape[2], query.shape[1], key.shape[1], query.shape[0])
     t = _statement(score_mod, mask_mod, query.device, n)
+    if t.wide is not None and query.dtype != torch.float64:
+        raise UnsupportedError(
+            f"{t.name}: the mask decides `{ir.show(t.wide)}` in float64, pair by pair, and kernels for {query.dtype} compute in float32: "
+            "capture float32 tensors (take off first what large numbers share), or give query, key and value in float64"
+        )
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         _join_lists(t, block_mask, n)
     op, tables = _operator(t, n, backend, fallback)

@@ -20,6 +20,7 @@ from torch import Tensor
 from attnc import ir
 from attnc.analysis.evaluate import WHOLE, evaluate
 from attnc.compat.statement import Lengths, flat_program
+from attnc.compat.torch_ops import LN2
 from attnc.ir import Expr, make
 from attnc.schedule.bounds import Box
 from attnc.schedule.geometry import geometry
@@ -27,6 +28,7 @@ from attnc.schedule.geometry import geometry
 PER_TOKEN = 8  # most entries of a list per token (and head and batch item)
 RUNS = 4  # most runs that a condition is written with
 COMPARE = ("eq", "ne", "lt", "le")
+LOGARITHMS = {1 / LN2: torch.log2, 1 / math.log(10.0): torch.log10}
 
 
 def listed(
@@ -107,13 +109,36 @@ def _values(
 
     def load(name: str, indices: tuple[Any, ...]) -> Tensor:
         t = tables[name].detach()
-        at = (torch.as_tensor(i, device=t.device) for i in indices)
+        at = (_whole(torch.as_tensor(i, device=t.device)) for i in indices)
         found = t[tuple(torch.where(i < 0, i + m, i).clamp(0, m - 1) for i, m in zip(at, t.shape, strict=True))]
         return found.to(dtype) if t.is_floating_point() else found.long()
 
-    made = evaluate(ir.substitute(e, dict(zip(seeds, names, strict=True))), leaves, torch, load, lambda x: x.to(dtype))
-    values = torch.as_tensor(made, device=device)
-    return (values if values.dtype == torch.bool else values.clamp(-WHOLE, WHOLE)).expand(shape)
+    def value(x: Expr) -> Any:
+        return evaluate(ir.rewrite(x, by_torch), leaves, torch, load, lambda y: y.to(dtype))
+
+    def by_torch(x: Expr) -> Expr | None:
+        """What the IR spells with the natural logarithm, where torch is exact at whole powers; and floats that floor leaves floats."""
+        factor = x.args[1].args[0] if x.op == "mul" and x.args[1].op == "const" else None
+        if factor in LOGARITHMS and x.args[0].op == "log":
+            function, inner = LOGARITHMS[factor], x.args[0].args[0]
+        elif x.op == "exp" and x.args[0].op == "mul" and x.args[0].args[1] == ir.const(LN2):
+            function, inner = torch.exp2, x.args[0].args[0]
+        elif x.op == "floor":
+            function, inner = torch.floor, x.args[0]
+        else:
+            return None
+        name = Expr("var", (f"value{len(leaves)}",), x.kind)
+        found = function(torch.as_tensor(value(inner), device=device).to(dtype))
+        leaves[name] = found.double() if x.kind == "int" else found  # integers of 53 bits, and what is none
+        return name
+
+    values = torch.as_tensor(value(ir.substitute(e, dict(zip(seeds, names, strict=True)))), device=device)
+    return (values if values.dtype == torch.bool else _whole(values)).expand(shape)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Integers of what holds such, from -WHOLE to WHOLE; -WHOLE of what is no number."""
+    return x.nan_to_num(nan=-WHOLE).clamp(-WHOLE, WHOLE).long() if x.is_floating_point() else x.clamp(-WHOLE, WHOLE)
 
 
 @lru_cache(maxsize=256)
