@@ -294,7 +294,8 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     same = side == "q" or symmetric(form)
     inside = bool(block) and block % rows == 0 and same
     whole = spec.padded and side == "k"  # columns are cut to the real queries
-    one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside)
+    alike = not any(n == J for e in (lo, hi) for n in ir.walk(e))
+    one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside or alike)
     # a block's keys are its own tokens only where it is an equivalence: overlapping windows and strides see more
     single = one_box and ((kind == "point" and same) or (inside and form.equivalence and chunk >= block))
     exact = one_box and chunk == 1
