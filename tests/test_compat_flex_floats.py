@@ -1,4 +1,4 @@
-"""Mods of FlexAttention that compare and round floats: thresholds, T5's buckets, time stamps. torch's own definition is the truth."""
+"""Mods of FlexAttention that compare and round floats: thresholds, T5's buckets, time stamps. torch's definition is the truth."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_table_may_change_between_calls() -> None:
     q = torch.randn(1, 1, 8, 4)
     for _ in range(3):
         gate.copy_(torch.randn(8))
-        out, lse = flex.flex_attention(q, q, q, mask_mod=lambda b, h, q, k: gate[k] > 0.0, return_lse=True, backend="torch")
+        _, lse = flex.flex_attention(q, q, q, mask_mod=lambda b, h, q, k: gate[k] > 0.0, return_lse=True, backend="torch")
         scores = (q @ q.mT / 2).masked_fill(gate <= 0, -math.inf)
         torch.testing.assert_close(lse, scores.logsumexp(-1))
 
@@ -222,7 +222,9 @@ def test_what_torch_compares_in_float64_is_not_compared_in_float32() -> None:
         return (stamp[q_idx] - stamp[kv_idx]).abs() <= 1.0
 
     x = [t.float() for t in rows()]
-    with pytest.raises(attnc.UnsupportedError, match=r"flex\(near\): the mask decides `abs.* in float64, pair by pair.*take off first"):
+    with pytest.raises(
+        attnc.UnsupportedError, match=r"flex\(near\): the mask decides `abs.* in float64, pair by pair.*take off first"
+    ):
         flex.flex_attention(*x, mask_mod=near, backend="torch")
     agree(None, near, "torch")
     since = (stamp - stamp[0]).float()

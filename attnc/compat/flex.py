@@ -6,11 +6,11 @@ What differs: the mask is read from its mod, so nothing of size N x N is built a
 tensor of floats gets a gradient, on CPUs too; head dimensions go from 1 to 256. A mod that cannot be traced is refused with an
 error that names what it asked for.
 
-Mods may compare and round floats (`gate[h, q_idx] > 0.5`, T5's `torch.log(distance.float()).long()`), without a gradient through it.
-What depends on few integers torch itself computes, in the mod's own dtype, once for each of their values (see compat.listed); who
-attends to whom is then the same on every backend. Floats of the query against floats of the key are compared for each pair: in
-float32, or in float64 where q, k and v are. Pairs within its rounding of the threshold may fall on either side. Rounded numbers stop
-at 2 ** 30 on either side, and a table's index that comes from floats is kept inside of the table.
+Mods may compare and round floats (`gate[h, q_idx] > 0.5`, T5's `torch.log(distance.float()).long()`); no gradient goes through it.
+What depends on few integers torch itself computes, in the mod's own dtype, once for each of their values (see compat.listed): who
+attends to whom is then the same on every backend. Floats of the query against floats of the key are compared pair by pair, in
+float32, or in float64 where q, k and v are: pairs within its rounding of the threshold may fall on either side. Rounded numbers
+stop at 2 ** 30 on either side, and a table's index that comes from floats is kept inside of the table.
 """
 
 from __future__ import annotations
@@ -306,8 +306,8 @@ def _attend(
     t = _statement(score_mod, mask_mod, query.device, n)
     if t.wide is not None and query.dtype != torch.float64:
         raise UnsupportedError(
-            f"{t.name}: the mask decides `{ir.show(t.wide)}` in float64, pair by pair, and kernels for {query.dtype} compute in float32: "
-            "capture float32 tensors (take off first what large numbers share), or give query, key and value in float64"
+            f"{t.name}: the mask decides `{ir.show(t.wide)}` in float64, pair by pair, and kernels for {query.dtype} compute in "
+            "float32: capture float32 tensors (take off first what large numbers share), or give query, key and value in float64"
         )
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         _join_lists(t, block_mask, n)

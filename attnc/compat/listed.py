@@ -2,8 +2,8 @@
 
 `torch.log(distance.float()).long()` reads one integer, `slopes[h] * (q_idx - kv_idx) > -3.0` two of few values: torch itself
 computes these, in the mod's own dtype, for each value that the integers can have. The list is a table of integers, which every
-backend reads alike, or, for a condition on coordinates that holds on a few runs of one integer, those runs. So the relation keeps its
-structure, and no rounding of a kernel decides who attends to whom. What reads floats of the query and of the key (`time[q_idx] -
+backend reads alike, or, for a condition on coordinates that holds on a few runs of one integer, those runs. So the relation keeps
+its structure, and no rounding of a kernel decides who attends to whom. What reads floats of the query and of the key (`time[q_idx] -
 time[kv_idx] < 0.5`) would be a list of N x N; it stays, and kernels compute it.
 """
 
@@ -117,7 +117,7 @@ def _values(
         return evaluate(ir.rewrite(x, by_torch), leaves, torch, load, lambda y: y.to(dtype))
 
     def by_torch(x: Expr) -> Expr | None:
-        """What the IR spells with the natural logarithm, where torch is exact at whole powers; and floats that floor leaves floats."""
+        """What the IR spells by natural logarithms, where torch is exact at whole powers; and floats that floor leaves floats."""
         factor = x.args[1].args[0] if x.op == "mul" and x.args[1].op == "const" else None
         if factor in LOGARITHMS and x.args[0].op == "log":
             function, inner = LOGARITHMS[factor], x.args[0].args[0]

@@ -76,7 +76,9 @@ def check_finite(name: str, score: Expr) -> None:
 def operator(name: str, relation: Expr, score: Expr, n: Lengths, shapes: Shapes, backend: str, fallback: str | None) -> Operator:
     """The operator of a statement on flat indices (coordinate 0 of queries and keys)."""
     same = n.queries == n.keys
-    Pattern(name, lambda q, k: Statement(relation, score, typed=True)).trace(ir.AXES[1], same_grid=same)  # refuses what no pattern may say
+    Pattern(name, lambda q, k: Statement(relation, score, typed=True)).trace(
+        ir.AXES[1], same_grid=same
+    )  # refuses what no pattern may say
     best: tuple[Expr, Expr, tuple[int, ...], tuple[int, ...]] = (relation, score, (n.queries,), (n.keys,))
     work = _boxes(name, *best, n)
     for chain in chains((relation, score), (n.queries, n.keys)):

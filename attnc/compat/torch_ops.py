@@ -1,8 +1,8 @@
 """What torch's scalar functions mean in the IR: name -> rule(tracer, dtype of the result, *args, **kwargs) -> expression.
 
 Integers that went through `.float()` stay integers here while they are added, subtracted, multiplied and compared: the result is
-the same number, and a relation can be made of it. What is rounded (`floor`, `ceil`, `round`, `.long()`, `//` and `%` of floats) is an
-integer, too; it stops at 2 ** 30 on either side, and is the lowest for what is no number.
+the same number, and a relation can be made of it. What is rounded (`floor`, `ceil`, `round`, `.long()`, `//` and `%` of floats) is
+an integer, too; it stops at 2 ** 30 on either side, and is the lowest for what is no number.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ dS = A (dA - delta) with dA[j, i] = grad_out[i] v[j] and delta[j] = sum_i A[j, i
 forward and a backward has this; what the forward computes in vain are the gradients of queries and keys.
 
 Virtual keys would be rows that ask, which kernels do not have: with `pad=` the rows of q, k and v are copied to the extended grid
-(O(N D)), where `pad_k` and `pad_v` are rows like any other, and the relation leaves out the queries there that do not exist. Prefix tokens,
-which virtual keys are hidden from, then lie behind the last rows of the grids, and the relation says whom they see.
+(O(N D)), where `pad_k` and `pad_v` are rows like any other, and the relation leaves out the queries there that do not exist. Prefix
+tokens, which virtual keys are hidden from, then lie behind the last rows of the grids, and the relation says whom they see.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Side:
-    """A grid inside of the one that padding extends it to, and prefix tokens in as many more rows of its first axis as they fill."""
+    """A grid inside of the one that padding extends it to, and prefix tokens in as many more rows of the first axis as they fill."""
 
     grid: Size
     pads: tuple[tuple[int, int], ...]

@@ -244,7 +244,6 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
     if len(q_grid) != a.rank or len(k_grid) != a.rank:
         raise ShapeError(f"pattern {a.name}: grid {q_grid} has {len(q_grid)} axes, the pattern was traced on {a.rank}")
     same = program.same_grid
-    roles: tuple[ir.Role, ir.Role] = ("q", "q") if same else ("q", "k")
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     s = analyse(a, same, padded)
     if s.flat:
