@@ -3,8 +3,8 @@
 `torch.log(distance.float()).long()` reads one integer, `slopes[h] * (q_idx - kv_idx) > -3.0` two of few values: torch itself
 computes these, in the mod's own dtype, for each value that the integers can have. The list is a table of integers, which every
 backend reads alike, or, for a condition on coordinates that holds on a few runs of one integer, those runs. So the relation keeps
-its structure, and no rounding of a kernel decides who attends to whom. What reads floats of the query and of the key (`time[q_idx] -
-time[kv_idx] < 0.5`) would be a list of N x N; it stays, and kernels compute it.
+its structure, and no rounding of a kernel decides who attends to whom. Floats of the query against floats of the key (`time[q_idx]
+- time[kv_idx] < 0.5`) would be a list of N x N: they stay, and kernels compute them.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Side:
-    """A grid inside of the one that padding extends it to, and prefix tokens in as many more rows of the first axis as they fill."""
+    """A grid inside of the one that padding extends it to; prefix tokens lie in as many more rows of the first axis as they fill."""
 
     grid: Size
     pads: tuple[tuple[int, int], ...]
