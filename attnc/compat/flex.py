@@ -107,7 +107,8 @@ def _joined(mods: tuple[Mod, ...], name: str, join: Callable[[Any, Any], Any]) -
 class Mods:
     """Traced mods: a pattern on a 1-D grid, or on the grid that its `//` and `%` speak of, and the tables it reads.
 
-    `attnc.compile(mods.pattern, grid=mods.grid, kv_grid=mods.kv_grid)(q, k, v, **mods.tables)` is what `flex_attention` runs.
+    `attnc.compile(mods.pattern, grid=mods.grid, kv_grid=mods.kv_grid)(q, k, v, **mods.tables)` is what `flex_attention` runs. Lists
+    of what the mods round or compare are of the values that captured tensors have now: trace again where these change.
     """
 
     pattern: Pattern

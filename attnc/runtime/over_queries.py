@@ -54,7 +54,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Side:
-    """A grid inside of the one that padding extends it to; prefix tokens lie in as many more rows of the first axis as they fill."""
+    """A grid inside of the one that padding extends it to; prefix tokens fill as many more rows of its first axis as they need."""
 
     grid: Size
     pads: tuple[tuple[int, int], ...]
