@@ -269,7 +269,7 @@ def dense(
     leaves[ir.HEAD] = torch.arange(q.shape[1]).view(-1, 1, 1)
     leaves[ir.BATCH] = torch.arange(first, first + q.shape[0]).view(-1, 1, 1, 1)
     for i in range(a.rank):
-        leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = q_at[i][:, None], k_at[i][None, :]
+        leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = q_at[i].clamp_min(0)[:, None], k_at[i].clamp_min(0)[None, :]
         leaves[ir.size("q", i)] = q_grid[i] + sum(pads[0][i])
         leaves[ir.size("k", i)] = k_grid[i] + sum(pads[1][i])
     same = program.same_grid

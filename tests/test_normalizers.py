@@ -106,7 +106,7 @@ def test_softmax_over_queries_with_virtual_keys_and_prefix_tokens_of_one_side(pr
     @attnc.pattern
     def folded(q: Any, k: Any, *, bias: attnc.Table) -> Any:
         near = (abs(q.y - k.y) <= 1) & (k.index < k.size.y * k.size.x - 1)
-        return attnc.softmax(attnc.where(near, attnc.SCORE * bias[q.size.y - 1 - k.y, q.x]), over="queries")
+        return attnc.where(near, attnc.SCORE * bias[q.size.y - 1 - k.y, q.x], normalizer=attnc.softmax(over="queries"))
 
     g = torch.Generator().manual_seed(3)
     draw = {"generator": g, "dtype": torch.float64}
