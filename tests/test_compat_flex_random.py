@@ -42,6 +42,11 @@ def integers(depth: int) -> st.SearchStrategy[Mod]:
         lambda x, c: ~x,
         lambda x, c: torch.sign(x - c),
         lambda x, c: (x > c).long(),
+        lambda x, c: torch.floor(x * 0.3).long() % c,
+        lambda x, c: torch.round(x / (2 * c)).to(torch.int32),
+        lambda x, c: (torch.log(x.abs().float() / c) * 2 + c).long().clamp(0, 9),
+        lambda x, c: torch.floor((x % c).sqrt() * 1.7).int(),
+        lambda x, c: (x.float() % (c + 0.5)).ceil().int(),
     ]
     binary: list[Callable[[Any, Any], Any]] = [
         lambda x, y: x + y,
@@ -60,7 +65,7 @@ def integers(depth: int) -> st.SearchStrategy[Mod]:
     )
 
 
-def conditions(depth: int, int_table: Tensor, truth: Tensor) -> st.SearchStrategy[Mod]:
+def conditions(depth: int, int_table: Tensor, truth: Tensor, reals: Tensor) -> st.SearchStrategy[Mod]:
     """Functions of (b, h, q, k) with a truth value."""
     compare: list[Callable[[Any, Any], Any]] = [
         lambda x, y: x <= y,
@@ -73,6 +78,13 @@ def conditions(depth: int, int_table: Tensor, truth: Tensor) -> st.SearchStrateg
         lambda x, y: x % 4 == y % 4,
         lambda x, y: int_table[x % 5, y % 3] > 1,
         lambda x, y: truth[x % 4][y % 6],
+        lambda x, y: reals[x % 5] > 0.25,
+        lambda x, y: reals[x % 5] * (x - y) >= -1.2,
+        lambda x, y: (reals[x % 7] - reals[y % 7]).abs() < 0.8,
+        lambda x, y: torch.floor(reals[x % 6] * 3 + reals[y % 6]) == 1,
+        lambda x, y: torch.sqrt((x * x + y * y).float()) <= 6.5,
+        lambda x, y: torch.round(reals[x % 6] * 2) % 2 == torch.trunc(reals[y % 6]),
+        lambda x, y: torch.minimum(reals[x % 6], reals[y % 3]) % 1.0 < 0.6,
     ]
     ints = integers(2)
     basic = st.tuples(ints, ints, st.sampled_from(compare)).map(lambda t: lambda *a: t[2](t[0](*a), t[1](*a)))
@@ -81,7 +93,7 @@ def conditions(depth: int, int_table: Tensor, truth: Tensor) -> st.SearchStrateg
     )
     if depth == 0:
         return st.one_of(basic, near)
-    inner = conditions(depth - 1, int_table, truth)
+    inner = conditions(depth - 1, int_table, truth, reals)
     joins: list[Callable[[Any, Any], Any]] = [
         lambda x, y: x & y,
         lambda x, y: x | y,
@@ -97,11 +109,12 @@ def conditions(depth: int, int_table: Tensor, truth: Tensor) -> st.SearchStrateg
     )
 
 
-def scores(depth: int, int_table: Tensor, truth: Tensor, table: Tensor) -> st.SearchStrategy[Mod]:
+def scores(depth: int, int_table: Tensor, truth: Tensor, reals: Tensor, table: Tensor) -> st.SearchStrategy[Mod]:
     """Functions of (score, b, h, q, k)."""
     if depth == 0:
         return st.just(lambda s, *a: s)
-    inner, ints, tests = scores(depth - 1, int_table, truth, table), integers(1), conditions(0, int_table, truth)
+    inner, ints = scores(depth - 1, int_table, truth, reals, table), integers(1)
+    tests = conditions(0, int_table, truth, reals)
     steps: list[Callable[[Any, Any, Any], Any]] = [
         lambda s, i, c: s + 0.125 * i,
         lambda s, i, c: s * table[i % 5, 1],
@@ -114,6 +127,9 @@ def scores(depth: int, int_table: Tensor, truth: Tensor, table: Tensor) -> st.Se
         lambda s, i, c: torch.maximum(s, table[int_table[i % 5, 0], 0]) / 2,
         lambda s, i, c: s + c,
         lambda s, i, c: s + torch.where(c, 0, -math.inf),
+        lambda s, i, c: torch.where(c & (reals[i % 7] > 0), s, -math.inf),
+        lambda s, i, c: s + table[(reals[i % 7] * 2).floor().long() % 5, 0] - reals[i % 7].round(),
+        lambda s, i, c: s - torch.floor(s) / 2 + table[1, 1] % 0.7,
         lambda s, i, c: torch.sigmoid(s) - s.clamp(-1, 1) + table.sum(),
     ]
     return st.tuples(inner, ints, tests, st.sampled_from(steps)).map(lambda t: lambda s, *a: t[3](t[0](s, *a), t[1](*a), t[2](*a)))
@@ -126,8 +142,9 @@ def test_random_mods(data: st.DataObject) -> None:
     g = torch.Generator().manual_seed(seed)
     int_table, truth = torch.randint(0, 5, (5, 3), generator=g), torch.rand(4, 6, generator=g) > 0.5
     table = torch.randn(5, 2, generator=g, dtype=DOUBLE).requires_grad_()
-    mask = data.draw(st.one_of(st.none(), conditions(2, int_table, truth)))
-    score = data.draw(st.one_of(st.none(), scores(3, int_table, truth, table)))
+    reals = torch.randn(7, generator=g, dtype=data.draw(st.sampled_from((torch.float32, DOUBLE))))
+    mask = data.draw(st.one_of(st.none(), conditions(2, int_table, truth, reals)))
+    score = data.draw(st.one_of(st.none(), scores(3, int_table, truth, reals, table)))
     mask_mod = mask and (lambda b, h, q, k: mask(b, h, q, k))
     score_mod = score and (lambda s, b, h, q, k: score(s, b, h, q, k))
     hkv = data.draw(st.sampled_from((1, 2)))

@@ -145,11 +145,6 @@ CALL: list[tuple[Callable[[], Any], type[AttncError], str]] = [
         "return_lse=True, but weights by sigmoid have no log-sum-exp",
     ),
     (
-        lambda: compiled(over_queries(), prefix=2, pad=((0, 1), (0, 1)), grid=(3, 6))(x, x, x),
-        UnsupportedError,
-        r"over_queries\(\): softmax over queries together with pad= and prefix tokens: .*backend='eager' does it",
-    ),
-    (
         lambda: compiled(over_queries())(x, x, x, return_lse=True),
         ShapeError,
         "return_lse=True, but weights by softmax over queries have no log-sum-exp of a query",

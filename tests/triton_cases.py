@@ -104,6 +104,27 @@ def pooled(q, k):
     return (q.y // 2 == k.y) & (q.x // 2 <= k.x) & (k.x <= q.x // 2 + 1)
 
 
+@attnc.pattern
+def guarded(q, k, *, bias: attnc.Table, member: attnc.Table):
+    """Tables that some allowed pairs have no entry in, and are told not to read."""
+    near = fn.where(abs(q.x - k.x) <= 2, bias[attnc.HEAD, q.x - k.x + 2], 0.5)
+    return fn.where(((q.x + 1) * (k.x + 1) < 200) & (member[q.x * k.x] < 2), attnc.SCORE + near)
+
+
+def timed() -> Pattern:
+    """Reals of both sides decide, and make the index of a table (as traced mods may say)."""
+    far = ir.make("sub", *(ir.load("time", (ir.coord(role, 0),)) for role in ir.ROLES))
+    step = ir.make("add", ir.make("floor", ir.make("mul", far, ir.const(2.0))), ir.const(3))
+    at = ir.make("min", ir.make("max", step, ir.ZERO), ir.const(6))
+    score = ir.make("add", ir.SCORE, ir.load("bias", (ir.HEAD, at)))
+    return Pattern("timed", lambda q, k: fn.Statement(ir.make("lt", ir.make("abs", far), ir.const(1.2)), score, typed=True))
+
+
+@attnc.pattern
+def few_keys(q, k):
+    return (k.x < 3) & (k.y <= q.y)
+
+
 def neighborhood(size: int, *args: Any, **named: Any) -> Callable[[], Pattern]:
     return lambda: patterns.neighborhood(size, *args, **named)
 
@@ -221,6 +242,9 @@ SIMULATED["relu"] = Case(
 SIMULATED["window-joined"] = Case(
     window(7, shift=3, bias="relative"), (14, 14), 1, 1, 32, 32, 2, torch.float16, tables={"bias": (1, 13, 13)}
 )
+SIMULATED["timed"] = Case(timed, (45,), 2, 1, 32, 32, 1, torch.float16, tables={"time": (45,), "bias": (2, 7)})
+SIMULATED["guarded"] = Case(guarded, (45,), 2, 1, 32, 32, 1, torch.float16, tables={"bias": (2, 5), "member": (200,)})
+SIMULATED["few-keys"] = Case(few_keys, (7, 10), 1, 1, 32, 32, 1, torch.float16)
 FEW = {n: SIMULATED[n] for n in ("window-bias-float16", "neighborhood-bfloat16", "causal", "sigmoid")}
 # the library at two or three tiles an axis, for `make gpusim`
 LIBRARY = {

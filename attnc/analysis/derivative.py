@@ -95,3 +95,10 @@ def derivative(score: Expr, wrt: Expr) -> Expr:
 def loads(e: Expr) -> tuple[Expr, ...]:
     """The real table elements that an expression reads, each once, in order of first use."""
     return tuple(dict.fromkeys(n for n in ir.walk(e) if n.op == "load" and n.kind == "real"))
+
+
+def learned(a: ir.Attend) -> tuple[str, ...]:
+    """The tables that get a gradient: those that weights have a slope in. What only decides conditions has none."""
+    spoken = [e for e in (a.score, a.post) if e is not None]
+    names = {n.args[0] for e in spoken for n in loads(e) if derivative(e, n) != NONE}
+    return tuple(t for t in a.tables if t in names or t == a.normalizer.sink)

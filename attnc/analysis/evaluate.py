@@ -9,6 +9,7 @@ from typing import Any
 from attnc import ir
 from attnc.analysis.dropout import mix, philox
 
+WHOLE = 1 << 30  # floor stops here, on either side, so that its integers fit 32 bits wherever it is computed
 Load = Callable[[str, tuple[Any, ...]], Any]
 
 
@@ -89,6 +90,8 @@ def _apply(op: str, a: list[Any], xp: Any) -> Any:
             return xp.where(a[0] < a[1] if op == "min" else a[0] > a[1], a[0], a[1])
         case "where":
             return (a[1] if a[0] else a[2]) if _plain(a[0]) else xp.where(a[0], a[1], a[2])
+        case "floor":
+            return _floor(a[0], xp)
         case "philox":
             return philox(*a)
         case "mix":
@@ -96,3 +99,11 @@ def _apply(op: str, a: list[Any], xp: Any) -> Any:
     if _plain(a[0]):  # the functions of torch refuse Python numbers
         return 1 / (1 + math.exp(-a[0])) if op == "sigmoid" else getattr(math, op)(a[0])
     return 1 / (1 + xp.exp(-a[0])) if op == "sigmoid" else getattr(xp, op)(a[0])
+
+
+def _floor(x: Any, xp: Any) -> Any:
+    """The integer at or below x, from -WHOLE to WHOLE; of what is no number, -WHOLE."""
+    if _plain(x):
+        return -WHOLE if not x >= -WHOLE else WHOLE if x >= WHOLE else math.floor(x)
+    inside = xp.where(x >= -WHOLE, xp.where(x <= WHOLE, xp.floor(x), float(WHOLE)), float(-WHOLE))
+    return inside.to(xp.int64) if hasattr(inside, "to") else inside.astype(xp.int64)

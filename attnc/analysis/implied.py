@@ -16,7 +16,7 @@ Term = tuple[int, ir.Expr]  # a number times an expression; relations compare in
 
 def split(c: ir.Expr) -> tuple[ir.Expr, ...]:
     """A condition as several that say the same: max(a, b) <= c is a <= c and b <= c."""
-    if c.op == "not" and c.args[0].op in ("lt", "le"):  # not (a < b)  ==  b <= a
+    if c.op == "not" and c.args[0].op in ("lt", "le") and all(a.kind == "int" for a in c.args[0].args):  # not (a < b)  ==  b <= a
         a, b = c.args[0].args
         turned = ir.make("le" if c.args[0].op == "lt" else "lt", b, a)
         parts = split(turned)
@@ -65,6 +65,8 @@ def never_negative(e: ir.Expr) -> bool:
 def _at_most(c: ir.Expr) -> Iterator[tuple[ir.Expr, ir.Expr]]:
     """(a, b) for each a <= b that a comparison says."""
     op, args = (c.args[0].op, c.args[0].args) if c.op == "not" else (c.op, c.args)
+    if any(isinstance(a, ir.Expr) and a.kind != "int" for a in args):
+        return
     if c.op == "not" and op == "lt":
         yield args[1], args[0]
     elif c.op == "not" and op == "le":

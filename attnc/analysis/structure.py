@@ -97,7 +97,8 @@ def analyse(a: ir.Attend, same_grid: bool, padded: bool = False) -> Structure:
     residual: list[ir.Expr] = []
     for c in (part for whole in ir.conjuncts(relation) for part in (split(whole) if len(axes_of(whole)) > 1 else (whole,))):
         axes = axes_of(c)
-        if len(axes) == 1 and not _mentions(c, ("load", "head", "heads", "batch")):
+        real = any(n.kind == "real" for n in ir.walk(c))  # rules are for integers
+        if len(axes) == 1 and not real and not _mentions(c, ("load", "head", "heads", "batch")):
             per_axis[axes.pop()].append(c)
         else:
             residual.append(c)

@@ -77,8 +77,8 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         return torch.where(inside[-1], found, zero) if inside else found
 
     leaves: dict[ir.Expr, object] = {**call.geometry.sizes, ir.SCORE: raw}
-    for i, (cq, ck) in enumerate(zip(tile.q_coords, tile.k_coords, strict=True)):
-        leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = cq[:, :, None], ck[:, None, :]
+    for i, (cq, ck) in enumerate(zip(tile.q_coords, tile.k_coords, strict=True)):  # a prefix token's -1 may make a divisor 0
+        leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = cq.clamp_min(0)[:, :, None], ck.clamp_min(0)[:, None, :]
     leaves[ir.HEAD] = torch.arange(q.shape[1], device=q.device).view(-1, 1, 1, 1)
     leaves[ir.HEADS] = q.shape[1]
     leaves[ir.BATCH] = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)

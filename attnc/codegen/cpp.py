@@ -261,7 +261,8 @@ def _hooks(spec: Spec, backward: bool) -> tuple[str, list[int], list[bool], bool
     out.append("// the score of one query and L keys, s = q . k\n")
     function(f"V score({vector}, V s)", text, "raw" in text)
     out.append("// the part of the relation that no interval expresses\n" if s.residual != ir.TRUE else "")
-    function(f"I allowed({pair}, int k)", p.wide(p.vector(s.residual), "bool"))
+    of_relation = Printer(terms, learned=False)
+    function(f"I allowed({pair}, int k)", of_relation.wide(of_relation.vector(s.residual), "bool"))
     if post is not None:
         out.append("// factor of the weight\n")
     function(f"V post({vector})", p.real(post) if post is not None else "splat(1)")

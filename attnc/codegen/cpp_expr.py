@@ -53,15 +53,15 @@ class Terms:
         return self.loads.index(e)
 
 
-def depends(e: Expr) -> frozenset[str]:
-    """Any of q, k (coordinates), s (SCORE), t (an element of a real table)."""
+def depends(e: Expr, *, learned: bool = True) -> frozenset[str]:
+    """Any of q, k (coordinates), s (SCORE), t (an element of a real table, where these are learned)."""
     if e.op == "coord":
         return frozenset(e.args[0])
     if e.op == "score":
         return frozenset("s")
-    out = frozenset("t") if e.op == "load" and e.kind == "real" else frozenset[str]()
+    out = frozenset("t") if learned and e.op == "load" and e.kind == "real" else frozenset[str]()
     for c in e.children:
-        out |= depends(c)
+        out |= depends(c, learned=learned)
     return out
 
 
@@ -84,7 +84,7 @@ def _scalar_op(e: Expr, a: list[str]) -> str:
         a = [x if k == common else f"{TYPES[common]}({x})" for x, k in zip(a, kinds, strict=True)]
     elif e.op == "where" and e.kind != "bool":
         a = [a[0], *(x if k == e.kind else f"{TYPES[e.kind]}({x})" for x, k in zip(a[1:], kinds[1:], strict=True))]
-    elif e.op in ("exp", "log", "tanh", "sqrt", "sigmoid"):
+    elif e.op in ("exp", "log", "tanh", "sqrt", "sigmoid", "floor"):
         a = [x if k == "real" else f"real({x})" for x, k in zip(a, kinds, strict=True)]
     match e.op:
         case "add" | "sub" | "mul" | "truediv":
@@ -105,6 +105,8 @@ def _scalar_op(e: Expr, a: list[str]) -> str:
             return f"({a[0]} ? {a[1]} : {a[2]})"
         case "philox":
             return f"philox({', '.join(a)})"
+        case "floor":
+            return f"floor_integer({a[0]})"
         case _ if e.op in COMPARE:
             return f"({a[0]} {COMPARE[e.op]} {a[1]})"
     return f"{e.op}({a[0]})"
@@ -123,10 +125,10 @@ def _uniform(e: Expr) -> str | None:
 
 
 class Printer:
-    """Prints expressions of one kernel, collecting its terms."""
+    """Prints expressions of one kernel, collecting its terms. learned: tables of reals get a gradient from what is printed."""
 
-    def __init__(self, terms: Terms) -> None:
-        self.terms = terms
+    def __init__(self, terms: Terms, *, learned: bool = True) -> None:
+        self.terms, self.learned = terms, learned
 
     # ------------------------------------------------------------------------------------------------------------ one value
     def at_point(self, e: Expr) -> str:
@@ -144,7 +146,7 @@ class Printer:
         leaf = _uniform(e)
         if leaf is not None:
             return leaf
-        d = depends(e)
+        d = depends(e, learned=self.learned)
         if d <= {"q"}:
             return f"q.{self.terms.name(e, self.terms.query)}"
         if d == {"k"}:
@@ -166,10 +168,10 @@ class Printer:
             return Text(leaf, e.kind, False)
         if e.op == "score":
             return Text("raw", "real", True)
-        d = depends(e)
+        d = depends(e, learned=self.learned)
         if d == {"t"}:
             return Text(f"numbers.{self.terms.name(e, self.terms.head)}", e.kind, False)
-        if e.op == "load" and e.kind == "real":
+        if e.op == "load" and e.kind == "real" and self.learned:
             return Text(f"load(elements[{self.terms.load_number(e)}] + k)", "real", True)
         if d <= {"q"}:
             return Text(f"q.{self.terms.name(e, self.terms.query)}", e.kind, False)
@@ -177,9 +179,10 @@ class Printer:
             return Text(f"load(keys.{self.terms.name(e, self.terms.key)} + k)", e.kind, True)
         a = [self.vector(c) for c in e.children]
         if e.op == "load":
-            t = self.terms.int_tables.index(e.args[0])
-            steps = [f"{self.wide(x, 'int')} * splat_integer(P.int_tables[{t}].stride[{i}])" for i, x in enumerate(a)]
-            return Text(f"at(P.int_tables[{t}], {' + '.join(steps)})", e.kind, True)
+            group, names = ("tables", self.terms.tables) if e.kind == "real" else ("int_tables", self.terms.int_tables)
+            table = f"P.{group}[{names.index(e.args[0])}]"
+            steps = [f"{self.wide(x, 'int')} * splat_integer({table}.stride[{i}])" for i, x in enumerate(a)]
+            return Text(f"at({table}, {' + '.join(steps)})", e.kind, True)
         return Text(self._vector_op(e, a), e.kind, True)
 
     def wide(self, x: Text, kind: Kind) -> str:
@@ -215,6 +218,8 @@ class Printer:
             case "where":
                 yes, no = self.wide(a[1], e.kind), self.wide(a[2], e.kind)
                 return f"select({self.wide(a[0], 'bool')}, {yes}, {no})"
+            case "floor":
+                return f"floor_integer({self.wide(a[0], 'real')})"
             case "mix":
                 return f"mix({', '.join(self.wide(x, 'int') for x in a)})"
             case _ if e.op in COMPARE:
@@ -234,14 +239,14 @@ class Printer:
         for dim, index in enumerate(indices):
             stride = f"P.tables[{t}].stride[{dim}]"
             for sign, term in summands(index):
-                d = depends(term)
+                d = depends(term, learned=False)
                 side = "one" if not d else "k" if d == {"k"} else "q" if d == {"q"} else "both"
-                text = self.of_pair(term) if side == "both" else self.at_point(term)
-                if "t" in d or "s" in d:
+                if "s" in d:
                     raise UnsupportedError(
-                        f"the index `{ir.show(term)}` of table {name} is not made of coordinates; "
+                        f"the index `{ir.show(term)}` of table {name} is decided by the score; "
                         'backend "cpp" cannot lower it, backend="eager" can'
                     )
+                text = Printer(self.terms, learned=False).of_pair(term) if side == "both" else self.at_point(term)
                 parts[side].append(f"{'-' if sign < 0 else '+'} {stride} * {text}")
 
         def total(terms: list[str]) -> str:

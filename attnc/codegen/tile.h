@@ -79,9 +79,10 @@ inline void coordinates(const Box& box, int a, int64_t first, int64_t step, int6
     });
 }
 
-// An element of an integer table; an offset outside of it (of a pair that is not there) is moved inside.
+// An element of a table; an offset outside of it (of a pair that is not there) is moved inside.
 INLINE real at(const Table& t, int64_t offset) { return t.data[min(max<int64_t>(offset, 0), t.last)]; }
 INLINE integer at(const IntTable& t, int64_t offset) { return t.data[min(max<int64_t>(offset, 0), t.last)]; }
+inline V at(const Table& t, I offset) { V x; for (int i = 0; i < L; i++) x[i] = at(t, offset[i]); return x; }
 inline I at(const IntTable& t, I offset) { I x; for (int i = 0; i < L; i++) x[i] = at(t, offset[i]); return x; }
 
 @SCORE@

@@ -24,7 +24,13 @@ def floor_mod(a, b):
     """a - b * floor(a / b), from 0 to b - 1, for b > 0; Triton's own follows the sign of a."""
     return a - b * tl.where(a < 0, -((b - 1 - a) // b), a // b)
 '''
-FUNCTIONS = {"floor_div": FLOOR_DIV, "floor_mod": FLOOR_MOD}
+FLOOR_INTEGER = '''\
+@triton.jit
+def floor_integer(x):
+    """The integer at or below x, which stops at 2 ** 30 on either side; the lowest for NaN."""
+    return tl.where(x >= -1073741824.0, tl.minimum(tl.floor(x), 1073741824.0), -1073741824.0).to(tl.int32)
+'''
+FUNCTIONS = {"floor_div": FLOOR_DIV, "floor_mod": FLOOR_MOD, "floor_integer": FLOOR_INTEGER}
 
 # precedence in Python's grammar; comparisons are bracketed under & and |
 _LEVEL = {"or": 1, "and": 3, "eq": 0, "ne": 0, "lt": 0, "le": 0, "add": 5, "sub": 5, "mul": 6}
@@ -50,7 +56,7 @@ def text(e: ir.Expr, names: Mapping[ir.Expr, str], load: Loader | None = None, *
             return out if level < 0 or _atomic(out) else f"({out})"
         out = step(n)
         mine = _LEVEL.get(n.op, 9)
-        if (n.op == "floordiv" and not host and not nonnegative(n.args[0])) or (n.op == "mod" and out.startswith("floor")):
+        if n.op in ("floordiv", "mod") and not host and not nonnegative(n.args[0]):
             mine = 9
         return f"({out})" if mine <= level else out
 
@@ -75,13 +81,19 @@ def text(e: ir.Expr, names: Mapping[ir.Expr, str], load: Loader | None = None, *
                 return f"-{go(a[0], 6)}"
             case "not":
                 return f"~{go(a[0], 7)}"
+            case "floor":
+                return f"floor_integer({go(a[0])})"
             case "tanh":  # no tanh in triton.language
-                return f"(2 * tl.sigmoid(2 * {go(a[0], 6)}) - 1)"
+                twice = f"2 * {go(a[0], 6)}" if a[0].kind == "real" else f"(2 * {go(a[0], 6)}).to(tl.float32)"
+                return f"(2 * tl.sigmoid({twice}) - 1)"
         if host:
             if n.op == "where":
                 return f"({go(a[1], 0)} if {go(a[0], 0)} else {go(a[2], 0)})"
             return f"{n.op}({', '.join(go(c) for c in a)})"
-        return f"{_TRITON[n.op]}({', '.join(go(c) for c in a)})"
+        inner = [go(c) for c in a]
+        if n.op in ("exp", "log", "sqrt", "sigmoid") and a[0].kind == "int":
+            inner = [f"({inner[0]}).to(tl.float32)"]
+        return f"{_TRITON[n.op]}({', '.join(inner)})"
 
     return go(e)
 

@@ -110,17 +110,19 @@ class Spec:
     @cached_property
     def score(self) -> ir.Expr:
         """The score with indices written as coordinates of the geometry."""
-        return self.lowered(self.attend.score)
+        return guarded(self.lowered(self.attend.score))
 
     @cached_property
     def post(self) -> ir.Expr | None:
         """The post-factor."""
-        return None if self.attend.post is None else self.lowered(self.attend.post)
+        return None if self.attend.post is None else guarded(self.lowered(self.attend.post))
 
     @cached_property
     def residual(self) -> ir.Expr:
         """The predicate that no axis explains."""
-        return self.lowered(self.structure.residual)
+        terms = ir.conjuncts(self.lowered(self.structure.residual))
+        plain = ir.all_of(tuple(t for t in terms if not _reads_tables(t)))
+        return ir.all_of(tuple(guarded(t, plain) if _reads_tables(t) else t for t in terms))
 
     def lowered(self, e: ir.Expr) -> ir.Expr:
         """Without `index` leaves."""
@@ -149,8 +151,10 @@ class Spec:
 
     @cached_property
     def learned(self) -> tuple[ir.Expr, ...]:
-        """Loads of the score and post-factor whose tables get a gradient."""
-        return loads(self.score) + (() if self.post is None else tuple(n for n in loads(self.post) if n not in loads(self.score)))
+        """Loads of the score and post-factor that these have a slope in: those that only decide conditions have none."""
+        spoken = (self.score,) if self.post is None else (self.score, self.post)
+        read = dict.fromkeys(n for e in spoken for n in loads(e))
+        return tuple(n for n in read if any(derivative(e, n) != ir.const(0.0) for e in spoken))
 
     @property
     def per_pair(self) -> bool:
@@ -161,6 +165,28 @@ class Spec:
         """Whether the statement mentions a leaf."""
         spoken = (self.score, self.residual, *((self.post,) if self.post is not None else ()))
         return any(n.op == op for e in spoken for n in ir.walk(e))
+
+
+def _reads_tables(e: ir.Expr) -> bool:
+    return any(n.op == "load" for n in ir.walk(e))
+
+
+def guarded(e: ir.Expr, guard: ir.Expr = ir.TRUE) -> ir.Expr:
+    """Table indices are 0 where a choice around them falls on its other side: kernels load for both, and an index that only some
+    pairs have may lie outside of the table for the others."""
+    if e.op == "where":
+        test, yes, no = e.args
+        known = not any(n.op == "score" for n in ir.walk(test))
+        sides = (ir.make("and", guard, t) if known else guard for t in (test, ir.make("not", test)))
+        return ir.make("where", guarded(test, guard), *(guarded(x, g) for x, g in zip((yes, no), sides, strict=True)))
+    if not e.children:
+        return e
+    args = tuple(guarded(a, guard) if isinstance(a, ir.Expr) else a for a in e.args)
+    if e.op != "load":
+        return ir.make(e.op, *args)
+    moves = [isinstance(a, ir.Expr) and guard != ir.TRUE and any(n.op == "coord" for n in ir.walk(a)) for a in args]
+    safe = [ir.make("where", guard, a, ir.ZERO) if m else a for a, m in zip(args, moves, strict=True)]
+    return ir.Expr(e.op, tuple(safe), e.kind)
 
 
 def terms(e: ir.Expr, sign: int = 1) -> list[tuple[int, ir.Expr]]:
@@ -292,7 +318,8 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     same = side == "q" or symmetric(form)
     inside = bool(block) and block % rows == 0 and same
     whole = spec.padded and side == "k"  # columns are cut to the real queries
-    one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside)
+    alike = not any(n == J for e in (lo, hi) for n in ir.walk(e))
+    one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside or alike)
     # a block's keys are its own tokens only where it is an equivalence: overlapping windows and strides see more
     single = one_box and ((kind == "point" and same) or (inside and form.equivalence and chunk >= block))
     exact = one_box and chunk == 1

@@ -170,6 +170,8 @@ class Scores(Shapes):
             return "bias"
         if spec.residual != ir.TRUE and not self.allowed:
             test = self.pair(spec.residual, ok)
+            if self.of_one_row(spec.residual):  # the interpreter makes integers of it, and takes none as a mask
+                test = f"({test}) != 0"
             self.put(f"ok = {ok} & ({test})" if ok else f"ok = tl.broadcast_to({test}, [{self.bm}, {self.bn}])")
             ok = "ok"
         self.ok = ok
@@ -195,6 +197,13 @@ class Scores(Shapes):
             self.put(f"bias = tl.where({ok}, {zero}, {INF})")
             return "bias"
         return "seen"
+
+    def of_one_row(self, e: ir.Expr) -> bool:
+        """A comparison in it reads the tile's own place alone, on axes where a tile is one row."""
+        one = {p.axis for p in self.plans if p.rows == 1}
+        tests = (n for n in ir.walk(e) if n.op in ("eq", "ne", "lt", "le"))
+        places = ({c.args for c in ir.walk(t) if c.op == "coord"} for t in tests)
+        return any(p and all(role == self.side and axis in one for role, axis in p) for p in places)
 
     def bias_tile(self, ok: str) -> None:
         """Print the load of the head's bias, with what masks this very group."""

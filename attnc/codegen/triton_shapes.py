@@ -218,8 +218,8 @@ class Shapes:
         low, high = (form.lo, form.hi) if p.columns else (p.lo, p.hi)
         if all(e == J or J not in ir.walk(e) for e in (low, high)):
             names = {R: self.residue(p), J: at}
-            # beside an end that moves, one that is the same for every row still has a row's shape
-            still = f" + 0 * {at}" if J in (low, high) else ""
+            # where rows have intervals of their own, an end that is the same for every row still has a row's shape
+            still = f" + 0 * {at}" if J in (low, high) or not p.one_box else ""
             shown = [self.expr(e, names) + ("" if e == J else still) for e in (low, high)]
             return "", shown[0], shown[1]
         leaves = [n for n in dict.fromkeys((*ir.walk(low), *ir.walk(high))) if n.op == "size"]

@@ -196,6 +196,12 @@ INLINE integer floor_div(integer a, integer b) { integer d = a / b; return d - (
 INLINE integer floor_mod(integer a, integer b) { integer m = a % b; return m != 0 && (m < 0) != (b < 0) ? m + b : m; }
 inline I floor_div(I a, I b) { I y; for (int i = 0; i < L; i++) y[i] = floor_div(a[i], b[i]); return y; }
 inline I floor_mod(I a, I b) { I y; for (int i = 0; i < L; i++) y[i] = floor_mod(a[i], b[i]); return y; }
+// The integer at or below x, which stops at 2^30 on either side; the lowest for NaN.
+INLINE integer floor_integer(real x) {
+    constexpr integer most = 1 << 30;
+    return !(x >= -most) ? -most : x >= most ? most : integer(__builtin_floor(x));
+}
+inline I floor_integer(V x) { I y; for (int i = 0; i < L; i++) y[i] = floor_integer(x[i]); return y; }
 INLINE real floor_div(real a, real b) { return __builtin_floor(a / b); }
 INLINE real floor_mod(real a, real b) { return a - __builtin_floor(a / b) * b; }
 inline V floor_div(V a, V b) { V y; for (int i = 0; i < L; i++) y[i] = floor_div(a[i], b[i]); return y; }

@@ -49,12 +49,17 @@ def lists_of(block_mask: Any) -> Lists:
     return Lists(full, partial, tuple(block_mask.BLOCK_SIZE))
 
 
-def agree(block_mask: Any, lists: Lists, relation: ir.Expr, tables: dict[str, Tensor], n: Lengths) -> bool:
-    """The lists leave exactly the pairs that the relation allows. Looked at once for each mask and size, a few rows at a time."""
+def agree(
+    block_mask: Any, lists: Lists, relation: ir.Expr, captured: dict[str, Tensor], derived: dict[str, Tensor], n: Lengths
+) -> bool:
+    """The lists leave exactly the pairs that the relation allows. Looked at once for each mask and size, a few rows at a time.
+
+    derived: tables that follow from captured ones, made anew by each call.
+    """
     seen = _known.setdefault(block_mask, {})
-    key = relation, n, tuple((name, t.data_ptr(), t._version) for name, t in tables.items() if not t.is_floating_point())
+    key = relation, n, tuple((name, t.data_ptr(), t._version) for name, t in captured.items())
     if key not in seen:
-        seen[key] = _agree(lists, relation, tables, n)
+        seen[key] = _agree(lists, relation, captured | derived, n)
     return seen[key]
 
 
@@ -78,7 +83,8 @@ def _agree(lists: Lists, relation: ir.Expr, tables: dict[str, Tensor], n: Length
     for first in range(0, n.queries, step):
         q = torch.arange(first, min(first + step, n.queries), device=device)
         leaves[ir.coord("q", 0)] = q[:, None]
-        allowed = torch.as_tensor(evaluate(relation, leaves, torch, load), device=device)
+        found = evaluate(relation, leaves, torch, load, lambda x: x.to(torch.float64))
+        allowed = torch.as_tensor(found, device=device)
         full, partial = (x[:, :, q // lists.sizes[0]][..., k // lists.sizes[1]] > 0 for x in (lists.full, lists.partial))
         if not bool(((full | (partial & allowed)) == allowed).all()):
             return False

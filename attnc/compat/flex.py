@@ -5,6 +5,12 @@
 What differs: the mask is read from its mod, so nothing of size N x N is built and `create_block_mask` costs nothing; every captured
 tensor of floats gets a gradient, on CPUs too; head dimensions go from 1 to 256. A mod that cannot be traced is refused with an
 error that names what it asked for.
+
+Mods may compare and round floats (`gate[h, q_idx] > 0.5`, T5's `torch.log(distance.float()).long()`); no gradient goes through it.
+What depends on few integers torch itself computes, in the mod's own dtype, once for each of their values (see compat.listed): who
+attends to whom is then the same on every backend. Floats of the query against floats of the key are compared pair by pair, in
+float32, or in float64 where q, k and v are: pairs within its rounding of the threshold may fall on either side. Rounded numbers
+stop at 2 ** 30 on either side, and a table's index that comes from floats is kept inside of the table.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.compat import blocklists
+from attnc.compat.listed import listed
 from attnc.compat.statement import Lengths, check_finite, excluded, operator, with_blocks
 from attnc.compat.tracing import Symbol, Tracer
 from attnc.errors import DeclarationError, ShapeError, UnsupportedError
@@ -100,7 +107,8 @@ def _joined(mods: tuple[Mod, ...], name: str, join: Callable[[Any, Any], Any]) -
 class Mods:
     """Traced mods: a pattern on a 1-D grid, or on the grid that its `//` and `%` speak of, and the tables it reads.
 
-    `attnc.compile(mods.pattern, grid=mods.grid, kv_grid=mods.kv_grid)(q, k, v, **mods.tables)` is what `flex_attention` runs.
+    `attnc.compile(mods.pattern, grid=mods.grid, kv_grid=mods.kv_grid)(q, k, v, **mods.tables)` is what `flex_attention` runs. Lists
+    of what the mods round or compare are of the values that captured tensors have now: trace again where these change.
     """
 
     pattern: Pattern
@@ -121,7 +129,7 @@ def trace(
 ) -> Mods:
     """Trace mods once, for `attnc.explain`, `attnc.draw`, `attnc.emit`, or to call the operator without tracing again."""
     n = Lengths(Q_LEN, Q_LEN if KV_LEN is None else KV_LEN, H, H, B)
-    statement = _statement(score_mod, mask_mod, torch.device(device))
+    statement = _statement(score_mod, mask_mod, torch.device(device), n)
     op, tables = _operator(statement, n, "auto", None)
     assert isinstance(op.source, Pattern)
     grid = tuple(int(x or 0) for x in op.grid or ())
@@ -134,7 +142,14 @@ class _Traced:
     name: str
     relation: ir.Expr
     score: ir.Expr
-    tables: dict[str, Tensor]
+    captured: dict[str, Tensor]
+    lists: dict[str, Tensor]
+    wide: ir.Expr | None  # what kernels compare, and torch in float64
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """All that it may read."""
+        return self.captured | self.lists
 
 
 def _name(mod: Any) -> str:
@@ -143,8 +158,8 @@ def _name(mod: Any) -> str:
     return str(getattr(mod, "__name__", type(mod).__name__))
 
 
-def _statement(score_mod: Mod | None, mask_mod: Mod | None, device: torch.device) -> _Traced:
-    """Both mods as expressions of the flat indices, and the tensors they captured."""
+def _statement(score_mod: Mod | None, mask_mod: Mod | None, device: torch.device, n: Lengths) -> _Traced:
+    """Both mods as expressions of the flat indices, and the tensors they read: captured ones, and lists of what they round."""
     tracer = Tracer(device)
     at = [Symbol.of(e, torch.int64) for e in (ir.BATCH, ir.HEAD, ir.coord("q", 0), ir.coord("k", 0))]
     relation, score = ir.TRUE, ir.SCORE
@@ -155,12 +170,6 @@ def _statement(score_mod: Mod | None, mask_mod: Mod | None, device: torch.device
         relation = tracer.number(tracer.run(_callable(mask_mod, what), what, *at))
         if relation.kind != "bool":
             raise DeclarationError(f"{what} returns `{ir.show(relation)}`, a number: a mask is a condition")
-        real = next((m for m in ir.walk(relation) if m.kind == "real"), None)
-        if real is not None:
-            raise DeclarationError(
-                f"{what} compares the real number `{ir.show(real)}`: a mask is made of integers; index a tensor of conditions "
-                "instead, such as (importance > 0.5)[q_idx]"
-            )
     if score_mod is not None:
         what = f"score_mod {_name(score_mod)}"
         symbols = Symbol.of(ir.SCORE, torch.float32), *at
@@ -170,7 +179,9 @@ def _statement(score_mod: Mod | None, mask_mod: Mod | None, device: torch.device
         keep, score = excluded(score)
         check_finite(what, score)
         relation = ir.make("and", relation, keep)
-    return _Traced(name, relation, score, tracer.tables)
+    relation, score, lists = listed(relation, score, n, tracer.dtypes, tracer.tables, device)
+    wide = next((e for e in ir.walk(relation) if tracer.dtypes.get(e) == torch.float64), None)
+    return _Traced(name, relation, score, tracer.tables, lists, wide)
 
 
 def _callable(mod: Any, what: str) -> Mod:
@@ -292,8 +303,13 @@ def _attend(
         _check_mask(block_mask.shape, query, key)
         if query.shape[0] > 1 and key.shape[0] == value.shape[0] == 1:
             key, value = (x.expand(query.shape[0], *x.shape[1:]) for x in (key, value))
-    t = _statement(score_mod, mask_mod, query.device)
     n = Lengths(query.shape[2], key.shape[2], query.shape[1], key.shape[1], query.shape[0])
+    t = _statement(score_mod, mask_mod, query.device, n)
+    if t.wide is not None and query.dtype != torch.float64:
+        raise UnsupportedError(
+            f"{t.name}: the mask decides `{ir.show(t.wide)}` in float64, pair by pair, and kernels for {query.dtype} compute in "
+            "float32: capture float32 tensors (take off first what large numbers share), or give query, key and value in float64"
+        )
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         _join_lists(t, block_mask, n)
     op, tables = _operator(t, n, backend, fallback)
@@ -324,11 +340,11 @@ def _check_mask(shape: Iterable[int], query: Tensor, key: Tensor) -> None:
 def _join_lists(t: _Traced, block_mask: Any, n: Lengths) -> None:
     """torch's BlockMask: its lists count where they say something else than its mod (BlockMask.from_kv_blocks)."""
     lists = blocklists.lists_of(block_mask)
-    if blocklists.agree(block_mask, lists, t.relation, t.tables, n):
+    if blocklists.agree(block_mask, lists, t.relation, t.captured, t.lists, n):
         return
     rows = ir.make("floordiv", ir.coord("q", 0), ir.const(lists.sizes[0]))
     columns = ir.make("floordiv", ir.coord("k", 0), ir.const(lists.sizes[1]))
     at = (ir.BATCH, ir.HEAD, rows, columns)
     loads = [ir.load(name, at, "int") for name in ("full_blocks", "partial_blocks")]
-    t.tables |= {"full_blocks": lists.full, "partial_blocks": lists.partial}
+    t.lists |= {"full_blocks": lists.full, "partial_blocks": lists.partial}
     t.relation = with_blocks(t.relation, *loads)

@@ -43,7 +43,7 @@ def excluded(score: Expr) -> tuple[Expr, Expr]:
         (keep_yes, yes), (keep_no, no) = excluded(a[1]), excluded(a[2])
         if keep_yes == keep_no == ir.TRUE:
             return ir.TRUE, score
-        if not _of_integers(a[0]):
+        if ir.SCORE in ir.walk(a[0]):
             return ir.TRUE, score
         relation = make("or", make("and", a[0], keep_yes), make("and", make("not", a[0]), keep_no))
         if ir.FALSE in (keep_yes, keep_no):
@@ -63,16 +63,12 @@ def excluded(score: Expr) -> tuple[Expr, Expr]:
     return ir.TRUE, score
 
 
-def _of_integers(e: Expr) -> bool:
-    return all(n.kind != "real" for n in ir.walk(e))
-
-
 def check_finite(name: str, score: Expr) -> None:
     """Refuse -inf that a relation cannot say."""
     if any(n.op == "const" and n.args[0] in (MINUS_INFINITY, -MINUS_INFINITY) for n in ir.walk(score)):
         raise UnsupportedError(
-            f"{name}: the score `{ir.show(score)}` is infinite where a score or a float decides; a relation is made of integers: "
-            "index a tensor of conditions (`(importance > 0.5)[q_idx]`), or use a large finite number such as -1e9"
+            f"{name}: the score `{ir.show(score)}` is infinite where the score decides (or in a function): who attends to whom "
+            "follows from indices and captured tensors, not from q . k; use a large finite number such as -1e9"
         )
 
 
@@ -80,7 +76,9 @@ def check_finite(name: str, score: Expr) -> None:
 def operator(name: str, relation: Expr, score: Expr, n: Lengths, shapes: Shapes, backend: str, fallback: str | None) -> Operator:
     """The operator of a statement on flat indices (coordinate 0 of queries and keys)."""
     same = n.queries == n.keys
-    Pattern(name, lambda q, k: Statement(relation, score)).trace(ir.AXES[1], same_grid=same)  # refuses what no pattern may say
+    Pattern(name, lambda q, k: Statement(relation, score, typed=True)).trace(
+        ir.AXES[1], same_grid=same
+    )  # refuses what no pattern may say
     best: tuple[Expr, Expr, tuple[int, ...], tuple[int, ...]] = (relation, score, (n.queries,), (n.keys,))
     work = _boxes(name, *best, n)
     for chain in chains((relation, score), (n.queries, n.keys)):
@@ -92,12 +90,12 @@ def operator(name: str, relation: Expr, score: Expr, n: Lengths, shapes: Shapes,
             best, work = lifted, boxes
     relation, score, q_grid, k_grid = best
     relation, score = _wrapped(name, relation, score, q_grid, k_grid, n, dict(shapes))
-    pattern = Pattern(name, lambda q, k: Statement(relation, score))
+    pattern = Pattern(name, lambda q, k: Statement(relation, score, typed=True))
     options = {"backend": backend, "fallback": fallback}
     return Operator(pattern, grid=q_grid, kv_grid=None if same else k_grid, **options)  # type: ignore[arg-type]
 
 
-def _program(name: str, relation: Expr, score: Expr, rank: int, n: Lengths) -> ir.Program:
+def flat_program(name: str, relation: Expr, score: Expr, rank: int, n: Lengths) -> ir.Program:
     tokens = ir.Tokens((None,) * rank)
     return ir.Program(ir.Attend(name, rank, relation, score), tokens, tokens, n.queries == n.keys)
 
@@ -105,7 +103,7 @@ def _program(name: str, relation: Expr, score: Expr, rank: int, n: Lengths) -> i
 def _boxes(name: str, relation: Expr, score: Expr, q_grid: tuple[int, ...], k_grid: tuple[int, ...], n: Lengths) -> int:
     """Score elements that the intervals of all heads hold."""
     total = 0
-    for run in split(_program(name, relation, score, len(q_grid), n), q_grid, k_grid, n.heads, n.kv_heads):
+    for run in split(flat_program(name, relation, score, len(q_grid), n), q_grid, k_grid, n.heads, n.kv_heads):
         for part in run.parts:
             pairs = run.last - run.first
             for axis in geometry(part, q_grid, k_grid).axes:
@@ -124,7 +122,7 @@ def _wrapped(
     shapes: dict[str, tuple[int, ...]],
 ) -> tuple[Expr, Expr]:
     """Table indices that can be negative for an allowed pair count from the table's end, as torch's do."""
-    g = geometry(_program(name, relation, score, len(q_grid), n), q_grid, k_grid)
+    g = geometry(flat_program(name, relation, score, len(q_grid), n), q_grid, k_grid)
     box, conditions = Box(g, n.heads, n.batch), ir.conjuncts(g.structure.residual)
 
     def of(e: Expr, guards: tuple[Expr, ...]) -> Expr:
@@ -138,7 +136,7 @@ def _wrapped(
             return make(e.op, *args)
         indices = []
         for index, length in zip(args[1:], shapes[e.args[0]], strict=True):
-            if any(m.op == "load" for m in ir.walk(index)):  # values of another table: kept inside this one
+            if any(m.op in ("load", "floor") for m in ir.walk(index)):  # values of another table: kept inside this one
                 wrapped = make("where", make("lt", index, ir.ZERO), make("add", index, ir.const(length)), index)
                 index = make("min", make("max", wrapped, ir.ZERO), ir.const(length - 1))
             else:
@@ -156,4 +154,4 @@ def with_blocks(relation: Expr, full: Expr, partial: Expr) -> Expr:
     return make("or", make("ne", full, ir.ZERO), make("and", make("ne", partial, ir.ZERO), relation))
 
 
-__all__ = ["Lengths", "check_finite", "excluded", "operator", "with_blocks"]
+__all__ = ["Lengths", "check_finite", "excluded", "flat_program", "operator", "with_blocks"]

@@ -1,7 +1,8 @@
 """What torch's scalar functions mean in the IR: name -> rule(tracer, dtype of the result, *args, **kwargs) -> expression.
 
 Integers that went through `.float()` stay integers here while they are added, subtracted, multiplied and compared: the result is
-the same number, and a relation can be made of it.
+the same number, and a relation can be made of it. What is rounded (`floor`, `ceil`, `round`, `.long()`, `//` and `%` of floats) is
+an integer, too; it stops at 2 ** 30 on either side, and is the lowest for what is no number.
 """
 
 from __future__ import annotations
@@ -86,31 +87,36 @@ def _div(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any, *, rounding_mode: str
         return _floordiv(t, dtype, x, y)
     a, b = _as_number(t.number(x)), _as_number(t.number(y))
     if rounding_mode == "trunc":
-        return _trunc(t, make("truediv", *_alike(a, b)))
+        return _trunc(t, make("truediv", *_alike(a, b)), x, y)
     if b.op == "const" and b.args[0] == 0:
         t.wrong(f"divides `{ir.show(a)}` by zero")
     return make("truediv", *_alike(a, b))
 
 
-def _integers(t: Tracer, what: str, x: Any, y: Any) -> tuple[Expr, Expr]:
+def _divided(t: Tracer, x: Any, y: Any) -> tuple[Expr, Expr, bool]:
+    """Two numbers of which the second is not plainly zero, and whether one is real."""
     a, b = _alike(t.number(x), t.number(y))
-    if "real" in (a.kind, b.kind):
-        t.refuse(f"takes `{ir.show(a)} {what} {ir.show(b)}` of real numbers")
-    if b == ir.ZERO:
+    if b.op == "const" and b.args[0] == 0:
         t.wrong(f"divides `{ir.show(a)}` by zero")
-    return a, b
+    return a, b, "real" in (a.kind, b.kind)
 
 
 def _floordiv(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any) -> Expr:
-    return make("floordiv", *_integers(t, "//", x, y))
+    a, b, real = _divided(t, x, y)
+    return t.inexact(make("floor", make("truediv", a, b)), x, y) if real else make("floordiv", a, b)
 
 
 def _remainder(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any) -> Expr:
-    return make("mod", *_integers(t, "%", x, y))
+    a, b, real = _divided(t, x, y)
+    if real:
+        return make("sub", a, make("mul", b, t.inexact(make("floor", make("truediv", a, b)), x, y)))
+    return make("mod", a, b)
 
 
 def _fmod(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any) -> Expr:
-    a, b = _integers(t, "fmod", x, y)
+    a, b, real = _divided(t, x, y)
+    if real:
+        return make("sub", a, make("mul", b, _trunc(t, make("truediv", a, b), x, y)))
     if nonnegative(a) and nonnegative(b):
         return make("mod", a, b)
     if b.op != "const":
@@ -119,8 +125,8 @@ def _fmod(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any) -> Expr:
     return make("where", make("lt", a, ir.ZERO), make("neg", make("mod", make("neg", a), size)), make("mod", a, size))
 
 
-def _trunc(t: Tracer, e: Expr) -> Expr:
-    """Rounded towards zero: a quotient of integers, or an integer already."""
+def _trunc(t: Tracer, e: Expr, *of: Any) -> Expr:
+    """Rounded towards zero; `of` are the operands that e was made of."""
     if e.kind == "int":
         return e
     if e.op == "truediv" and all(c.kind == "int" for c in e.children):
@@ -129,21 +135,38 @@ def _trunc(t: Tracer, e: Expr) -> Expr:
             return make("floordiv", a, b)
         if b.op == "const" and b.args[0] > 0:
             return make("where", make("lt", a, ir.ZERO), make("neg", make("floordiv", make("neg", a), b)), make("floordiv", a, b))
-    return t.refuse(f"rounds `{ir.show(e)}` to an integer")
+    down = t.inexact(make("floor", e), *of)
+    if nonnegative(e):
+        return down
+    below = t.inexact(make("lt", e, ir.const(0.0)), *of)
+    return make("where", below, make("neg", t.inexact(make("floor", make("neg", e)), *of)), down)
 
 
 def _floor(t: Tracer, dtype: torch.dtype, /, x: Any) -> Expr:
     e = _as_number(t.number(x))
     if e.op == "truediv" and all(c.kind == "int" for c in e.children):
         return make("floordiv", *e.children)
-    return e if e.kind == "int" else t.refuse(f"rounds `{ir.show(e)}` down")
+    return t.inexact(make("floor", e), x)
 
 
 def _ceil(t: Tracer, dtype: torch.dtype, /, x: Any) -> Expr:
     e = _as_number(t.number(x))
     if e.op == "truediv" and all(c.kind == "int" for c in e.children):
         return make("neg", make("floordiv", make("neg", e.args[0]), e.args[1]))
-    return e if e.kind == "int" else t.refuse(f"rounds `{ir.show(e)}` up")
+    return make("neg", t.inexact(make("floor", make("neg", e)), x))
+
+
+def _round(t: Tracer, dtype: torch.dtype, /, x: Any, *, decimals: int = 0) -> Expr:
+    e = _as_number(t.number(x))
+    if decimals:
+        t.refuse(f"rounds `{ir.show(e)}` to {decimals} decimals")
+    if e.kind == "int":
+        return e
+    down = t.inexact(make("floor", e), x)
+    rest, half = make("sub", e, down), ir.const(0.5)  # halves go to the even neighbour
+    odd = make("eq", make("mod", down, ir.const(2)), ir.ONE)
+    up = make("or", t.inexact(make("lt", half, rest), x), make("and", t.inexact(make("eq", rest, half), x), odd))
+    return make("where", up, make("add", down, ir.ONE), down)
 
 
 def _pow(t: Tracer, dtype: torch.dtype, /, x: Any, y: Any) -> Expr:
@@ -238,7 +261,7 @@ def _compare(op: str, *, swap: bool = False) -> Rule:
             if op in ("eq", "ne"):
                 return _with_fraction(op, b, a.args[0])
             return make("not", _with_fraction("le" if op == "lt" else "lt", b, a.args[0]))
-        return make(op, a, b)
+        return t.inexact(make(op, a, b), x, y)
 
     return rule
 
@@ -323,7 +346,7 @@ def _cast(t: Tracer, dtype: torch.dtype, /, x: Any, *_: Any, **__: Any) -> Expr:
     if dtype == torch.bool:
         return _truth(e)
     e = _as_number(e)
-    return e if dtype.is_floating_point else _trunc(t, e)
+    return e if dtype.is_floating_point else _trunc(t, e, x)
 
 
 def _literal(value: Any) -> Rule:
@@ -379,7 +402,9 @@ RULES: dict[str, Rule] = {
     **_all_names("fmod", _fmod),
     **_all_names("floor", _floor),
     **_all_names("ceil", _ceil),
-    **_all_names("trunc fix", lambda t, dtype, x: _trunc(t, _as_number(t.number(x)))),
+    **_all_names("trunc fix", lambda t, dtype, x: _trunc(t, _as_number(t.number(x)), x)),
+    **_all_names("frac", lambda t, dtype, x: make("sub", _as_number(t.number(x)), _trunc(t, _as_number(t.number(x)), x))),
+    **_all_names("round", _round),
     **_all_names("pow float_power", _pow),
     **_all_names("rpow", _swapped(_pow)),
     **_all_names("neg negative", _neg),

@@ -7,6 +7,7 @@ usual. A captured tensor that symbols index becomes a runtime table.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -135,6 +136,7 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.device = device
         self.tables: dict[str, Tensor] = {}
+        self.dtypes: dict[ir.Expr, torch.dtype] = {}  # what torch computes each rounding and comparison of reals in
         self._names: dict[Any, str] = {}
         self._alive: list[Tensor] = []  # names are kept by address, so what was seen must not be freed
         self.subject = "the function"
@@ -207,6 +209,12 @@ class Tracer(TorchFunctionMode):
             return self.number(x.item())
         return self.wrong(f"computes with {x!r} ({type(x).__name__}): use indices, the score, captured tensors and Python numbers")
 
+    def inexact(self, e: ir.Expr, *of: Any) -> ir.Expr:
+        """A rounding or comparison of operands; what these are computed in is kept."""
+        kinds = [x.dtype for x in of if isinstance(x, Tensor) and x.is_floating_point()]
+        self.dtypes[e] = functools.reduce(torch.promote_types, kinds) if kinds else torch.get_default_dtype()
+        return e
+
     def element(self, table: Tensor, indices: tuple[ir.Expr, ...]) -> ir.Expr:
         """One element of a captured tensor. Tensors of conditions are kept as integers."""
         if table.dtype not in (torch.bool, *INTS) and not table.is_floating_point():
@@ -245,6 +253,8 @@ class Tracer(TorchFunctionMode):
             elif isinstance(i, Symbol):
                 if i.expr.kind != "int" or i.dtype not in INTS:
                     self.wrong(f"indexes a captured tensor with `{ir.show(i.expr)}`, which is no integer: use // and %, or .long()")
+                if ir.SCORE in ir.walk(i.expr):
+                    self.refuse(f"indexes a captured tensor with `{ir.show(i.expr)}`, which the score decides")
                 places.append((dimensions, i.expr))
                 known.append(slice(None))
                 dimensions += 1
@@ -300,7 +310,7 @@ class Tracer(TorchFunctionMode):
         raise UnsupportedError(
             f"{self.subject}{place()} {what}, which the language has no word for: compute it on captured tensors outside of the "
             "function and index the result, or say the same with + - * / // % & | ~, comparisons, abs, minimum, maximum, clamp, "
-            "where, exp, log, sqrt, tanh, sigmoid"
+            "where, floor, ceil, round, exp, log, sqrt, tanh, sigmoid"
         )
 
 

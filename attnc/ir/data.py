@@ -26,6 +26,8 @@ def _expected_kind(op: str, args: tuple[Any, ...]) -> Kind | None:
         return "bool"
     if "bool" in kinds:
         return None
+    if op == "floor":
+        return "int" if kinds == ["real"] else None
     return "real" if "real" in kinds or op in ("truediv", "exp", "log", "tanh", "sqrt", "sigmoid") else "int"
 
 

@@ -1,11 +1,12 @@
 """Expressions: small, immutable trees of integers, reals and booleans over coordinates, sizes, the head and batch index, the raw
 score and runtime tables.
 
-`//` and `%` are floor division and its remainder, as in Python, whatever the signs.
+`//` and `%` are floor division and its remainder, as in Python, whatever the signs. `floor` makes an integer of a real.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ LEAVES = ("const", "coord", "index", "size", "head", "heads", "batch", "score", 
 ARITY: dict[str, int] = {
     **dict.fromkeys(("add", "sub", "mul", "floordiv", "mod", "truediv", "min", "max"), 2),
     **dict.fromkeys(("eq", "ne", "lt", "le", "and", "or"), 2),
-    **dict.fromkeys(("neg", "abs", "not", "exp", "log", "tanh", "sqrt", "sigmoid"), 1),
+    **dict.fromkeys(("neg", "abs", "not", "exp", "log", "tanh", "sqrt", "sigmoid", "floor"), 1),
     "where": 3,
     # random integers, see analysis.dropout: philox(word, key low, key high, batch, head, token), mix(word, word, token)
     "philox": 6,
@@ -167,6 +168,11 @@ def make(op: str, *args: Expr) -> Expr:
             return b
         if op == "mod" and b == ONE:
             return ZERO
+    if op == "floor":  # of a real, an integer: see analysis.evaluate
+        a = args[0]
+        if a.op == "const" and a.kind == "real" and abs(a.args[0]) < 1 << 30:
+            return const(math.floor(a.args[0]))
+        return a if a.kind == "int" else Expr(op, args, "int")
     real = op in ("truediv", "exp", "log", "tanh", "sqrt", "sigmoid") or any(a.kind == "real" for a in args)
     return Expr(op, args, "real" if real else "int")
 

@@ -16,7 +16,10 @@ Value = Sym | Number
 
 @dataclass(frozen=True)
 class Statement:
-    """What a pattern function returns, taken apart: relation, score and how weights are made."""
+    """What a pattern function returns, taken apart: relation, score and how weights are made.
+
+    typed: tables that the relation reads have their kinds, and reals may decide (traced mods); else they hold integers.
+    """
 
     relation: ir.Expr
     score: ir.Expr = ir.SCORE
@@ -24,6 +27,7 @@ class Statement:
     post: ir.Expr | None = None
     q_map: ir.RowMap | None = None
     k_map: ir.RowMap | None = None
+    typed: bool = False
 
 
 def _fold(op: str, values: tuple[Value, ...]) -> Sym:

@@ -41,18 +41,20 @@ class Pattern:
             ir.TRACED.reset(before)
 
     def _checked(self, s: Statement, axes: tuple[str, ...]) -> ir.Attend:
-        relation = ir.rewrite(s.relation, lambda n: ir.load(n.args[0], n.children, "int") if n.op == "load" else None)
+        relation = s.relation
+        if not s.typed:
+            relation = ir.rewrite(relation, lambda n: ir.load(n.args[0], n.children, "int") if n.op == "load" else None)
         if relation.kind != "bool":
             raise DeclarationError(f"the relation `{ir.show(relation, axes)}` is not boolean but {relation.kind}")
         for n in ir.walk(relation):
-            if n.kind == "real":
+            if n.op == "score" or (n.kind == "real" and not s.typed):
                 what = "SCORE decides nothing about who attends to whom" if n.op == "score" else "a float used as a coordinate"
                 text = f"`{ir.show(relation, axes)}` contains `{ir.show(n, axes)}`"
                 raise DeclarationError(f"{text}: {what}; a relation compares integers (coordinates, sizes, HEAD, integer tables)")
         if s.score.kind == "bool":
             raise DeclarationError(f"the score `{ir.show(s.score, axes)}` is a condition; a score is a number")
         for e in (s.score, s.post):
-            for n in ir.walk(e) if e is not None else ():
+            for n in ir.walk(e) if e is not None and not s.typed else ():
                 if n.op == "load" and n.kind == "real" and n.args[0] in {m.args[0] for m in ir.walk(relation) if m.op == "load"}:
                     raise DeclarationError(f"the table `{n.args[0]}` is read by the relation (integers) and by the score (reals)")
         if s.post is not None and any(n.op == "score" for n in ir.walk(s.post)):

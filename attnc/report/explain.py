@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from attnc import ir
+from attnc.analysis.derivative import learned
 from attnc.arguments import GridLike, PadLike
 from attnc.errors import ShapeError
 from attnc.lang.mechanism import Mechanism
@@ -74,7 +75,8 @@ def _statement(s: Subject) -> list[str]:
         if m is not None:
             lines.append(f"  {what:9} through {m.kind}")
     for t in a.tables:
-        kind = "integers, read by the relation" if t in a.int_tables else "learned: gets a gradient"
+        numbers = "integers, read by the relation" if t in a.int_tables else "reals, read by conditions"
+        kind = "learned: gets a gradient" if t in learned(a) else numbers
         lines.append(f"  table     {t}, {_count(a.table_rank(t), 'dimension')} ({kind})")
     return lines
 
@@ -211,7 +213,8 @@ def _counts(s: Subject, g: Geometry) -> list[str]:
         allowed = s.allowed()
         why = "not counted: too many pairs to ask"
     except ShapeError:
-        allowed, why = None, f"known when it runs: the relation reads {_and(list(s.attend.int_tables))}"
+        reads = list(dict.fromkeys(n.args[0] for n in ir.walk(s.attend.relation) if n.op == "load"))
+        allowed, why = None, f"known when it runs: the relation reads {_and(reads)}"
     if allowed is not None:
         why = f"{allowed:,} score elements, {100 * allowed / dense:.2f} % of the dense {dense:,}"
     lines.append(f"  allowed     {why}")

@@ -24,8 +24,9 @@ def mask(p: Pattern, *, grid: GridLike, kv_grid: GridLike = None, heads: int = 1
     k_grid = q_grid if op.kv_grid is None else tuple(n for n in op.kv_grid if n is not None)
     attend = op.program(len(q_grid)).attend
     assert isinstance(attend, ir.Attend)
-    if attend.int_tables:
-        raise UnsupportedError(f"{p.name}: the relation reads the runtime tables {attend.int_tables}; it has no mask without them")
+    reads = tuple(dict.fromkeys(n.args[0] for n in ir.walk(attend.relation) if n.op == "load"))
+    if reads:
+        raise UnsupportedError(f"{p.name}: the relation reads the runtime tables {reads}; it has no mask without them")
     leaves: dict[ir.Expr, Any] = {ir.HEAD: torch.arange(heads)[:, None, None], ir.HEADS: heads}
     points = {"q": (q_grid, (slice(None), None)), "k": (k_grid, (None, slice(None)))}
     for role, (sizes, view) in points.items():

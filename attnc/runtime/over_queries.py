@@ -7,7 +7,8 @@ dS = A (dA - delta) with dA[j, i] = grad_out[i] v[j] and delta[j] = sum_i A[j, i
 forward and a backward has this; what the forward computes in vain are the gradients of queries and keys.
 
 Virtual keys would be rows that ask, which kernels do not have: with `pad=` the rows of q, k and v are copied to the extended grid
-(O(N D)), where `pad_k` and `pad_v` are rows like any other, and the relation leaves out the queries there that do not exist.
+(O(N D)), where `pad_k` and `pad_v` are rows like any other, and the relation leaves out the queries there that do not exist. Prefix
+tokens, which virtual keys are hidden from, then lie behind the last rows of the grids, and the relation says whom they see.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor
 
 from attnc import ir
-from attnc.errors import UnsupportedError
 from attnc.runtime.call import empty_like_order
 from attnc.schedule.geometry import extension
 
@@ -54,20 +54,34 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Side:
-    """A grid inside of the one that padding extends it to."""
+    """A grid inside of the one that padding extends it to; prefix tokens fill as many more rows of its first axis as they need."""
 
     grid: Size
     pads: tuple[tuple[int, int], ...]
+    prefix: int
+
+    @property
+    def more(self) -> int:
+        """Rows of the first axis that hold prefix tokens."""
+        return -(-self.prefix // math.prod(self._padded[1:]))
+
+    @property
+    def _padded(self) -> Size:
+        return tuple(n + sum(pad) for n, pad in zip(self.grid, self.pads, strict=True))
 
     @property
     def extended(self) -> Size:
-        """Lengths with virtual rows."""
-        return tuple(n + sum(pad) for n, pad in zip(self.grid, self.pads, strict=True))
+        """Lengths with virtual rows and those of prefix tokens."""
+        return (self._padded[0] + self.more, *self._padded[1:])
 
     def real(self, rows: Tensor) -> Tensor:
-        """A view [B, H, *grid, D] of the tokens among rows [B, H, N, D] of the extended grid."""
+        """A view [B, H, *grid, D] of the grid's tokens among rows [B, H, N, D] of the extended grid."""
         shaped = rows.view(*rows.shape[:2], *self.extended, rows.shape[-1])
         return shaped[:, :, *(slice(a, a + n) for n, (a, _) in zip(self.grid, self.pads, strict=True))]
+
+    def first(self, rows: Tensor) -> Tensor:
+        """A view [B, H, prefix, D] of the prefix tokens among them."""
+        return rows.narrow(2, math.prod(self._padded), self.prefix)
 
     def among(self, rows: Tensor, virtual: Tensor | None) -> Tensor:
         """[B, H, N, D] of the extended grid: `rows` [B, H, N, D] or [B, H, *grid, D] in their places, `virtual` [H or 1, D]
@@ -75,17 +89,26 @@ class _Side:
         out = rows.new_zeros(*rows.shape[:2], math.prod(self.extended), rows.shape[-1])
         if virtual is not None:
             out += virtual[:, None].to(rows.dtype)
+        if self.prefix:
+            self.first(out).copy_(rows[:, :, : self.prefix])
+            rows = rows[:, :, self.prefix :]
         self.real(out).copy_(rows.reshape(*rows.shape[:2], *self.grid, rows.shape[-1]))
         return out
 
     def taken(self, rows: Tensor, like: Tensor) -> Tensor:
         """Those of the tokens, in the shape of `like` but for the channels."""
-        return self.real(rows).reshape(*like.shape[:-1], rows.shape[-1])
+        return self.tokens(rows).reshape(*like.shape[:-1], rows.shape[-1])
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """[B, H, N, D] of the tokens."""
+        found = self.real(rows).flatten(2, -2)
+        return torch.cat([self.first(rows), found], 2) if self.prefix else found
 
     def of_virtual(self, rows: Tensor, like: Tensor) -> Tensor:
         """Summed over batch items and virtual rows, as a gradient of pad_k or pad_v."""
         rest = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
         self.real(rest).zero_()
+        self.first(rest).zero_()
         return rest.sum((0, 2)).sum_to_size(like.shape)
 
 
@@ -94,23 +117,72 @@ def _extended(p: ir.Program, q_grid: Size, k_grid: Size) -> tuple[str, _Side, _S
     """The program on the extended grids as grids of their own, as text, and where tokens lie in them."""
     a = p.attend
     assert isinstance(a, ir.Attend)
-    if p.queries.prefix or p.keys.prefix:
-        raise UnsupportedError(
-            f"pattern {a.name}: softmax over queries together with pad= and prefix tokens: virtual keys as rows of their own would "
-            "be seen by prefix queries; backend='eager' does it, or leave out one of the two"
-        )
-    sides = [_Side(grid, extension(t, grid)) for t, grid in ((p.queries, q_grid), (p.keys, k_grid))]
-    relation = a.relation
-    for axis, (n, (before, after)) in enumerate(zip(q_grid, sides[0].pads, strict=True)):
-        at = ir.coord("q", axis)
+    queries, keys = (_Side(grid, extension(t, grid), t.prefix) for t, grid in ((p.queries, q_grid), (p.keys, k_grid)))
+    if queries.prefix or keys.prefix:
+        p, a = _with_prefix_rows(p, a, queries, keys)
+    else:
+        a = replace(a, relation=ir.make("and", a.relation, _inside(p, "q", queries)))
+    alone = [ir.Tokens((None,) * a.rank) for _ in ir.ROLES]
+    return ir.to_json(replace(p, attend=a, queries=alone[0], keys=alone[1])), queries, keys
+
+
+def _inside(p: ir.Program, role: ir.Role, side: _Side) -> ir.Expr:
+    """The place is no virtual one, and no prefix token's."""
+    tokens, found = p.queries if role == "q" else p.keys, ir.TRUE
+    for axis, (n, (before, after)) in enumerate(zip(side.grid, side.pads, strict=True)):
+        at, more = ir.coord(role, axis), 0 if axis else side.more
         if before:
-            relation = ir.make("and", relation, ir.make("le", ir.const(before), at))
-        if after and p.queries.pad is not None:  # one text for every size
-            relation = ir.make("and", relation, ir.make("lt", at, ir.make("sub", ir.size("q", axis), ir.const(after))))
-        elif after:
-            relation = ir.make("and", relation, ir.make("lt", at, ir.const(before + n)))
-    alone = [ir.Tokens((None,) * a.rank) for _ in sides]
-    return ir.to_json(replace(p, attend=replace(a, relation=relation), queries=alone[0], keys=alone[1])), sides[0], sides[1]
+            found = ir.make("and", found, ir.make("le", ir.const(before), at))
+        if (after or more) and tokens.pad is not None:  # one text for every size
+            size = ir.size("q" if p.same_grid else role, axis)
+            found = ir.make("and", found, ir.make("lt", at, ir.make("sub", size, ir.const(after + more))))
+        elif after or more:
+            found = ir.make("and", found, ir.make("lt", at, ir.const(before + n)))
+    return found
+
+
+def _with_prefix_rows(p: ir.Program, a: ir.Attend, queries: _Side, keys: _Side) -> tuple[ir.Program, ir.Attend]:
+    """The program whose prefix tokens lie on the grids, behind all else: they see tokens and are seen by tokens, as they are."""
+    sides = {"q": queries, "k": keys}
+    below: dict[ir.Role, ir.Expr] = {}  # the grid without them, virtual places included
+    among: dict[ir.Role, ir.Expr] = {}  # a prefix token
+    number: dict[ir.Role, ir.Expr] = {}  # `index`, which is negative for them
+    for role in ir.ROLES:
+        side, length = sides[role], ir.size(role, 0)
+        end = ir.make("sub", length, ir.const(side.more))
+        below[role] = ir.make("lt", ir.coord(role, 0), end)
+        place = ir.make("sub", ir.coord(role, 0), end) if side.more > 1 else ir.ZERO
+        for axis in range(1, a.rank):
+            place = ir.make("add", ir.make("mul", place, ir.size(role, axis)), ir.coord(role, axis))
+        full = math.prod(side.extended[1:]) * side.more == side.prefix
+        known = ir.TRUE if full else ir.make("lt", place, ir.const(side.prefix))
+        among[role] = ir.make("and", ir.make("le", end, ir.coord(role, 0)), known) if side.prefix else ir.FALSE
+        number[role] = ir.make("where", below[role], ir.index(role), ir.make("sub", place, ir.const(side.prefix)))
+
+    def on_grid(e: ir.Expr, *, index: bool = False) -> ir.Expr:
+        """A statement's expression on grids that are longer: sizes are those without prefix tokens, which read what the last row of
+        the grid does."""
+
+        def rule(n: ir.Expr) -> ir.Expr | None:
+            role: ir.Role = n.args[0] if n.args else "q"
+            if n.op == "size":
+                return ir.make("sub", n, ir.const(sides[role].more)) if n.args[1] == 0 else n
+            if n.op == "coord" and n.args[1] == 0 and sides[role].prefix:
+                return ir.make("min", n, ir.make("sub", ir.size(role, 0), ir.const(sides[role].more + 1)))
+            return number[role] if n.op == "index" and index else None
+
+        return ir.rewrite(e if index else ir.flatten_index(e, a.rank, p.same_grid), rule)
+
+    apart = replace(p, same_grid=False)
+    ours = {role: _inside(apart, role, sides[role]) for role in ir.ROLES}
+    seen = ir.make("or", ours["k"], among["k"])
+    relation = ir.make("or", ir.all_of((ours["q"], below["k"], on_grid(a.relation))), ir.make("and", among["q"], seen))
+    relation = ir.make("or", relation, ir.make("and", ours["q"], among["k"]))
+    both = ir.make("and", below["q"], below["k"])
+    score = a.score if a.score == ir.SCORE else ir.make("where", both, on_grid(a.score), ir.SCORE)
+    post = None if a.post is None else ir.make("where", both, on_grid(a.post), ir.const(1.0))
+    dropout = None if a.dropout is None else on_grid(a.dropout, index=True)
+    return apart, replace(a, relation=relation, score=score, post=post, dropout=dropout)
 
 
 @dataclass(frozen=True)
@@ -136,7 +208,7 @@ class Padded:
         rows = queries.among(q, None), keys.among(k, self.tables["pad_k"]), keys.among(v, self.tables["pad_v"])
         out, lse = self.attend(*rows, tables, *rest)
         found = empty_like_order(q, v.shape[-1]).copy_(queries.taken(out, q))
-        return found, keys.real(lse[..., None]).flatten(2).contiguous()
+        return found, keys.tokens(lse[..., None])[..., 0].contiguous()
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None

@@ -221,7 +221,8 @@ def backward(
     lse = lse.contiguous()  # a run of heads hands over a slice; the kernels walk it as [B, H, N]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, found = module.run_backward(q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids)
-    return dq, dk, dv, found
+    flat = {n: torch.zeros_like(t) for n, t in call.tables.items() if t.is_floating_point() and n not in found}  # decide, no more
+    return dq, dk, dv, {**flat, **found}
 
 
 def _channel(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:

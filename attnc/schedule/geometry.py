@@ -194,8 +194,8 @@ def extension(tokens: ir.Tokens, grid: tuple[int, ...]) -> tuple[tuple[int, int]
     return tuple((0, 0) for _ in grid)
 
 
-def _ends(form: AxisForm, axis: int, n_q: int, n_k: int, roles: tuple[ir.Role, ir.Role]) -> tuple[int, Ints, Ints]:
-    leaves: dict[ir.Expr, Any] = {ir.size(roles[1], axis): n_k, ir.size(roles[0], axis): n_q}
+def _ends(form: AxisForm, n_q: int, n_k: int, sizes: dict[ir.Expr, int]) -> tuple[int, Ints, Ints]:
+    leaves: dict[ir.Expr, Any] = dict(sizes)
     # a split longer than the axis puts each token into a class of its own, as one of the axis's length does
     split = min(int(evaluate(form.split, leaves, np)), max(n_q, n_k, LONGEST_TABLE))
     per = -(-n_q // split)
@@ -244,7 +244,6 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
     if len(q_grid) != a.rank or len(k_grid) != a.rank:
         raise ShapeError(f"pattern {a.name}: grid {q_grid} has {len(q_grid)} axes, the pattern was traced on {a.rank}")
     same = program.same_grid
-    roles: tuple[ir.Role, ir.Role] = ("q", "q") if same else ("q", "k")
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     s = analyse(a, same, padded)
     if s.flat:
@@ -263,7 +262,7 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
     for i, ((rq, rk), form) in enumerate(zip(spans, s.axes, strict=True)):
         (bq, aq), (bk, ak) = pads[0][i], pads[1][i]
         n_q, n_k = rq + bq + aq, rk + bk + ak
-        split, lo, hi = _ends(form, i, n_q, n_k, roles)
+        split, lo, hi = _ends(form, n_q, n_k, sizes)
         if s.unknown[i] and max(n_q, n_k) <= LONGEST_TABLE:
             lo, hi = _tightened(s, i, n_q, n_k, split, lo, hi, sizes)
         block = 0 if form.block is None else int(evaluate(form.block, sizes, np))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import networkx as nx
 
 from attnc import ir
+from attnc.analysis.derivative import learned
 
 INPUTS, RESULTS = "inputs", "results"
 
@@ -82,7 +83,7 @@ def _move(g: nx.DiGraph, result: str, inner: str, through: str) -> None:
 def _over_queries(a: ir.Attend) -> nx.DiGraph:
     """Softmax over queries: the kernels of the statement with queries and keys exchanged (see runtime.over_queries)."""
     g: nx.DiGraph = nx.DiGraph(name=a.name)
-    tables, learned = a.tables, tuple(t for t in a.tables if t not in a.int_tables)
+    tables = a.tables
     for node, does in (
         (INPUTS, "what the caller passes"),
         ("forward_lse", "the same with queries and keys exchanged: one log-sum-exp per key"),
@@ -101,7 +102,7 @@ def _over_queries(a: ir.Attend) -> nx.DiGraph:
     _link(g, "forward_lse", "backward", "lse")
     _link(g, "backward_dv", "backward", "dv")
     _link(g, "backward_dv", RESULTS, "dv")
-    _link(g, "backward", RESULTS, "dq", "dk", *(f"d{t}" for t in learned))
+    _link(g, "backward", RESULTS, "dq", "dk", *(f"d{t}" for t in learned(a)))
     return g
 
 
@@ -109,8 +110,7 @@ def _attend(program: ir.Program, a: ir.Attend, union: bool) -> nx.DiGraph:
     g: nx.DiGraph = nx.DiGraph(name=a.name)
     padded = program.keys.pad is not None or program.keys.pad_multiple is not None
     rows = (*(t for t in a.tables if t != a.normalizer.sink), *(("pad_k", "pad_v") if padded else ()))
-    learned = tuple(t for t in rows if t not in a.int_tables)
-    in_score = tuple(t for t in learned if t not in ("pad_k", "pad_v"))
+    in_score = tuple(t for t in learned(a) if t != a.normalizer.sink)
     softmax = a.normalizer.kind == "softmax"
     saved = ("out", "lse") if softmax else ("out",)
 
