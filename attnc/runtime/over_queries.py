@@ -272,17 +272,25 @@ class Exchange:
         k, v = _for_each_head(q, k, v)
         tables, rest = self._arguments()
         grad_out = grad_out.to(q.dtype)
-        dv, own = self.attend(k, q, grad_out, tables, *rest)
+        # in half precision delta, which dA may cancel to the bit, is made of a dv that was not rounded
+        exact, own = self.attend(*(t.to(lse.dtype) for t in (k, q, grad_out)), tables, *rest)
         found: dict[str, Tensor] = {}
         if self._sink is not None:
             seen = own > float("-inf")
-            dv = (dv * torch.where(seen, torch.exp(own - lse), 0.0).view(*dv.shape[:-1], 1)).to(dv.dtype)
-            delta = (dv.to(lse.dtype) * v.to(lse.dtype)).sum(-1).view(lse.shape)
+            exact = exact * torch.where(seen, torch.exp(own - lse), 0.0).view(*exact.shape[:-1], 1)
+        dv = exact.to(q.dtype)
+        if dv.dtype != lse.dtype:  # the kernels' delta is dv's
+            more = ((dv - exact) * v).sum(-1).view(lse.shape)
+            kernels_grad_lse: Tensor | None = more if grad_lse is None else more + grad_lse.to(lse.dtype)
+        else:
+            kernels_grad_lse = grad_lse
+        if self._sink is not None:
+            delta = (exact * v.to(lse.dtype)).sum(-1).view(lse.shape)
             delta = delta if grad_lse is None else delta - grad_lse.to(lse.dtype)
             sink = self.tables[self._sink]
             weight = torch.where(lse > float("-inf"), torch.exp(sink.to(lse.dtype).view(1, -1, 1) - lse), 0.0)
             found[self._sink] = -(weight * delta).sum((0, 2)).sum_to_size(sink.shape)
-        dk, dq, _, gradients = self.attend_backward(k, q, grad_out, tables, dv, lse, v, grad_lse, *rest)
+        dk, dq, _, gradients = self.attend_backward(k, q, grad_out, tables, dv, lse, v, kernels_grad_lse, *rest)
         found |= dict(zip(names, gradients, strict=True))
         return dq, _for_key_heads(dk, kv_heads), _for_key_heads(dv, kv_heads), found
 
