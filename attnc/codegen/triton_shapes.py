@@ -450,7 +450,7 @@ class Shapes:
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
             f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
-            f"    token = base + (b * st[0] + {long('h', wide)} * st[1] + {far})\n"
+            f"    token = base + b * st[0] + {long('h', wide)} * st[1] + {far}\n"
             f"    return token + ({near})[:, None] + {long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]\n"
         )
         name = self.module.use("rows", text, "rows_flat")
