@@ -253,7 +253,8 @@ def shared_limit(target: str) -> int:
 
 def alike(target: str) -> str:
     """A target for which the same tiles are chosen."""
-    return next((t for t in ("cuda:80", "cuda:90", "cuda:75", "cuda:86", "hip:gfx942", "hip:gfx1100") if _like(t) == _like(target)), target)
+    known = ("cuda:80", "cuda:90", "cuda:75", "cuda:86", "hip:gfx942", "hip:gfx1100")
+    return next((t for t in known if _like(t) == _like(target)), target)
 
 
 def _like(target: str) -> tuple[str, int, bool]:
@@ -322,6 +323,7 @@ def _facts(g: Geometry, side: Side, tile: Tile) -> Facts:
     ws = walks(g, side, tile)
     return Facts(
         exact=all(w.exact for w in ws),
+        whole=all((a.queries if side == "q" else a.keys) % n == 0 for a, n in zip(g.axes, tile.rows, strict=True)),
         one_box=all(w.one_box for w in ws),
         most=max(w.most for w in ws),
         mixed=any(0 < w.full < w.steps and not w.exact for w in ws),
