@@ -313,7 +313,7 @@ class Kernel(Steps):
         self.put(f"tl.store({place}, tl.where(both > 0, top + tl.log(both), {INF}), mask=live)")
 
     def less(self) -> None:
-        """grad_lse - rowsum(out * grad_out) of each row, what ds has beside dp, and its LSE in base 2; the next kernels read both."""
+        """grad_lse - rowsum(out * grad_out) of each row, what ds has beside dp, and its LSE in base 2: the next read both."""
         self.put(f"o = {self.load(self.own('o'), self.channels('o'))}")
         self.put("less, lse = -tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), tl.load(Lse + token)")
         with self.block("if GLse is not None:"):

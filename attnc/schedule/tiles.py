@@ -448,10 +448,13 @@ def of_lists(sides: tuple[tuple[int, ...], tuple[int, ...]], width: int, itemsiz
     if bm != padded(bm) or bn != padded(bn):  # a chunk that fills no registers would need a mask of its own
         return None
     tile = Tile(queries, keys, len(queries) - 1, _warps(bm, bn, width, itemsize, target))
-    sides_of: tuple[tuple[Kind, Tile], ...] = (("forward", tile), ("dq", tile), ("dkv", replace(tile, rows=keys, chunk=queries)))
-    kinds = [(kind, listed(t, kind, width, target) if itemsize <= 2 else t) for kind, t in sides_of]
+    turned = replace(tile, rows=keys, chunk=queries)
+    kinds: list[tuple[Kind, Tile]] = [("forward", tile), ("dq", tile), ("dkv", turned)]
+    if itemsize <= 2:
+        kinds = [(kind, listed(t, kind, width, target)) for kind, t in kinds]
     small = all(shared_bytes(kind, t, width, itemsize, target) <= shared_limit(target) for kind, t in kinds)
-    return Tiles(*(t for _, t in kinds), flat) if small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED) else None
+    forward, dq, dkv = (t for _, t in kinds)
+    return Tiles(forward, dq, dkv, flat) if small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED) else None
 
 
 def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target: str = "cuda:80") -> Tiles:
