@@ -26,7 +26,7 @@ from attnc.codegen.around import core_program
 from attnc.codegen.triton import make_spec, part_specs
 from attnc.codegen.triton_plan import Spec
 from attnc.report.inspect import lists_of
-from attnc.schedule.tiles import Kind, Tiles, padded, shared_bytes, shared_limit
+from attnc.schedule.tiles import Kind, Tiles, padded, per_pair, shared_bytes, shared_limit
 
 HERE = Path(__file__).parent
 KEPT, PAGE, PEER = HERE / "gpu-static.json", HERE / "gpu-static.md", HERE / "flex-static.json"
@@ -144,7 +144,10 @@ def shared(n: int, dtype: str, head_dim: int, target: str) -> dict[str, int]:
     every = [(s, s.tiles if x is None else x.tiles) for s, x in zip(found, each, strict=True)]
     kinds: dict[str, Kind] = {"forward": "forward", "backward_dq": "dq", "backward_dkv": "dkv"}
     return {
-        name: max(shared_bytes(kind, getattr(tiles, kind), head_dim, s.itemsize, target) for s, tiles in every)
+        name: max(
+            shared_bytes(kind, getattr(tiles, kind), head_dim, s.itemsize, target, s.geometry is not None and per_pair(s.geometry))
+            for s, tiles in every
+        )
         for name, kind in kinds.items()
     }
 

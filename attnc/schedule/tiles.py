@@ -263,13 +263,20 @@ def _like(target: str) -> tuple[str, int, bool]:
     return "rdna" if rdna(target) else kind, shared_limit(target), kind == "cuda" and int(version) >= 90
 
 
-def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
+def per_pair(g: Geometry) -> bool:
+    """Whether a table or a condition is evaluated for each pair."""
+    return bool(g.attend.tables) or g.structure.residual != ir.TRUE
+
+
+def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80", pairs: bool = False) -> int:
     """Shared memory of one program, from above: rows that products reread, two tensors' chunks of columns, and the weights with
-    the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers."""
+    the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers.
+    pairs: a table or a condition is evaluated for each pair of a chunk, and goes through it to the scores' lanes."""
     rows, columns, weights = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize, tile.bm * tile.bn * itemsize
     if target.startswith("hip"):  # rows pass through it once, before the loop
         return max(rows, columns + weights, columns * (1 if tile.warps == 1 else min(tile.stages, 2)))
     more = 1 if kind == "forward" else 2
+    columns += (4 * tile.bm + 8) * tile.bn if pairs and tile.batch == 1 else 0  # a whole group has its pairs' values ready
     if target in _WARPGROUPS and itemsize <= 2:
         return more * (rows + weights) + min(tile.stages, 2) * columns + 8 * tile.bn + (64 if target == "cuda:100" else 0)
     return more * (rows + weights) + columns
@@ -387,7 +394,7 @@ def _fitting(
             tile = Tile(rows_, chunk_, 0, _warps(bm, bn, width, itemsize, target))
             if least is None or bm * bn < least.bm * least.bn:
                 least = tile
-            if shared_bytes(kind, tile, width, itemsize, target) > shared_limit(target):
+            if shared_bytes(kind, tile, width, itemsize, target, per_pair(g)) > shared_limit(target):
                 continue
             if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
                 continue
@@ -452,7 +459,7 @@ def of_lists(sides: tuple[tuple[int, ...], tuple[int, ...]], width: int, itemsiz
     kinds: list[tuple[Kind, Tile]] = [("forward", tile), ("dq", tile), ("dkv", turned)]
     if itemsize <= 2:
         kinds = [(kind, listed(t, kind, width, target)) for kind, t in kinds]
-    small = all(shared_bytes(kind, t, width, itemsize, target) <= shared_limit(target) for kind, t in kinds)
+    small = all(shared_bytes(kind, t, width, itemsize, target, pairs=True) <= shared_limit(target) for kind, t in kinds)
     forward, dq, dkv = (t for _, t in kinds)
     return Tiles(forward, dq, dkv, flat) if small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED) else None
 
