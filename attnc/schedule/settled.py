@@ -97,19 +97,21 @@ def _hopper(tile: Tile, kind: Kind, width: int, target: str, facts: Facts, facts
     if sides == (64, 64) and tile.warps == 4 and facts.residual and (kind == "dkv" or (kind == "dq" and target != "cuda:90")):
         return _half(tile)
     if kind == "dq" and sides == (128, 128) and target == "cuda:100":  # pipelined, both products' sums leave tensor memory
-        return replace(tile, stages=1) if facts.exact and not facts.residual else _half(tile, stages=1)
+        return _half(tile, stages=1) if facts.residual else replace(tile, stages=1)
     if kind == "dkv" and sides == (128, 64):
         # fewer instructions by one warpgroup that does not pipeline (several of them share a multiprocessor)
         half = replace(tile, rows=scaled(tile.rows, up=False), warps=4, stages=1)
         wide = replace(half, chunk=scaled(tile.chunk, up=True))
-        return wide if facts_of(wide).exact else half
+        return wide if facts_of(wide).exact or (target == "cuda:100" and not facts.residual) else half
     return tile
 
 
 def _cdna(tile: Tile, kind: Kind, width: int, facts: Facts) -> Tile:
     """512 registers a lane, which waves of four share: one wave to a quarter of 64 rows."""
-    if width != 64 or tile.warps != 8 or tile.bm != 128 or (kind == "forward" and facts.exact):
+    if width != 64 or tile.warps != 8 or tile.bm != 128:
         return tile
+    if kind == "forward" and not facts.residual:
+        return tile if facts.exact else replace(tile, stages=1)
     chunk, most = tile.chunk, 32 if kind == "dkv" else 64
     while math.prod(chunk) > most:
         chunk = scaled(chunk, up=False)
