@@ -346,7 +346,8 @@ and reads the SASS. No GPU took part, so nothing here is a time. {count} reports
 bodies times their trips. It is a floor on issue slots, and says nothing of latency, memory or overlap. *waste*: score elements
 issued for each one allowed. *rows*: rows of K (and of V) that the forward loads for each query. In brackets: registers, bytes
 spilled if any, shared memory, tensor-core instructions, global load instructions by the bits a lane loads, and compares and selects
-in the loops over full tiles. "-" under dq: one kernel makes all gradients.
+in the loops over full tiles. "-" under dq: one kernel makes all gradients. A spill is memory: scalar registers of AMD's that
+are kept in lanes of vector registers are none.
 
 ## Six patterns beside FlexAttention
 
