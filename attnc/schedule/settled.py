@@ -33,7 +33,7 @@ def settled(tile: Tile, kind: Kind, width: int, target: str, facts_of: Callable[
     facts, (family, _, version) = facts_of(tile), target.partition(":")
     if family == "hip":
         return (_cdna if version == "gfx942" else _rdna)(tile, kind, width, facts)
-    if kind == "dq" and facts.tables and tile.warps == 1 and tile.bn > 64:  # the kernel of a table's gradient has its tile
+    if facts.tables and tile.warps == 1 and tile.bn > {"forward": 128, "dq": 64, "dkv": 32}[kind]:  # a table's places are many
         return _half(tile)
     if int(version) < 90:
         return _ampere(tile, kind, width, facts)
@@ -80,6 +80,8 @@ def _ampere(tile: Tile, kind: Kind, width: int, facts: Facts) -> Tile:
             return _half(tile)
         if width == 128 and tile.bm == 128 and facts.most <= 8:  # a loop so short is unrolled, and its chunks overlap
             return _half(tile)
+    elif sides == (128, 128) and width <= 32 and facts.exact and facts.most > 8:
+        return replace(_half(tile), warps=4)
     elif sides == (128, 128) and (facts.residual if width <= 64 else facts.one_box and not facts.exact):
         return _half(tile)
     elif width == 128 and sides == (64, 128) and crowded:
