@@ -15,7 +15,7 @@ from attnc.schedule.chips import chip
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPORTS: dict[str, dict[str, Any]] = json.loads((DOCS / "gpu-static.json").read_text(encoding="utf-8"))
-# kernels that spill, with the bytes: all gradients of a window beside its table's, and predicates of pairs, at 128 channels
+# kernels that spill, with the bytes: sums, and what is asked of pairs, at 128 channels
 SPILLS = {
     'window(7, bias="relative") 56x56 | float16 128 | cuda:90': 64,
     'window(7, shift=3, bias="relative") 56x56 | float16 128 | cuda:90': 56,
@@ -28,6 +28,7 @@ DEARER = {"cross(8) 64x64", "per_head([window(7), grid(7)]) 56x56"}
 # single modules with loops over full tiles that take more than dense attention's
 DEARER_MODULES = {
     'axial("x") 56x56 | float16 64 | hip:gfx1100',
+    "causal(), one axis 4096 | bfloat16 64 | cuda:90",
     "causal(), one axis 4096 | float16 64 | cuda:90",
     "causal(), one axis 4096 | float16 64 | hip:gfx1100",
     "full() 56x56 | float16 128 | cuda:80",
@@ -71,14 +72,17 @@ def test_loops_over_full_tiles_are_dense_attentions() -> None:
 @pytest.mark.parametrize("target", PAGE.HELD)
 @pytest.mark.parametrize("call", [call for call, *_ in PAGE.LIBRARY])
 def test_forwards_without_tables_load_rows_128_bits_at_a_time_and_nothing_else(call: str, target: str) -> None:
-    """A later part of a union reads the log-sum-exp of those before it, one number a row."""
+    """A later part of a union reads the log-sum-exp of those before it, one number a row; lists have two ends, a count of full
+    chunks and a number for each chunk, which two loops read, perhaps one chunk ahead."""
     n = [each[0] for each in PAGE.LIBRARY].index(call)
     report = REPORTS.get(PAGE.name_of(n, "float16", 64, target))
     if report is None or "bias" in call:
         return
     parts = report["strategy"].count(" + ")
     loads = report["kernels"]["forward"]["global_loads"]
-    assert sum(count for bits, count in loads.items() if bits != "128") <= 2 * parts, loads
+    assert sum(count for bits, count in loads.items() if bits != "128") <= 2 * parts + 7 * report["strategy"].count("by lists"), (
+        loads
+    )
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100"])

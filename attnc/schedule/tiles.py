@@ -335,7 +335,7 @@ def _facts(g: Geometry, side: Side, tile: Tile) -> Facts:
         most=max(w.most for w in ws),
         mixed=any(0 < w.full < w.steps and not w.exact for w in ws),
         residual=g.structure.residual != ir.TRUE,
-        tables=bool(g.attend.tables),
+        tables=bool(set(g.attend.tables) - set(g.attend.int_tables)),
     )
 
 
