@@ -22,7 +22,11 @@ from typing import Any
 
 import attnc
 from attnc import patterns
-from attnc.schedule.tiles import Kind, padded, shared_bytes, shared_limit
+from attnc.codegen.around import core_program
+from attnc.codegen.triton import make_spec, part_specs
+from attnc.codegen.triton_plan import Spec
+from attnc.report.inspect import lists_of
+from attnc.schedule.tiles import Kind, Tiles, padded, per_pair, shared_bytes, shared_limit
 
 HERE = Path(__file__).parent
 KEPT, PAGE, PEER = HERE / "gpu-static.json", HERE / "gpu-static.md", HERE / "flex-static.json"
@@ -111,25 +115,39 @@ def options(n: int, dtype: str, head_dim: int, target: str) -> dict[str, Any]:
 
 
 def digest(setting: dict[str, Any]) -> str:
-    """Of the compiler, the kernels of the module that a setting gives, and its head, which names their tiles."""
+    """Of the compiler, the kernels of the module that a setting gives, its head, which names their tiles, and tiles of lists."""
     module = attnc.emit(LIBRARY[setting["n"]][1], **options(**setting))
     kernels = re.split(r"^def (?:strides|like|precision)\(", module, maxsplit=1, flags=re.MULTILINE)[0]
-    return hashlib.sha256(f"triton {metadata.version('triton')}\n{kernels}".encode()).hexdigest()[:12]
+    walked = "".join(f"{lists}\n" for lists in tiles_of_lists(**setting))
+    return hashlib.sha256(f"triton {metadata.version('triton')}\n{kernels}{walked}".encode()).hexdigest()[:12]
 
 
-def shared(n: int, dtype: str, head_dim: int, target: str) -> dict[str, int]:
-    """Shared memory of each kernel that walks the relation, as computed: an upper bound."""
-    from attnc.codegen.around import core_program
-    from attnc.codegen.triton import make_spec, part_specs
-
+def specs(n: int, dtype: str, head_dim: int, target: str) -> tuple[Spec, ...]:
+    """What is printed for a setting: its statement, or the parts of a union."""
     _, p, grid, heads, more = LIBRARY[n]
     program = core_program(attnc.compile(p, grid=grid, heads=heads, **more).program(len(grid)))
     sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": head_dim, "itemsize": 4 if dtype == "float32" else 2}
     grids = program, grid, more.get("kv_grid", grid)
-    every = part_specs(*grids, heads, **sizes, target=target) or (make_spec(*grids, **sizes, target=target),)
+    return part_specs(*grids, heads, **sizes, target=target) or (make_spec(*grids, **sizes, target=target),)
+
+
+def tiles_of_lists(n: int, dtype: str, head_dim: int, target: str) -> list[Tiles]:
+    """Tiles of the kernels that walk lists, where an operator's call does."""
+    each = [lists_of(s, target, LIBRARY[n][3], BATCH) for s in specs(n, dtype, head_dim, target)]
+    return [x.tiles for x in each if x is not None]
+
+
+def shared(n: int, dtype: str, head_dim: int, target: str) -> dict[str, int]:
+    """Shared memory of each kernel that walks the relation, as computed: an upper bound."""
+    found = specs(n, dtype, head_dim, target)
+    each = [lists_of(s, target, LIBRARY[n][3], BATCH) for s in found]
+    every = [(s, s.tiles if x is None else x.tiles) for s, x in zip(found, each, strict=True)]
     kinds: dict[str, Kind] = {"forward": "forward", "backward_dq": "dq", "backward_dkv": "dkv"}
     return {
-        name: max(shared_bytes(kind, getattr(s.tiles, kind), head_dim, sizes["itemsize"], target) for s in every)
+        name: max(
+            shared_bytes(kind, getattr(tiles, kind), head_dim, s.itemsize, target, s.geometry is not None and per_pair(s.geometry))
+            for s, tiles in every
+        )
         for name, kind in kinds.items()
     }
 
@@ -328,7 +346,8 @@ and reads the SASS. No GPU took part, so nothing here is a time. {count} reports
 bodies times their trips. It is a floor on issue slots, and says nothing of latency, memory or overlap. *waste*: score elements
 issued for each one allowed. *rows*: rows of K (and of V) that the forward loads for each query. In brackets: registers, bytes
 spilled if any, shared memory, tensor-core instructions, global load instructions by the bits a lane loads, and compares and selects
-in the loops over full tiles. "-" under dq: one kernel makes all gradients.
+in the loops over full tiles. "-" under dq: one kernel makes all gradients. A spill is memory: scalar registers of AMD's that
+are kept in lanes of vector registers are none.
 
 ## Six patterns beside FlexAttention
 

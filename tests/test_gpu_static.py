@@ -15,111 +15,24 @@ from attnc.schedule.chips import chip
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPORTS: dict[str, dict[str, Any]] = json.loads((DOCS / "gpu-static.json").read_text(encoding="utf-8"))
-# kernels that spill, with the bytes: of RDNA's 256 registers, tiles that other chips hold ask more; elsewhere what is left
+# kernels that spill, with the bytes: sums, and what is asked of pairs, at 128 channels
 SPILLS = {
-    f"{call} | {setting}": spilled
-    for setting, calls in {
-        "bfloat16 32 | cuda:90": {
-            'neighborhood(7, bias="relative") 56x56': 224,
-        },
-        "bfloat16 64 | cuda:80": {
-            "cross(8) 64x64": 16,
-        },
-        "float16 128 | cuda:80": {
-            "causal(), one axis 4096": 40,
-            "full(), one axis 4096": 64,
-            'strip("y", 8) 64x64': 120,
-            "cross(8) 64x64": 136,
-            'neighborhood(7, bias="relative") 56x56': 128,
-            "full() 56x56": 96,
-            "per_head([window(7), grid(7)]) 56x56": 176,
-        },
-        "float16 128 | cuda:90": {
-            'window(7, bias="relative") 56x56': 64,
-            'window(7, shift=3, bias="relative") 56x56': 64,
-            'neighborhood(7, bias="relative") 56x56': 56,
-            "per_head([window(7), grid(7)]) 56x56": 112,
-        },
-        "float16 32 | cuda:80": {
-            "causal(), one axis 4096": 96,
-            "cross(8) 64x64": 64,
-            'neighborhood(7, bias="relative") 56x56': 224,
-        },
-        "float16 32 | cuda:90": {
-            'neighborhood(7, bias="relative") 56x56': 224,
-        },
-        "float16 64 | cuda:100": {
-            "band(2, 5) 56x56": 8,
-        },
-        "float16 64 | hip:gfx1100": {
-            "neighborhood(7) 56x56": 524,
-            'window(7, bias="relative") 56x56': 792,
-            "neighborhood(7, dilation=4) 56x56": 596,
-            'axial("y") | axial("x") 64x64': 672,
-            "causal(), one axis 4096": 4056,
-            "full(), one axis 4096": 948,
-            "window(7) 56x56": 256,
-            "window(7, shift=3) 56x56": 356,
-            'window(7, shift=3, bias="relative") 56x56': 716,
-            "window(8) 64x64": 256,
-            "blocks((14, 4)) 56x56": 288,
-            "grid(7) 56x56": 256,
-            'axial("x") 56x56': 276,
-            'strip("y", 8) 64x64': 960,
-            "cross(8) 64x64": 3400,
-            "neighborhood(13) 56x56": 604,
-            "neighborhood(7, stride=4) 56x56": 508,
-            "neighborhood(7, causal=True) 56x56": 536,
-            'neighborhood(7, bias="relative") 56x56': 764,
-            "dilated(5, 2) 56x56": 600,
-            "dilated_blocks(7, 8) 56x56": 256,
-            "overlapping_window(7, 11) 56x56": 520,
-            "cross_scale(5) 56x56": 524,
-            "cross_scale(2) 28x28": 16,
-            "causal() 56x56": 3648,
-            "band(2, 5) 56x56": 492,
-            "full() 56x56": 3208,
-            "per_head([window(7), grid(7)]) 56x56": 644,
-        },
-        "float16 64 | hip:gfx942": {
-            "overlapping_window(7, 11) 56x56": 8,
-            "per_head([window(7), grid(7)]) 56x56": 104,
-        },
-    }.items()
-    for call, spilled in calls.items()
+    'window(7, bias="relative") 56x56 | float16 128 | cuda:90': 64,
+    'window(7, shift=3, bias="relative") 56x56 | float16 128 | cuda:90': 56,
+    "cross(8) 64x64 | float16 128 | cuda:90": 40,
+    "per_head([window(7), grid(7)]) 56x56 | float16 128 | cuda:90": 56,
+    "cross_scale(5) 56x56 | float16 128 | cuda:80": 8,
 }
-# thread-instructions that are above what is asked
-ABOVE = {("full(), one axis", "cuda:80", "backward_dkv"): 13.4}
-# statements with loops over full tiles that take more than dense attention's
-DEARER = {"causal(), one axis 4096", "full() 56x56"}
-# single modules with such loops
+# statements whose loops walk lists, and find each chunk's place in them
+DEARER = {"cross(8) 64x64", "per_head([window(7), grid(7)]) 56x56"}
+# single modules with loops over full tiles that take more than dense attention's
 DEARER_MODULES = {
-    *(
-        f"cross(8) 64x64 | {s}"
-        for s in ("bfloat16 32 | cuda:90", "bfloat16 64 | cuda:80", "bfloat16 64 | cuda:90", "float16 128 | cuda:80")
-    ),
-    *(
-        f"per_head([window(7), grid(7)]) 56x56 | {s}"
-        for s in (
-            "bfloat16 32 | cuda:90",
-            "bfloat16 64 | cuda:80",
-            "bfloat16 64 | cuda:90",
-            "float16 128 | cuda:80",
-            "float16 128 | cuda:90",
-        )
-    ),
-}
-# what more shared memory is compiled than computed, in bytes: of predicates of pairs beside tables, mostly at 128 channels
-BEYOND = {
-    ('neighborhood(7, bias="relative") 56x56 | float16 128 | cuda:90', "forward"): 15360,
-    ('neighborhood(7, bias="relative") 56x56 | float16 128 | cuda:80', "forward"): 32768,
-    ('neighborhood(7, bias="relative") 56x56 | float16 128 | cuda:80', "backward_dq"): 8192,
-    ('neighborhood(7, bias="relative") 56x56 | float16 128 | cuda:80', "backward_dkv"): 4352,
-    ("per_head([window(7), grid(7)]) 56x56 | float16 128 | cuda:90", "backward_dkv"): 25344,
-    ("per_head([window(7), grid(7)]) 56x56 | float16 128 | cuda:80", "backward_dkv"): 16896,
-    ("per_head([window(7), grid(7)]) 56x56 | bfloat16 64 | cuda:90", "backward_dkv"): 8960,
-    ("per_head([window(7), grid(7)]) 56x56 | bfloat16 64 | cuda:80", "backward_dkv"): 512,
-    ("per_head([window(7), grid(7)]) 56x56 | bfloat16 32 | cuda:90", "forward"): 5632,
+    'axial("x") 56x56 | float16 64 | hip:gfx1100',
+    "causal(), one axis 4096 | bfloat16 64 | cuda:90",
+    "causal(), one axis 4096 | float16 64 | cuda:90",
+    "causal(), one axis 4096 | float16 64 | hip:gfx1100",
+    "full() 56x56 | float16 128 | cuda:80",
+    'strip("y", 8) 64x64 | float16 128 | cuda:80',
 }
 
 
@@ -159,14 +72,17 @@ def test_loops_over_full_tiles_are_dense_attentions() -> None:
 @pytest.mark.parametrize("target", PAGE.HELD)
 @pytest.mark.parametrize("call", [call for call, *_ in PAGE.LIBRARY])
 def test_forwards_without_tables_load_rows_128_bits_at_a_time_and_nothing_else(call: str, target: str) -> None:
-    """A later part of a union reads the log-sum-exp of those before it, one number a row."""
+    """A later part of a union reads the log-sum-exp of those before it, one number a row; lists have two ends, a count of full
+    chunks and a number for each chunk, which two loops read, perhaps one chunk ahead."""
     n = [each[0] for each in PAGE.LIBRARY].index(call)
     report = REPORTS.get(PAGE.name_of(n, "float16", 64, target))
     if report is None or "bias" in call:
         return
     parts = report["strategy"].count(" + ")
     loads = report["kernels"]["forward"]["global_loads"]
-    assert sum(count for bits, count in loads.items() if bits != "128") <= 2 * parts, loads
+    assert sum(count for bits, count in loads.items() if bits != "128") <= 2 * parts + 7 * report["strategy"].count("by lists"), (
+        loads
+    )
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100"])
@@ -185,8 +101,7 @@ def test_every_module_compiles_for_every_target(call: str, target: str) -> None:
 
 
 def test_tiles_fit_the_shared_memory_of_smaller_chips() -> None:
-    """Computed, for the tiles chosen there; what was compiled for others never had more than the figure computed for it, but for
-    what is listed."""
+    """Computed, for the tiles chosen there; what was compiled for others never had more than the figure computed for it."""
     for target in PAGE.SMALLER:
         assert tiles.shared_limit(target) == 1024 * chip(target).shared_block
         for dim in (32, 64, 128):
@@ -197,7 +112,7 @@ def test_tiles_fit_the_shared_memory_of_smaller_chips() -> None:
         computed = PAGE.shared(**setting)
         for name, k in report.get("kernels", {}).items():
             if name in computed:
-                assert k["shared_bytes"] <= computed[name] + BEYOND.get((key, name), 0), (key, name)
+                assert k["shared_bytes"] <= computed[name], (key, name)
 
 
 @pytest.mark.parametrize("target, more", [("cuda:90", 1.0), ("cuda:80", 1.3)])
@@ -213,7 +128,7 @@ def test_six_patterns_keep_their_bars(call: str, target: str, more: float) -> No
         assert sum(back.values()) <= most[1] * more
         return
     assert back["backward_dq"] <= most[1] * more
-    assert back["backward_dkv"] <= max(most[2] * more, ABOVE.get((call, target, "backward_dkv"), 0.0))
+    assert back["backward_dkv"] <= most[2] * more
 
 
 def test_waste_is_what_is_asked() -> None:

@@ -143,7 +143,7 @@ class Host(Face):
             return f'table_strides(tables["{stem}"])' if stem in self.given else f"table_strides({stem})"
         if name.removesuffix("_table") in self.given and name.endswith("_table"):  # not the gradient of a table called "table"
             return 'tables["' + name.removesuffix("_table") + '"]'
-        if self.spec.prefix and name in ("Lse", "Lse2", "Delta", "GLse"):
+        if self.spec.prefix and name in ("Lse", "Lse2", "Less", "GLse"):
             low, n = name.lower(), self.spec.program.queries.prefix
             if name == "GLse":
                 return f"None if grad_lse is None else grad_lse[:, :, {n}:]" if n and not prefix else "grad_lse"
@@ -162,7 +162,7 @@ class Host(Face):
             "GROUP": "H // HK",
             "PRECISION": "precision()",
         }
-        lower = ("Lse", "Lse2", "Delta", "Size", "Unit", "Partial", "DPad_k", "DPad_v")
+        lower = ("Lse", "Lse2", "Less", "Size", "Unit", "Partial", "DPad_k", "DPad_v")
         return known.get(name, "per" if name == "PER" else name.lower() if name in lower else name)
 
     def part(self, t: str, which: str) -> str:
@@ -284,7 +284,7 @@ class Host(Face):
             body.append("        t.copy_(heads.unflatten(1, (HK, H // HK)).sum(2))")
         else:
             if spec.softmax:
-                body.append("delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
+                body.append("less, lse2 = torch.empty_like(lse), torch.empty_like(lse)")
             for each in self.hosts:
                 body += each.bias_tiles(each.kernels["backward_dq"]) if each is not self else []
                 body += each.launch(each.kernels["backward_dq"])

@@ -37,7 +37,7 @@ POINTERS = [
     "Lse",
     "GLse",
     "Lse2",
-    "Delta",
+    "Less",
     "DQ",
     "DK",
     "DV",
@@ -266,10 +266,10 @@ class Kernel(Steps):
                 if self.spec.softmax:
                     self.put(f"token = (b * H + h) * N + {self.row_token()}")
                 if self.kind == "backward_table" and self.spec.softmax:
-                    self.put("lse, delta = tl.load(Lse2 + token)[:, None], tl.load(Delta + token)[:, None]")
+                    self.put("lse, less = tl.load(Lse2 + token)[:, None], tl.load(Less + token)[:, None]")
                 elif self.kind == "backward_dq":
                     if self.spec.softmax:
-                        self.delta()
+                        self.less()
                     self.put(f"dq = tl.zeros([{self.bm}, {lanes(self.spec.head_dim)}], tl.float32)")
             elif not self.hoist or self.with_prefix:
                 state = [("m_i", f"tl.full([{self.bm}], -1e30, tl.float32)"), ("l_i", f"tl.zeros([{self.bm}], tl.float32)")]
@@ -312,14 +312,14 @@ class Kernel(Steps):
         self.put(f"tl.store({self.own('o')}, ({value}).to(O.dtype.element_ty), mask={masks})")
         self.put(f"tl.store({place}, tl.where(both > 0, top + tl.log(both), {INF}), mask=live)")
 
-    def delta(self) -> None:
-        """rowsum(out * grad_out) - grad_lse of each row, and its LSE in base 2, for this kernel and the next ones."""
+    def less(self) -> None:
+        """grad_lse - rowsum(out * grad_out) of each row, what ds has beside dp, and its LSE in base 2: the next read both."""
         self.put(f"o = {self.load(self.own('o'), self.channels('o'))}")
-        self.put("delta, lse = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), tl.load(Lse + token)")
+        self.put("less, lse = -tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), tl.load(Lse + token)")
         with self.block("if GLse is not None:"):
-            self.put("delta -= tl.load(GLse + token)")
+            self.put("less += tl.load(GLse + token)")
         self.put(f"lse = tl.where(lse > {INF}, lse * LOG2E, 0.0)  # a row without keys")
-        self.put("tl.store(Delta + token, delta, mask=live)", "tl.store(Lse2 + token, lse, mask=live)")
+        self.put("tl.store(Less + token, less, mask=live)", "tl.store(Lse2 + token, lse, mask=live)")
 
     def store_partial(self) -> None:
         """A program's share of a table gradient, or its bound."""

@@ -215,7 +215,7 @@ class AxisPlan:
     single: bool  # the box is at most one chunk
     overruns: bool  # a chunk may reach beyond the axis
     full: bool  # chunks without a mask exist
-    partial: bool  # chunks with one exist
+    partial: bool  # chunks with one follow those without
     start: ir.Expr  # first row of the first tile
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
     wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
@@ -310,7 +310,7 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
             w.most <= 1,
             w.overruns,
             w.full > 0,
-            w.partial > 0 and not w.exact,
+            w.partial > w.left and not w.exact,
             begin,
             w.one_box and group,
         )

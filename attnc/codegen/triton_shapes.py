@@ -6,6 +6,7 @@ and `y_to` the box of columns the tile sees; all are indices inside the residue 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +133,14 @@ class Shapes:
         return [("class", p) for p in self.plans if p.split != ir.ONE] + [("tile", p) for p in self.plans]
 
     # --------------------------------------------------------------------------------------------------------------------- tiles
+    def filled(self) -> bool:
+        """Whether all rows of every tile exist, which is known where sizes are: no row is then moved back inside the axis."""
+        g = self.spec.geometry
+        if g is None or self.spec.padded or self.moves or self.bm != math.prod(p.rows for p in self.plans):
+            return False
+        sides = zip(self.plans, g.axes, strict=True)
+        return not any(p.wrap or (a.queries if self.side == "q" else a.keys) % p.rows for p, a in sides)
+
     def tile(self) -> None:
         """Print the call of a function that locates a program's tile."""
         digits = self.digits()
@@ -165,6 +174,7 @@ class Shapes:
             put = ["pid, m = tl.program_id(0), tl.arange(0, BM)"] if len(digits) > 1 else ["m = tl.arange(0, BM)"]
             put.append(f"{', '.join(f'{p.name}0' for _, p in digits)} = {', '.join(origins)}")
         live: list[str] = []
+        filled = self.filled()
         ends, leads, inner = [], [], []
         wrapped: dict[str, str] = {}
         for i, p in enumerate(self.plans):
@@ -173,7 +183,7 @@ class Shapes:
             after = " * ".join(f"T{q.name.upper()}" for q in self.plans[i + 1 :])
             part = "m" if not after else f"m // {after}" if " " not in after else f"m // ({after})"
             raw = f"{n}0 + {part}" + (f" % {t}" if i else "")
-            inside = f"tl.minimum({raw}, {n}b)"
+            inside = raw if filled else f"tl.minimum({raw}, {n}b)"
             if p.wrap:
                 leads.append((f"{n}a", f"{n}0"))
                 wrapped[n] = self.around(n, p)
@@ -189,7 +199,8 @@ class Shapes:
         back = [f"r{p.name}" for p in self.plans if p.split != ir.ONE] + [f"{n}0" for n in names]
         back += [f"{n}a" for n in names] if self.moves else []
         back += [f"{n}b" for n in names]
-        put.append(f"return {', '.join([*back, *[wrapped.get(n, n) for n in names], ' & '.join(live)])}")
+        exist = "tl.full([BM], True, tl.int1)" if filled else " & ".join(live)
+        put.append(f"return {', '.join([*back, *[wrapped.get(n, n) for n in names], exist])}")
         body = "\n".join(f"    {line}" for line in put)
         sizes = [s for s in self.size_arguments() if mentions(s, body)]
         lengths = [f"T{n.upper()}" for n in names]
@@ -439,7 +450,7 @@ class Shapes:
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
             f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
-            f"    token = base + (b * st[0] + {long('h', wide)} * st[1] + {far})\n"
+            f"    token = base + b * st[0] + {long('h', wide)} * st[1] + {far}\n"
             f"    return token + ({near})[:, None] + {long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]\n"
         )
         name = self.module.use("rows", text, "rows_flat")

@@ -47,7 +47,7 @@ class Steps(Scores):
             mask = reach.removesuffix("[:, None]")
             mask = f", mask={mask}, other=0.0" if mask else ""
             if self.spec.softmax:
-                self.put(f"lse, delta = tl.load(Lse2 + token{mask})[None, :], tl.load(Delta + token{mask})[None, :]")
+                self.put(f"lse, less = tl.load(Lse2 + token{mask})[None, :], tl.load(Less + token{mask})[None, :]")
         if self.kind == "forward":
             self.scores("q", "k")
             self.forward_step(first=self.hoist and not self.with_prefix, post=True)
@@ -133,8 +133,8 @@ class Steps(Scores):
             self.put(add_dv)
         if self.fused:
             self.group_rows()
-        less = self.kind == "backward_dq" and spec.softmax and weight == "p"  # the product starts from -delta
-        start = f"tl.broadcast_to(-delta[:, None], [{self.bm}, {self.bn}])" if less else ""
+        starts = not self.fused and spec.softmax and weight == "p"  # the product starts from what dp is less in ds
+        start = f"tl.broadcast_to(less{at}, [{self.bm}, {self.bn}])" if starts else ""
         self.put(f"dp = {dot(row2, f'{column2}.T', start)}")
         if keys and not early:
             self.put(add_dv)
@@ -144,10 +144,12 @@ class Steps(Scores):
                 self.put("delta -= tl.load(GLse + token)[:, None]")
         if not spec.softmax:
             self.put(f"ds = {'f * ' if weight == 'w' else ''}dp * ({self.weights_slope()})")
-        elif less:
+        elif starts:
             self.put("ds = p * dp")
+        elif self.fused:
+            self.put("ds = w * dp - p * delta" if weight == "w" else "ds = p * (dp - delta)")
         else:
-            self.put(f"ds = w * dp - p * delta{at}" if weight == "w" else f"ds = p * (dp - delta{at})")
+            self.put(f"ds = w * dp + p * less{at}")
         if not plain:
             self.table_gradients()
         slope = ir.const(1.0) if plain else spec.slope
@@ -241,7 +243,7 @@ class Steps(Scores):
             if self.side == "k":
                 self.put(f"token = (b * H + h) * N + i * {self.bn} + n - P")
             if self.side == "k" and self.spec.softmax:
-                for what, pointer in (("lse", "Lse2"), ("delta", "Delta")):
+                for what, pointer in (("lse", "Lse2"), ("less", "Less")):
                     self.put(f"{what} = tl.load({pointer} + token, mask=inside, other=0.0)[None, :]")
             row, column = ("k", "q") if self.side == "k" else ("q", "k")
             self.put(f"s = {dot(row, f'{column}.T')}")

@@ -220,7 +220,7 @@ def inspect_triton(
     spec = make_spec(program, q_grid, k_grid, **sizes, chosen=chosen, target=target)
     parts = () if chosen else part_specs(program, q_grid, k_grid, heads, **sizes, target=target)
     every = parts or (spec,)
-    lists = [None if chosen else _lists(s, target, heads, batch) for s in every]
+    lists = [None if chosen else lists_of(s, target, heads, batch) for s in every]
     modules = [_Module(spec, parts, (None,) * len(every))]
     if any(x is not None for x in lists):  # an operator runs each part by itself
         modules = [_called(s, x, bool(parts), target) for s, x in zip(every, lists, strict=True)]
@@ -282,7 +282,7 @@ class _Module:
         return None if found is None else found.keys if k.side == "k" else found.queries
 
 
-def _lists(s: Spec, target: str, heads: int, batch: int) -> Lists | None:
+def lists_of(s: Spec, target: str, heads: int, batch: int) -> Lists | None:
     """The lists that an operator's call on the target walks (the values of tables in its memory are not looked at)."""
     from attnc.runtime import triton_lists
 

@@ -109,7 +109,7 @@ def amd(text: str, shared: int) -> Code:
             if op != "s_nop":
                 body.append((at, op))
             at += 1
-    spills = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    spills = 4 * value("vgpr_spill_count")  # scalar registers go to lanes of vector registers, not to memory
     return _code(
         body,
         branches,

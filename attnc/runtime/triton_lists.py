@@ -34,6 +34,7 @@ class Kernels:
         """Rows and columns that registers have room for."""
         side = 64 if self.itemsize <= 2 else 32
         side = side if self.width <= 128 else side // 2
+        side = 16 if tiles.rdna(self.target) and self.itemsize <= 2 else side
         return Limits(side, side, lattice=True)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from attnc import ir
 from attnc.schedule.geometry import Axis, Geometry
+from attnc.schedule.settled import Facts, listed, settled
 
 Side = Literal["q", "k"]
 Kind = Literal["forward", "dq", "dkv"]
@@ -236,6 +237,15 @@ _SHARED |= {"hip:gfx942": 64, "hip:gfx1100": 64}
 _WARPGROUPS = ("cuda:90", "cuda:100")  # multiply out of shared memory
 
 
+# channels of a chunk's columns that the lanes of RDNA's waves, which hold an operand twice, have registers for
+_RDNA = {"forward": 4096, "dq": 1024, "dkv": 1024}
+
+
+def rdna(target: str) -> bool:
+    """Whether a target is of RDNA: 256 registers a lane, and products of 16 rows by a wave of 32."""
+    return target.startswith("hip:gfx11")
+
+
 def shared_limit(target: str) -> int:
     """Bytes of shared memory that one program may take on a target."""
     return 1024 * _SHARED.get(target, 163)
@@ -243,22 +253,30 @@ def shared_limit(target: str) -> int:
 
 def alike(target: str) -> str:
     """A target for which the same tiles are chosen."""
-    return next((t for t in ("cuda:80", "cuda:90", "cuda:75", "cuda:86", "hip:gfx942") if _like(t) == _like(target)), target)
+    known = ("cuda:80", "cuda:90", "cuda:75", "cuda:86", "hip:gfx942", "hip:gfx1100")
+    return next((t for t in known if _like(t) == _like(target)), target)
 
 
-def _like(target: str) -> tuple[bool, int, bool]:
-    """What a choice depends on: the kind, its shared memory, and whether it is sm_90 or later (see `_settled`)."""
+def _like(target: str) -> tuple[str, int, bool]:
+    """What a choice depends on: the family, its shared memory, and whether it is sm_90 or later (see `settled`)."""
     kind, _, version = target.partition(":")
-    return kind == "hip", shared_limit(target), kind == "cuda" and int(version) >= 90
+    return "rdna" if rdna(target) else kind, shared_limit(target), kind == "cuda" and int(version) >= 90
 
 
-def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80") -> int:
+def per_pair(g: Geometry) -> bool:
+    """Whether a table or a condition is evaluated for each pair."""
+    return bool(g.attend.tables) or g.structure.residual != ir.TRUE
+
+
+def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80", pairs: bool = False) -> int:
     """Shared memory of one program, from above: rows that products reread, two tensors' chunks of columns, and the weights with
-    the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers."""
+    the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers.
+    pairs: a table or a condition is evaluated for each pair of a chunk, and goes through it to the scores' lanes."""
     rows, columns, weights = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize, tile.bm * tile.bn * itemsize
     if target.startswith("hip"):  # rows pass through it once, before the loop
         return max(rows, columns + weights, columns * (1 if tile.warps == 1 else min(tile.stages, 2)))
     more = 1 if kind == "forward" else 2
+    columns += (4 * tile.bm + 8) * tile.bn if pairs and tile.batch == 1 else 0  # a whole group has its pairs' values ready
     if target in _WARPGROUPS and itemsize <= 2:
         return more * (rows + weights) + min(tile.stages, 2) * columns + 8 * tile.bn + (64 if target == "cuda:100" else 0)
     return more * (rows + weights) + columns
@@ -269,8 +287,10 @@ def unrolled(tile: Tile, width: int) -> float:
     return tile.bm * tile.bn * width / (LANES * tile.warps)
 
 
-def _warps(bm: int, bn: int, width: int, itemsize: int) -> int:
+def _warps(bm: int, bn: int, width: int, itemsize: int, target: str) -> int:
     """Warps of a tile: enough of them that accumulators, and unrolled float32 products, stay small."""
+    if rdna(target) and itemsize <= 2:
+        return min(bm // 16, 8)
     warps = 1 if bm <= 32 else 4 if bm <= 64 else 8
     if width > 128:
         warps = 2 if bm <= 16 else 4 if bm <= 32 else 8
@@ -284,6 +304,8 @@ def _warps(bm: int, bn: int, width: int, itemsize: int) -> int:
 def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> Tile | None:
     """A whole group as one tile, where it fits. The same tile for dq and dkv lets one kernel compute all gradients."""
     tile = _grouped(g)
+    if width > 32 and rdna(target):
+        return None
     if tile is None or (tile.bm > 64 and width > 64) or (kind == "dkv" and width > 128):
         return None
     wraps = tuple(joins(a) for a in g.axes)
@@ -303,51 +325,18 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
     return tile if shared_bytes(kind, tile, width, itemsize, target) <= shared_limit(target) else None
 
 
-def _settled(g: Geometry, side: Side, tile: Tile, kind: Kind, width: int, itemsize: int, target: str) -> Tile:
-    """The large tiles of 64 channels, as their registers turned out when compiled: what the cost does not know."""
-    if width != 64 or itemsize > 2:
-        return tile
-    sides, exact = (tile.bm, tile.bn), all(w.exact for w in walks(g, side, tile))
-    crowded = g.structure.residual != ir.TRUE  # a condition on pairs, whose parts live beside the scores
-    if target == "hip:gfx942":
-        return _settled_cdna(tile, kind, exact)
-    if not target.startswith("cuda"):
-        return tile
-    hopper = int(target.removeprefix("cuda:")) >= 90
-    if sides == (64, 64) and tile.warps == 4 and tile.stages > 1:
-        # dk and dv keep both sums beside two products: with a mask there is room for half a chunk
-        tight = (kind == "dkv" and not hopper and not exact) or (
-            crowded and (kind == "dkv" or (kind == "dq" and target != "cuda:90"))
-        )
-        return replace(tile, chunk=_scaled(tile.chunk, up=False)) if tight else tile
-    if kind == "forward" and sides == (128, 128) and crowded and not hopper:
-        return replace(tile, chunk=_scaled(tile.chunk, up=False))
-    if kind == "dq" and sides == (128, 128) and target == "cuda:100":  # pipelined, both products' sums leave tensor memory
-        return replace(tile, chunk=tile.chunk if exact and not crowded else _scaled(tile.chunk, up=False), stages=1)
-    if kind == "dq" and sides == (128, 128) and not hopper:
-        return replace(tile, chunk=_scaled(tile.chunk, up=False))
-    if kind == "dkv" and hopper and sides == (128, 64):
-        # fewer instructions by one warpgroup that does not pipeline (several of them share a multiprocessor)
-        half = replace(tile, rows=_scaled(tile.rows, up=False), warps=4, stages=1)
-        wide = replace(half, chunk=_scaled(tile.chunk, up=True))
-        return wide if all(w.exact for w in walks(g, side, wide)) else half
-    return tile
-
-
-def _settled_cdna(tile: Tile, kind: Kind, exact: bool) -> Tile:
-    """For CDNA's 512 registers a lane, which waves of four share: one wave to a quarter of 64 rows."""
-    if tile.warps != 8 or tile.bm != 128 or (kind == "forward" and exact):
-        return tile
-    chunk = tile.chunk
-    while math.prod(chunk) > (32 if kind == "dkv" else 64):
-        chunk = _scaled(chunk, up=False)
-    return replace(tile, rows=_scaled(tile.rows, up=False), chunk=chunk, warps=4, stages=2 if kind == "dkv" else 1)
-
-
-def _scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:
-    """Sides with the longest of them doubled or halved."""
-    at = sides.index(max(sides))
-    return (*sides[:at], sides[at] * 2 if up else sides[at] // 2, *sides[at + 1 :])
+def _facts(g: Geometry, side: Side, tile: Tile) -> Facts:
+    """What a tile's registers depend on."""
+    ws = walks(g, side, tile)
+    return Facts(
+        exact=all(w.exact for w in ws),
+        whole=all((a.queries if side == "q" else a.keys) % n == 0 for a, n in zip(g.axes, tile.rows, strict=True)),
+        one_box=all(w.one_box for w in ws),
+        most=max(w.most for w in ws),
+        mixed=any(0 < w.full < w.steps and not w.exact for w in ws),
+        residual=g.structure.residual != ir.TRUE,
+        tables=bool(set(g.attend.tables) - set(g.attend.int_tables)),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -358,16 +347,20 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, t
         return whole
     fitting, least = _fitting(g, width, kind, itemsize, target)
     if not fitting:
-        return _launched(g, kind, least)
+        return _launched(g, kind, least, target)
     best = min(fitting, key=lambda x: x[0])[1]
-    return _launched(g, kind, _settled(g, "k" if kind == "dkv" else "q", best, kind, width, itemsize, target))
+    if itemsize <= 2:
+        side: Side = "k" if kind == "dkv" else "q"
+        best = settled(best, kind, width, target, lambda t: _facts(g, side, t))
+    return _launched(g, kind, best, target)
 
 
-def _launched(g: Geometry, kind: Kind, tile: Tile) -> Tile:
+def _launched(g: Geometry, kind: Kind, tile: Tile, target: str) -> Tile:
     """A tile with its inner axis, the one with the most chunks, and its stages."""
     ws = walks(g, "k" if kind == "dkv" else "q", tile)
     inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
-    return Tile(tile.rows, tile.chunk, inner, tile.warps, min(tile.stages, 1 if tile.warps == 1 else 2))
+    most = 1 if tile.warps == 1 or rdna(target) else 2
+    return Tile(tile.rows, tile.chunk, inner, tile.warps, min(tile.stages, most))
 
 
 def _fitting(
@@ -384,7 +377,10 @@ def _fitting(
         if axis.block:
             rows += [t for t in range(1, min(axis.block, most) + 1) if axis.block % t == 0]
             rows += [t for t in range(axis.block, most + 1, axis.block) if packed and t < length + axis.block]
-        per_axis.append((sorted(set(rows)), [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]))
+        chunks = [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]
+        if rdna(target) and axis.block:  # no group is a tile there, and a loop over whole chunks alone holds less than two loops
+            chunks += [c for c in range(3, min(axis.block, 16) + 1) if axis.block % c == 0 and c not in chunks]
+        per_axis.append((sorted(set(rows)), chunks))
     longest = math.prod(max(r) for r, _ in per_axis)
     found: list[tuple[float, Tile]] = []
     least: Tile | None = None
@@ -392,15 +388,17 @@ def _fitting(
         if not min(16, longest) <= math.prod(rows_) <= most:
             continue
         for chunk_ in itertools.product(*[c for _, c in per_axis]):
-            if not 16 <= math.prod(chunk_) <= most:
+            if not (9 if rdna(target) else 16) <= math.prod(chunk_) <= most:
                 continue
             bm, bn = padded(math.prod(rows_)), padded(math.prod(chunk_))
-            tile = Tile(rows_, chunk_, 0, _warps(bm, bn, width, itemsize))
+            tile = Tile(rows_, chunk_, 0, _warps(bm, bn, width, itemsize, target))
             if least is None or bm * bn < least.bm * least.bn:
                 least = tile
-            if shared_bytes(kind, tile, width, itemsize, target) > shared_limit(target):
+            if shared_bytes(kind, tile, width, itemsize, target, per_pair(g)) > shared_limit(target):
                 continue
             if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
+                continue
+            if itemsize <= 2 and rdna(target) and bn > 16 and bn * width > _RDNA[kind] // (1 if tile.warps > 2 else 2):
                 continue
             one = tile.warps == 1 and all(w.most <= 1 for w in walks(g, side, tile))
             limit = held if one else min(held, 64) if tile.warps > 1 else held / 2 if kind != "dkv" else held
@@ -426,7 +424,7 @@ def candidates(
     the tile that loads the fewest columns for each row among those not much dearer, then others by their cost."""
     own = choose(g, width, kind, itemsize, target)
     fitting, _ = _fitting(g, width, kind, itemsize, target, packed=True)
-    best = [_launched(g, kind, t) for _, t in heapq.nsmallest(most, fitting, key=lambda x: x[0])]
+    best = [_launched(g, kind, t, target) for _, t in heapq.nsmallest(most, fitting, key=lambda x: x[0])]
     out = [own, *(replace(own, warps=w) for w in (own.warps // 2, 2 * own.warps) if 1 <= w <= 8)]
     if own.batch > 1:
         out += [replace(own, batch=b) for b in (1, 4 * own.batch)]
@@ -435,7 +433,7 @@ def candidates(
         out += [replace(own, stages=s) for s in (1, 2, 3, 4)]
     if fitting:
         least = min(cost for cost, _ in fitting)
-        out.append(_launched(g, kind, min((t for c, t in fitting if c < DEARER * least), key=lambda t: reread(g, side, t))))
+        out.append(_launched(g, kind, min((t for c, t in fitting if c < DEARER * least), key=lambda t: reread(g, side, t)), target))
     out += best
     fits = (t for t in out if itemsize <= 2 or unrolled(t, width) <= _UNROLLED)
     return tuple(itertools.islice(dict.fromkeys((own, *fits)), most))
@@ -456,11 +454,14 @@ def of_lists(sides: tuple[tuple[int, ...], tuple[int, ...]], width: int, itemsiz
     bm, bn = math.prod(queries), math.prod(keys)
     if bm != padded(bm) or bn != padded(bn):  # a chunk that fills no registers would need a mask of its own
         return None
-    tile = Tile(queries, keys, len(queries) - 1, _warps(bm, bn, width, itemsize))
+    tile = Tile(queries, keys, len(queries) - 1, _warps(bm, bn, width, itemsize, target))
     turned = replace(tile, rows=keys, chunk=queries)
-    kinds: tuple[tuple[Kind, Tile], ...] = (("forward", tile), ("dq", tile), ("dkv", turned))
-    small = all(shared_bytes(kind, t, width, itemsize, target) <= shared_limit(target) for kind, t in kinds)
-    return Tiles(tile, tile, turned, flat) if small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED) else None
+    kinds: list[tuple[Kind, Tile]] = [("forward", tile), ("dq", tile), ("dkv", turned)]
+    if itemsize <= 2:
+        kinds = [(kind, listed(t, kind, width, target)) for kind, t in kinds]
+    small = all(shared_bytes(kind, t, width, itemsize, target, pairs=True) <= shared_limit(target) for kind, t in kinds)
+    forward, dq, dkv = (t for _, t in kinds)
+    return Tiles(forward, dq, dkv, flat) if small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED) else None
 
 
 def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target: str = "cuda:80") -> Tiles:
