@@ -35,14 +35,14 @@ LINE, BATCH, HEADS = 64, 2, 2  # bytes of a line of the cache: a row of 16 float
 
 
 @pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     """The kernels that were built, which record what they fetch; one thread."""
-    texts: list[str] = []
+    texts: list[tuple[str, str]] = []
     threads = torch.get_num_threads()
 
     def recorded(text: str, name: str) -> Any:
-        texts.append(RECORDED + text)
-        return BUILT(texts[-1], name)
+        texts.append((RECORDED + text, name))
+        return BUILT(*texts[-1])
 
     torch.set_num_threads(1)
     with built_with(QUICK):
@@ -52,7 +52,9 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch.set_num_threads(threads)
 
 
-def fetched(p: attnc.Pattern, grid: tuple[int, ...], sources: list[str], channels: int = 16) -> list[dict[str, list[int]]]:
+def fetched(
+    p: attnc.Pattern, grid: tuple[int, ...], sources: list[tuple[str, str]], channels: int = 16
+) -> list[dict[str, list[int]]]:
     """Per direction: of each tensor the lines that were fetched, in order. Nothing outside of tensors was."""
     n = math.prod(grid)
     q, k, v, grad = (torch.randn(BATCH, n, HEADS, channels).transpose(1, 2) for _ in range(4))
@@ -61,8 +63,9 @@ def fetched(p: attnc.Pattern, grid: tuple[int, ...], sources: list[str], channel
     dq, dk, dv, _ = cpp.backward(call, q, k, v, out, lse, grad, None)
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
     results = []
-    for text in sources:
-        place, count = (BUILT(text, name) for name in ("fetched", "fetches"))
+    for source in sources:
+        library = cpp._library(*source)  # the one that is loaded
+        place, count = library.fetched, library.fetches
         place.restype, count.restype = ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
         assert 0 < count() < MOST
         at = np.ctypeslib.as_array(place(), (count(),)).copy()
@@ -76,7 +79,7 @@ def fetched(p: attnc.Pattern, grid: tuple[int, ...], sources: list[str], channel
     return results
 
 
-def test_tiles_fetch_the_next_one_s_rows_once(sources: list[str]) -> None:
+def test_tiles_fetch_the_next_one_s_rows_once(sources: list[tuple[str, str]]) -> None:
     """All but those of the first of all windows; what is written too."""
     forward, backward = fetched(window(s=4), (12, 12), sources)
     rows = BATCH * HEADS * 144
@@ -85,7 +88,7 @@ def test_tiles_fetch_the_next_one_s_rows_once(sources: list[str]) -> None:
             assert len(set(found[name])) == len(found[name]) == rows - 16, name
 
 
-def test_tiles_fetch_every_line_of_a_row(sources: list[str]) -> None:
+def test_tiles_fetch_every_line_of_a_row(sources: list[tuple[str, str]]) -> None:
     """Of the forward: rows of 17 channels lie on two lines, which other rows share."""
     rows = torch.arange(BATCH * 144 * HEADS).view(BATCH, 12, 12, HEADS)
     first = set(rows[0, :4, :4, 0].ravel().tolist())
@@ -100,7 +103,7 @@ def test_tiles_fetch_every_line_of_a_row(sources: list[str]) -> None:
     [(neighborhood(s=3), (12, 40), 0.85), (patterns.neighborhood(3), (4, 6, 36), 0.45)],  # keys of the last plane alone
     ids=["rows", "planes"],
 )
-def test_bands_fetch_the_next_lines(p: attnc.Pattern, grid: tuple[int, ...], keys: float, sources: list[str]) -> None:
+def test_bands_fetch_the_next_lines(p: attnc.Pattern, grid: tuple[int, ...], keys: float, sources: list[tuple[str, str]]) -> None:
     """All but what the first rows need; where chunks of a row meet, keys twice."""
     forward, backward = fetched(p, grid, sources)
     rows = BATCH * HEADS * math.prod(grid)

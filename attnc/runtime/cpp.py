@@ -100,12 +100,17 @@ class Function:
     again: Callable[[int, int, bytes], bool]  # (like, moves, addresses), see `AGAIN`
 
 
-@lru_cache(maxsize=256)
-def _function(text: str, name: str) -> Function:
-    """The function `name` of a source, built or found in the cache."""
+def _library(text: str, name: str) -> Any:
+    """A source with its function `name` again, built or found in the cache."""
     text += AGAIN.replace("@NAME@", name)
     folder = entry("cpp", f"{_machine()}\n{text}", lambda path: _build(text, path), ("kernel.cpp", "kernel.so"))
-    library = ctypes.CDLL(os.fspath(folder / "kernel.so"))
+    return ctypes.CDLL(os.fspath(folder / "kernel.so"))
+
+
+@lru_cache(maxsize=256)
+def _function(text: str, name: str) -> Function:
+    """The kernel `name` of a source."""
+    library = _library(text, name)
     run, again = getattr(library, name), getattr(library, f"{name}_again")
     run.restype = again.restype = ctypes.c_bool
     again.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
