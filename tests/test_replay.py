@@ -350,3 +350,17 @@ def test_several_kernels(name: str, dtype: torch.dtype, replayed: list[bool]) ->
         for a, b in zip(found, wanted, strict=True):
             _close(a, b, f"gradient of turn {turn}")
     assert len(replayed) == 8  # two kernels for each call but the first of its kind
+
+
+def test_integers_of_more_than_32_bits_are_refused_however_often_smaller_ones_were_seen() -> None:
+    op = attnc.compile(_documents(), grid=30)
+    x = torch.randn(1, 1, 30, 8)
+    large = torch.arange(30) << 31
+    with pytest.raises(attnc.UnsupportedError, match="'ids' holds 62277025792"):
+        op(x, x, x, ids=large)
+    for _ in range(2):
+        op(x, x, x, ids=torch.arange(30))
+    with pytest.raises(attnc.UnsupportedError, match=r"_documents.*backend='torch'"):
+        op(x, x, x, ids=large)
+    with pytest.raises(attnc.UnsupportedError, match="holds -4294967296"):
+        op(x, x, x, ids=torch.full((30,), -(2**32)))

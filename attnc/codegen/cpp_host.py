@@ -202,7 +202,18 @@ class Ready:
         """Tables in the dtype of sums (those of the relation: int32), contiguous; they live as long as this mapping."""
         if not tables:
             return tables
-        return {n: t.to(torch.int32 if n in self.names[1] else real).contiguous() for n, t in tables.items()}
+        return {n: integers(n, t) if n in self.names[1] else t.to(real).contiguous() for n, t in tables.items()}
+
+
+def integers(name: str, t: Tensor) -> Tensor:
+    """A table of integers as kernels read it: int32, contiguous. Raises OverflowError for numbers that are none."""
+    if t.dtype == torch.int64 and t.numel():
+        low, high = (int(x) for x in torch.aminmax(t))
+        if low < -(2**31) or high >= 2**31:
+            raise OverflowError(
+                f"the table {name!r} holds {high if high >= 2**31 else low}, and kernels read 32 bits of an integer"
+            )
+    return t.to(torch.int32).contiguous()
 
 
 def real_of(dtype: torch.dtype) -> torch.dtype:

@@ -58,7 +58,9 @@ def listed(
             if e.kind == "bool" and len(seeds) == 1 and (runs := _runs(seeds[0], first[0], values)) is not None:
                 return runs
         name = f"listed{len(found)}"
-        found[name] = values.to(device=device, dtype=torch.int32)
+        low, high = torch.aminmax(values.long())
+        fits = low >= -(2**31) and high < 2**31
+        found[name] = values.to(device=device, dtype=torch.int32 if fits else torch.int64)
         at = ir.load(name, tuple(make("sub", s, ir.const(low)) for s, low in zip(seeds, first, strict=True)), "int")
         return make("ne", at, ir.ZERO) if e.kind == "bool" else at
 

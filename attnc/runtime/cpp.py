@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -239,10 +240,20 @@ def _listed(call: Call, spec: Spec, choice: Choice, q: Tensor, backward: bool, t
     return listed(call.geometry, spec.list_limits(backward), choice.sides, q.shape[1], q.shape[0], tables)
 
 
+@contextmanager
+def integers_in(name: str) -> Iterator[None]:
+    """Integers that kernels cannot read, as an error that names the pattern and the way out."""
+    try:
+        yield
+    except OverflowError as e:
+        raise UnsupportedError(f"pattern {name}: {e}; number them anew, or use backend='torch'") from None
+
+
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of one call."""
     kernel, ready = planned(call, q, k, v, False)
-    return cpp_host.run_forward(kernel.run, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
+    with integers_in(call.attend.name):
+        return cpp_host.run_forward(kernel.run, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
 
 
 def backward(

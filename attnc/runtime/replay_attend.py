@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnc.codegen.cpp_host import PADS, Ready, real_of
+from attnc.codegen.cpp_host import PADS, Ready, integers, real_of
 from attnc.runtime import cpp, parts, tuner
 from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.runtime.cpp import Function
@@ -30,6 +30,7 @@ def _away(part: Tensor, whole: Tensor) -> int:
 class AttendReplay(Replay):
     """The kernels of attention, one after the other; gradients of more than one come from the operators."""
 
+    name: str  # of the statement
     layout: Layout
     views: Callable[..., tuple[Tensor, ...]]  # q, k and v (or the one tensor) as rows
     rest: tuple[Any, ...]  # what operators take after the tables
@@ -69,8 +70,11 @@ class AttendReplay(Replay):
         if not self.converted:
             return given
         read = list(given)
-        for at, dtype in self.converted:
-            read[at] = read[at].to(dtype).contiguous()
+        names = {i: n for n, i in self.at.items()}
+        with cpp.integers_in(self.name):
+            for at, dtype in self.converted:
+                t = read[at]
+                read[at] = integers(names[at], t) if dtype == torch.int32 else t.to(dtype).contiguous()
         return tuple(read)
 
     def tables(self, read: Given) -> dict[str, Tensor]:
@@ -184,7 +188,20 @@ def record_attend(
     held = {n: t.to(wanted[n]).contiguous() for n, t in tables.items() if n not in at}
     converted = tuple((i, wanted[n]) for n, i in at.items() if tables[n].dtype != wanted[n] or not tables[n].is_contiguous())
     made = AttendReplay(
-        layout, views, rest, count, tuple(tables), at, held, converted, (out.shape, out.stride()), shape, lse.shape, out.dtype, real
+        parts.program_of(program).attend.name,
+        layout,
+        views,
+        rest,
+        count,
+        tuple(tables),
+        at,
+        held,
+        converted,
+        (out.shape, out.stride()),
+        shape,
+        lse.shape,
+        out.dtype,
+        real,
     )
     read, n = made.read(given), len(given)
     whole = {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, shape), "lse": lse}
