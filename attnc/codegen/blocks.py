@@ -154,6 +154,8 @@ def attend_block(
             weight = torch.where(allowed, torch.relu(score) ** norm.power, 0.0)
     if x.factor is not None:
         weight = weight * x.factor
+    if x.v.shape[-1] == 1:  # a product with one column may add up one term after the other
+        return (weight * x.v.mT).sum(-1, keepdim=True), lse
     return weight @ x.v, lse
 
 
