@@ -160,13 +160,14 @@ struct Backward {
     // Products of m rows of `a` with the one or two keys (or values) after the last whole vector, which a vector of their own would
     // mostly waste: sums over lanes of channels.
     template <int W> INLINE void odd_products(int m, const real* a, const real* b, real* to) const {
-        if constexpr (W % L == 0 && ROWS <= L) {
+        if constexpr (ROWS <= L) {
+            constexpr int width = up(W, L);
             V dot[2];
-            for (int t = 0; t < odd; t++, b += W) {
+            for (int t = 0; t < odd; t++, b += width) {
                 V s[ROWS];
                 UNROLL for (int r = 0; r < ROWS; r++) {
                     s[r] = V{};
-                    if (r < m) for (int d = 0; d < W; d += L) s[r] += load(a + r * W + d) * load(b + d);
+                    if (r < m) for (int d = 0; d < W; d += L) s[r] += load(a + r * width + d) * load(b + d);
                 }
                 dot[t] = fold_rows<ROWS>(s, [](V x, V y) { return x + y; });
             }
@@ -195,7 +196,7 @@ struct Backward {
         multiply_panels<DV>(m, g + i * VP, v_panels, first, last, slopes + i * stride, stride);
         for (int r = 0; r < m; r++) if (PLAIN_SCORE || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
         const Scalars slope{slopes + i * stride + run.begin, stride, 1};
-        if constexpr (D % L == 0) if (dq_direct && run.end - run.begin <= LONGEST_SUM)
+        if (dq_direct && run.end - run.begin <= LONGEST_SUM)
             return multiply_out<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq_corner, here->dq_offset + i, real(P.scale));
         if (USES_SCORE || plain) multiply<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
         if (dq_direct) write_dq(i, m);
@@ -255,7 +256,7 @@ struct Backward {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || D % L || DV % L || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            if (odd > 2 || keys.count < L || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
             keys.gather<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
             pack_panels<D>(k_panels, k, keys.count - odd);
             keys.pack<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v, v_panels, odd);
@@ -278,7 +279,7 @@ struct Backward {
                 if (!direct) {
                     if (product) multiply<D>(m, slope, tile.queries, q, dk_here + j * DP, false);
                     multiply<DV>(m, weight, tile.queries, g, dv_here + j * VP, false);
-                } else if constexpr (D % L == 0 && DV % L == 0) {
+                } else {
                     multiply_out<D>(m, slope, tile.queries, q, corner(P.dk, P.dk_layout, b, kv), here->dk_offset + j, real(P.scale < 0 ? -P.scale : P.scale));
                     if (last) look_ahead();
                     multiply_out<DV>(m, weight, tile.queries, g, corner(P.dv, P.dv_layout, b, kv), here->dv_offset + j, 1);
@@ -400,7 +401,7 @@ extern "C" bool attend_backward(const Problem* problem) {
                 const int64_t n = inside ? t + 1 : 0;
                 work.next = work.here->is_at(following, n) ? work.here : work.here == work.aimed ? work.aimed + 1 : work.aimed;
                 if (!work.next->is_at(following, n)) work.next->aim(P, following, n);
-                work.direct = now.alone && !PADDED && USES_SCORE && P.dk_layout.channel == 1 && P.dv_layout.channel == 1 && D % L == 0 && DV % L == 0;
+                work.direct = now.alone && !PADDED && USES_SCORE && P.dk_layout.channel == 1 && P.dv_layout.channel == 1;
                 work.run(now.b, now.head(P, t), now.segment, dk, dv, now.alone, inside || item + 1 < stop, following.b, following.head(P, n));
                 work.here = work.next;
             }

@@ -137,7 +137,7 @@ struct Forward {
                 UNROLL for (int r = 0; r < L; r++) s[r] = V{};
                 for (int d = 0; d < QP; d += L) {
                     const V y = load(odd_keys + t * QP + d);
-                    UNROLL for (int r = 0; r < L; r++) s[r] = multiply_add(load(q_row[i + g + r] + d), y, s[r]);
+                    UNROLL for (int r = 0; r < L; r++) s[r] = multiply_add(d + L <= QW ? load(q_row[i + g + r] + d) : load_first<QW - (QW - 1) / L * L>(q_row[i + g + r] + d), y, s[r]);
                 }
                 store(odd_scores[t] + g, fold_rows<L>(s, [](V a, V b) { return a + b; }));
             }
@@ -185,32 +185,44 @@ struct Forward {
         }
     }
     // N vectors of output of M queries, from vector `at` on: o = o * before + weights * values; where `after` is given they are finished
-    // and written times that.
-    template <int M, int N>
+    // and written times that. Where the row ends within the first half of its last vector, SHORT, that is half as long.
+    template <int M, int N, bool SHORT>
     __attribute__((noinline)) void value_block(int i, int at, Run run, const real* before, const real* after) {
+        constexpr int W = N - SHORT, T = SHORT ? L / 2 : 1;
         V sum[M][N];
+        Lanes<T> tail[M];
         real* rows = o + i * VP + at * L;
-        if (before) { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(rows + r * VP + n * L) * splat(before[r]); }
-        else { UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = V{}; }
+        if (before) UNROLL for (int r = 0; r < M; r++) {
+            UNROLL for (int n = 0; n < W; n++) sum[r][n] = load(rows + r * VP + n * L) * splat(before[r]);
+            if constexpr (SHORT) tail[r] = load_first<T, T>(rows + r * VP + W * L) * before[r];
+        } else UNROLL for (int r = 0; r < M; r++) {
+            UNROLL for (int n = 0; n < W; n++) sum[r][n] = V{};
+            tail[r] = Lanes<T>{};
+        }
         const int first = run.begin / WORD, end = words(run.end);
         const real *weight = scores_of(i) + first, *value = v + first * VP + at * L;
         for (int t = first; t < end; t++, weight++, value += VP) {
             V x[N];
-            UNROLL for (int n = 0; n < N; n++) x[n] = load(value + n * L);
+            Lanes<T> x_tail;
+            UNROLL for (int n = 0; n < W; n++) x[n] = load(value + n * L);
+            if constexpr (SHORT) x_tail = load_first<T, T>(value + W * L);
             UNROLL for (int r = 0; r < M; r++) {
                 const V y = splat_word(weight + r * STRIDE);
-                UNROLL for (int n = 0; n < N; n++) sum[r][n] = multiply_add(y, x[n], sum[r][n]);
+                UNROLL for (int n = 0; n < W; n++) sum[r][n] = multiply_add(y, x[n], sum[r][n]);
+                if constexpr (SHORT) tail[r] += (weight[r * STRIDE] - Lanes<T>{}) * x_tail;
             }
         }
+        if constexpr (SHORT) UNROLL for (int r = 0; r < M; r++) sum[r][W] = joined<L>(tail[r], Lanes<L / 2>{});
         if (after) UNROLL for (int r = 0; r < M; r++) {
-            element* to = out + here->out_offset[i + r] + at * L;
-            UNROLL for (int n = 0; n < N; n++) store_elements(to + n * L, sum[r][n] * splat(after[r]));
+            element* to = out + here->out_offset[i + r];
+            UNROLL for (int n = 0; n < N; n++) store_part<DV>(to, (at + n) * L, sum[r][n] * splat(after[r]));
         } else UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) store(rows + r * VP + n * L, sum[r][n]);
     }
     template <int M, int AT = 0> INLINE void value_rows(int i, Run run, const real* before, const real* after) {
         constexpr int N = share(VP / L - AT, COLUMNS);
-        value_block<M, N>(i, AT, run, before, after);
-        if constexpr (AT + N < VP / L) value_rows<M, AT + N>(i, run, before, after);
+        constexpr bool ends = AT + N == VP / L;
+        value_block<M, N, ends && half_of_last<DV> && WORD == 1>(i, AT, run, before, after);
+        if constexpr (!ends) value_rows<M, AT + N>(i, run, before, after);
     }
     void value_rows(int m, int i, Run run, const real* before, const real* after) {
         switch (m) {
@@ -315,7 +327,7 @@ struct Forward {
             store(total + i + g, select(lanes() < splat_integer(m - g), sum, old));
             if constexpr (!SOFTMAX) store(factor + g, splat(1));
         }
-        const bool direct = last && DV % L == 0 && P.out_layout.channel == 1;
+        const bool direct = last && P.out_layout.channel == 1;
         constexpr int longest = WORD > 1 ? CHUNK : LONGEST_SUM;         // sums are cut here, too
         for (int r = 0, n; r < m; r += n) {
             n = share(m - r, ROWS);
@@ -388,7 +400,7 @@ struct Forward {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || D % (WORD * L) || !SOFTMAX || POST || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            if (odd > 2 || keys.count < L || D % WORD || !SOFTMAX || POST || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
 @DROPOUT@            odd = 0;
             for (int t = 0; t < odd; t++) keys.load_key(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * QP);
             keys.pack_words(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);

@@ -334,10 +334,10 @@ struct Keys {
         if constexpr (WORD == 1) memcpy(dst, row, sizeof row);
         else narrow_row<D>(row, dst);
     }
-    // The same as panels, without the last `but` keys. `rows`: memory for rows that are no whole vectors where they lie.
+    // The same as panels, without the last `but` keys. `rows`: memory for rows that are more than read.
     template <int W> __attribute__((noinline)) void pack(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
-        if (!PADDED && !UNIT_K && W % L == 0 && channel == 1)
-            pack_rows<W>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load_elements(src + offset[i] + d); });
+        if (!PADDED && !UNIT_K && channel == 1)
+            pack_rows<W>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load_part<W>(src + offset[i], d); });
         else {
             gather<W>(src, channel, offset, pad, rows);
             if constexpr (UNIT_K) for (int i = 0; i < count; i++) unit_row(rows + i * DP, SHORTEST_K);
@@ -348,8 +348,11 @@ struct Keys {
     INLINE void pack_words(const element* src, int64_t channel, const int64_t* offset, const real* pad, real* rows, Panels& panels, int but = 0) const {
         if constexpr (WORD == 1) return pack<D>(src, channel, offset, pad, rows, panels, but);
         constexpr int N = words(D), P = up(N, L);
-        if (!PADDED && !UNIT_K && N % L == 0 && channel == 1)
-            return pack_rows<N>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) { return load((const real*)(src + offset[i]) + d); });
+        if (!PADDED && !UNIT_K && D % WORD == 0 && channel == 1)
+            return pack_rows<N>(panels, count - but, [&](int i, int d) __attribute__((always_inline)) {
+                const real* const from = (const real*)(src + offset[i]) + d;
+                return d + L <= N ? load(from) : load_first<N - (N - 1) / L * L>(from);
+            });
         const int all = count;
         real pad_row[DP] = {};
         if (PADDED) memcpy(pad_row, pad, sizeof(real) * D);

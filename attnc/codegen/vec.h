@@ -21,10 +21,45 @@ typedef real V __attribute__((vector_size(REGISTER)));
 typedef integer I __attribute__((vector_size(REGISTER)));
 typedef real V_memory __attribute__((vector_size(REGISTER), aligned(sizeof(real)), may_alias));
 typedef integer I_memory __attribute__((vector_size(REGISTER), aligned(sizeof(real)), may_alias));
+template <int N> struct LanesOf {        // shorter vectors
+    typedef real type __attribute__((vector_size(N * sizeof(real))));
+    typedef real memory __attribute__((vector_size(N * sizeof(real)), aligned(sizeof(real)), may_alias));
+};
+template <int N> using Lanes = typename LanesOf<N>::type;
+template <int N> using Lanes_memory = typename LanesOf<N>::memory;
 
 INLINE V load(const real* p) { return *(const V_memory*)p; }
 INLINE I load(const integer* p) { return *(const I_memory*)p; }
 INLINE void store(real* p, V v) { *(V_memory*)p = v; }
+template <int W> INLINE Lanes<W> joined(Lanes<W / 2> low, Lanes<W / 2> high) {
+    return [&]<int... l>(std::integer_sequence<int, l...>) __attribute__((always_inline)) {
+        return __builtin_shufflevector(low, high, l...);
+    }(std::make_integer_sequence<int, W>());
+}
+// The first N lanes of W, the others 0, and back: nothing beyond them is touched. They move in parts whose lengths are powers of two.
+template <int N, int W = L> INLINE Lanes<W> load_first(const real* p) {
+    if constexpr (N == W) return *(const Lanes_memory<W>*)p;
+    else {
+        Lanes<W / 2> low, high{};
+        if constexpr (N <= W / 2) low = load_first<N, W / 2>(p);
+        else { low = *(const Lanes_memory<W / 2>*)p; high = load_first<N - W / 2, W / 2>(p + W / 2); }
+        return joined<W>(low, high);
+    }
+}
+template <int N, int W = L> INLINE void store_first(real* p, Lanes<W> v) {
+    if constexpr (N == W) *(Lanes_memory<W>*)p = v;
+    else {
+        const auto half = [&]<int from, int... l>(std::integer_sequence<int, from>, std::integer_sequence<int, l...>) __attribute__((always_inline)) {
+            return __builtin_shufflevector(v, v, from + l...);
+        };
+        const Lanes<W / 2> low = half(std::integer_sequence<int, 0>(), std::make_integer_sequence<int, W / 2>());
+        if constexpr (N <= W / 2) store_first<N, W / 2>(p, low);
+        else {
+            *(Lanes_memory<W / 2>*)p = low;
+            store_first<N - W / 2, W / 2>(p + W / 2, half(std::integer_sequence<int, W / 2>(), std::make_integer_sequence<int, W / 2>()));
+        }
+    }
+}
 INLINE V splat(real x) { return x - V{}; }
 INLINE I splat_integer(integer x) { return x - I{}; }
 INLINE I mask_of(bool b) { return splat_integer(-integer(b)); }
@@ -255,18 +290,41 @@ INLINE real get(element x) { return real(x); }
 INLINE element put(real x) { return element(x); }
 #endif
 
+// Does a row of W channels end within the first half of its last vector? Products may leave out the other half.
+template <int W> constexpr bool half_of_last = L > 2 && up(W, L) - W >= L / 2;
+// The vector of a row of W channels that begins at channel d, a multiple of L; the row may end within it.
+template <int W> INLINE V load_part(const element* row, int d) {
+    constexpr int last = W - (W - 1) / L * L;
+    if (W % L == 0 || d + L <= W) return load_elements(row + d);
+    if constexpr (sizeof(element) == sizeof(real)) return load_first<last>((const real*)(row + d));
+    else {
+        element x[L] = {};
+        memcpy(x, row + d, last * sizeof(element));
+        return load_elements(x);
+    }
+}
+template <int W> INLINE void store_part(element* row, int d, V v) {
+    constexpr int last = W - (W - 1) / L * L;
+    if (W % L == 0 || d + L <= W) return store_elements(row + d, v);
+    if constexpr (sizeof(element) == sizeof(real)) store_first<last>((real*)(row + d), v);
+    else {
+        element x[L];
+        store_elements(x, v);
+        memcpy(row + d, x, last * sizeof(element));
+    }
+}
 // A row of W channels, `step` elements apart, to a row padded with zeros to whole vectors, and back times `factor`.
 template <int W> INLINE void load_row(const element* src, int64_t step, real* dst) {
     if (step == 1) {
-        UNROLL for (int d = 0; d + L <= W; d += L) store(dst + d, load_elements(src + d));
-        for (int d = W / L * L; d < W; d++) dst[d] = get(src[d]);
-    } else for (int d = 0; d < W; d++) dst[d] = get(src[d * step]);
-    for (int d = W; d < up(W, L); d++) dst[d] = 0;
+        UNROLL for (int d = 0; d < W; d += L) store(dst + d, load_part<W>(src, d));
+    } else {
+        for (int d = 0; d < W; d++) dst[d] = get(src[d * step]);
+        for (int d = W; d < up(W, L); d++) dst[d] = 0;
+    }
 }
 template <int W> INLINE void store_row(element* dst, int64_t step, const real* src, real factor) {
     if (step == 1) {
-        UNROLL for (int d = 0; d + L <= W; d += L) store_elements(dst + d, load(src + d) * splat(factor));
-        for (int d = W / L * L; d < W; d++) dst[d] = put(src[d] * factor);
+        UNROLL for (int d = 0; d < W; d += L) store_part<W>(dst, d, load(src + d) * splat(factor));
     } else for (int d = 0; d < W; d++) dst[d * step] = put(src[d] * factor);
 }
 
@@ -369,34 +427,42 @@ template <int W> INLINE void multiply(int rows, Scalars A, int64_t terms, const 
     multiply<W>(rows, A, terms, b, up(W, L), c, up(W, L), add);
 }
 
-// The same, written as elements: row i of the product, times `factor`, goes to `to` + offset[i]. Channels are adjacent there and W is
-// a multiple of L; at most LONGEST_SUM terms.
-template <int M, int N>
-__attribute__((noinline)) void block_out(Scalars A, int64_t terms, const real* b, int64_t b_row, element* to, const int64_t* offset, real factor) {
+// The same, written as elements: row i of the product, times `factor`, goes to `to` + offset[i], where channels are adjacent; at most
+// LONGEST_SUM terms. These are N vectors from vector `at` on, of which the last is half as long where SHORT.
+template <int W, int M, int N, bool SHORT>
+__attribute__((noinline)) void block_out(int at, Scalars A, int64_t terms, const real* b, element* to, const int64_t* offset, real factor) {
+    constexpr int whole = N - SHORT, T = SHORT ? L / 2 : 1;
     V s[M][N];
-    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) s[i][j] = V{};
+    Lanes<T> tail[M];
+    UNROLL for (int i = 0; i < M; i++) { UNROLL for (int j = 0; j < whole; j++) s[i][j] = V{}; tail[i] = Lanes<T>{}; }
     const real* a = A.a;
-    for (int64_t t = 0; t < terms; t++, a += A.column, b += b_row) {
+    b += at * L;
+    for (int64_t t = 0; t < terms; t++, a += A.column, b += up(W, L)) {
         V x[N];
-        UNROLL for (int j = 0; j < N; j++) x[j] = load(b + j * L);
+        Lanes<T> x_tail;
+        UNROLL for (int j = 0; j < whole; j++) x[j] = load(b + j * L);
+        if constexpr (SHORT) x_tail = load_first<T, T>(b + whole * L);
         UNROLL for (int i = 0; i < M; i++) {
             const V y = splat(a[i * A.row]);
-            UNROLL for (int j = 0; j < N; j++) s[i][j] += y * x[j];
+            UNROLL for (int j = 0; j < whole; j++) s[i][j] += y * x[j];
+            if constexpr (SHORT) tail[i] += (a[i * A.row] - Lanes<T>{}) * x_tail;
         }
     }
-    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) store_elements(to + offset[i] + j * L, s[i][j] * splat(factor));
+    if constexpr (SHORT) UNROLL for (int i = 0; i < M; i++) s[i][whole] = joined<L>(tail[i], Lanes<L / 2>{});
+    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) store_part<W>(to + offset[i], (at + j) * L, s[i][j] * splat(factor));
 }
 template <int W, int AT = 0> INLINE void multiply_out(int m, Scalars A, int64_t terms, const real* b, element* to, const int64_t* offset, real factor) {
-    constexpr int N = share(W / L - AT, COLUMNS);
+    constexpr int vectors = up(W, L) / L, N = share(vectors - AT, COLUMNS);
+    constexpr bool ends = AT + N == vectors, SHORT = ends && half_of_last<W>;
     switch (m) {
-        case 1: block_out<1, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
-        case 2: block_out<2, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
-        case 3: block_out<3, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
-        case 4: block_out<4, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
-        case 5: if constexpr (ROWS > 4) block_out<5, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor); break;
-        default: if constexpr (ROWS > 5) block_out<6, N>(A, terms, b + AT * L, W, to + AT * L, offset, factor);
+        case 1: block_out<W, 1, N, SHORT>(AT, A, terms, b, to, offset, factor); break;
+        case 2: block_out<W, 2, N, SHORT>(AT, A, terms, b, to, offset, factor); break;
+        case 3: block_out<W, 3, N, SHORT>(AT, A, terms, b, to, offset, factor); break;
+        case 4: block_out<W, 4, N, SHORT>(AT, A, terms, b, to, offset, factor); break;
+        case 5: if constexpr (ROWS > 4) block_out<W, 5, N, SHORT>(AT, A, terms, b, to, offset, factor); break;
+        default: if constexpr (ROWS > 5) block_out<W, 6, N, SHORT>(AT, A, terms, b, to, offset, factor);
     }
-    if constexpr (AT + N < W / L) multiply_out<W, AT + N>(m, A, terms, b, to, offset, factor);
+    if constexpr (!ends) multiply_out<W, AT + N>(m, A, terms, b, to, offset, factor);
 }
 
 // ---- transposed panels -----------------------------------------------------------------------------------------------------------
