@@ -88,11 +88,12 @@ struct Backward {
     Masks masks;
     Numbers numbers;
     Panels k_panels, v_panels;
-    real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *row_rest, *delta, *spare;
+    real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *row_rest, *delta, *rounding, *spare;
     double* table_sums[TABLES + 1];
     int64_t* sum_row;
     int64_t stride;                // of rows of `weights` and `slopes`
     element* dq_corner;
+    bool whole_rows;               // all of a row's weights are in one chunk
     bool direct, dq_direct;        // dk and dv, dq are written as they are computed
     int odd;                       // keys that are in no panel
     struct Ahead {                 // what the next tile needs, prefetched a few rows at a time: all at once would fill the line buffers
@@ -103,13 +104,13 @@ struct Backward {
     static constexpr int64_t WIDEST = CHUNK + 2 * L;
     Backward(const Problem& P, Arena& arena) : P(P), loads(P) {
         arena.reserve(2 * Aimed::bytes() + Keys::bytes() + Masks::bytes() + loads.bytes(true) + 64 * 32 + 8 * CHUNK
-                      + sizeof(real) * (TILE * (2 * DP + VP + 3 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + LOADS + 1)));
+                      + sizeof(real) * (TILE * (2 * DP + VP + 4 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + LOADS + 1)));
         aimed[0].allocate(arena); aimed[1].allocate(arena); places.allocate(arena);
         loads.allocate(arena, true);
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
         spare = arena.take<real>((LOADS + 1) * CHUNK);
         q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
-        row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE);
+        row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE); rounding = arena.take<real>(TILE);
         weights = arena.take<real>(TILE * WIDEST); slopes = arena.take<real>(TILE * WIDEST);
         sum_row = arena.take<int64_t>(CHUNK);
         k = arena.take<real>(CHUNK * DP); k_panels.data = arena.take<real>(CHUNK * DP); dk = arena.take<real>(CHUNK * DP);
@@ -124,9 +125,11 @@ struct Backward {
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
         const V shift = splat(row_lse[i]), rest = splat(row_rest[i]), mean = splat(delta[i]), unit = unit_of(numbers);
+        V total{};
         each_score<PLAIN>(P, numbers, tile, keys, masks, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
             const V units = natural(x, numbers), e = SOFTMAX ? exp2_vector(exponent(x, shift, unit) - rest) : weight_of(units);
             V dp = load(d + j), weight = e, post_dp = dp;
+            if constexpr (SOFTMAX) total += e;
 @DROPOUT@            const V kept = dropout(P, numbers, tile.terms[i], keys.terms, j);
 @DROPOUT@            weight *= kept; dp *= kept; post_dp *= kept;
             if constexpr (!PLAIN && POST) {
@@ -152,6 +155,13 @@ struct Backward {
             store(w + j, weight);
             store(d + j, ds);
         });
+        if constexpr (SOFTMAX) if (whole_rows) {
+            const real all = sum(total), off = all - 1;
+            if ((off < 0 ? -off : off) <= rounding[i]) {
+                const V factor = splat(1 / all);
+                for (int j = from; j < to; j += L) { store(w + j, load(w + j) * factor); store(d + j, load(d + j) * factor); }
+            }
+        }
         if constexpr (!PLAIN) for (int l = 0; l < LOADS; l++) if (!loads.expansion[l]) {
             double* sums = table_sums[LOAD_TABLE[l]];
             for (int j = from; j < min(to, keys.count); j++) if (spare[l * CHUNK + j] != 0) sums[loads.offset(P, numbers, tile, keys, l, i, j)] += spare[l * CHUNK + j];
@@ -251,7 +261,9 @@ struct Backward {
             const double in_units = PLAIN_SCORE ? lse * 1.4426950408889634 : lse;
             row_lse[i] = lse == -INF ? INF : real(in_units);
             row_rest[i] = lse == -INF ? 0 : real(in_units - row_lse[i]);     // what rounding took: a weight depends on it
+            rounding[i] = lse == -INF ? 0 : (2 + (lse < 0 ? -lse : lse)) * EPSILON;
         }
+        whole_rows = tile.chunks(P) == 1;
         for (int64_t n = 0; n < tile.chunks(P); n++) {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);

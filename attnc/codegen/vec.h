@@ -81,7 +81,7 @@ INLINE I lanes() { I x; UNROLL for (int i = 0; i < L; i++) x[i] = i; return x; }
 constexpr int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
-constexpr real INF = __builtin_inf(), LOWEST = -1e30, LOG2E = 1.44269504088896340736, LN2 = 0.69314718055994530942;
+constexpr real INF = __builtin_inf(), LOWEST = -1e30, EPSILON = REAL_BITS == 32 ? 0x1p-23 : 0x1p-52, LOG2E = 1.44269504088896340736, LN2 = 0.69314718055994530942;
 
 // Lane i of the result is lane from(i) of a, or from(i) - L of b. `from` is known when this is compiled.
 template <class From> INLINE V arrange(V a, V b, From) {
