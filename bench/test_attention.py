@@ -15,6 +15,7 @@ from bench.conftest import Row
 from bench.timing import Results, gemm_rate, interleaved, medians, passes, threads
 
 FLEX = ("neighbourhood 7 56x56x64", "neighbourhood 7 14x14x256")  # rows with FlexAttention in the standard set: it compiles long
+WIDE = "attnc, float32"
 
 
 def test_row(row: Row, benchmark: Any, results: Results, seconds: float, request: pytest.FixtureRequest) -> None:
@@ -26,10 +27,12 @@ def test_row(row: Row, benchmark: Any, results: Results, seconds: float, request
         gemm = gemm_rate(dtype)
         start = time.perf_counter()
         runners = passes(case.runners(slow=slow), lambda: case.inputs(row.batch, dtype), row.backward)
+        if row.dtype == "bfloat16":  # ours in float32 takes turns with them
+            runners |= passes({WIDE: case.ours()}, lambda: case.inputs(row.batch, torch.float32), row.backward)
         setup = time.perf_counter() - start
         found = interleaved(runners, seconds * (1.5 if row.backward else 1.0), benchmark)
     times = medians(found)
-    ours, theirs = times["attnc"], {n: t for n, t in times.items() if n != "attnc"}
+    ours, theirs = times["attnc"], {n: t for n, t in times.items() if n not in ("attnc", WIDE)}
     peer = min(theirs, key=theirs.__getitem__)
     asked = bar(case, row.dtype, row.what, row.batch, row.threads)
     share = case.flops(row.batch, row.backward) / ours / gemm
