@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"printers": 0.4, "geometry": 0.4, "headers": 0.2}  # the quickest first
 CHOICES = {  # file: its functions, or all of it
     "choose.py": "all", "cost.py": "all", "chips.py": "all", "counts.py": "all", "settled.py": "all",
-    "tiles.py": "_grouped instructions _cost _warps _whole _settled choose _launched _fitting candidates reread tiles _powers "
+    "tiles.py": "_grouped instructions _cost _warps _whole _facts choose _launched _fitting candidates reread tiles _powers "
                 "_lengths alike _like unrolled",
 }  # fmt: skip
 DESCRIPTIONS = "describe described show __repr__ kernels_version"
