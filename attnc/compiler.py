@@ -20,7 +20,10 @@ from attnc.arguments import (
     axes_and_sizes,
     check_dropout,
     check_rows,
+    check_scale,
     check_tables,
+    check_tensors,
+    check_transforms,
     packs,
     pad_of,
     sizes_of,
@@ -221,16 +224,13 @@ class Operator:
         sized = None if sizes is None else sizes_of(sizes, self.source, self.same_grid)
         if dropout_p or seed is not None:
             check_dropout(name, dropout_p, seed)
-        for what, t in (("q", q), ("k", k), ("v", v)):
-            if t is not None and not isinstance(t, Tensor):
-                raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
-        if isinstance(scale, Tensor):
-            raise ShapeError(
-                f"{name}: scale= is a number, and this is a tensor, which would get no gradient; "
-                "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
-            )
+        check_tensors(name, q, k, v)
+        if scale is not None:
+            check_scale(name, scale)
+        if not past and not torch.compiler.is_compiling():
+            check_transforms(name, given)
         rows = self._tokens.rows(q, k, v)
-        past = past and (sized is None or direct.alone((sized,)))
+        past = past and not q.is_meta and (sized is None or direct.alone((sized,)))
         accepted = self._accepted(rows, grid, tables, sized, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):
