@@ -101,8 +101,12 @@ class Operator:
         if fallback not in (None, "torch"):
             raise DeclarationError(f"fallback={fallback!r}: None (raise) or 'torch' (warn once and go on)")
         for name, n in (("prefix", prefix), ("kv_prefix", kv_prefix or 0)):
-            if not isinstance(n, int) or n < 0:
+            if not isinstance(n, int) or isinstance(n, bool) or n < 0:
                 raise DeclarationError(f"{name}={n!r}: a non-negative int")
+        if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
+            raise DeclarationError(f"heads={heads!r}: the number of query heads, a positive int")
+        if not isinstance(layout, str | None):
+            raise DeclarationError(f"layout={layout!r}: a string that names each dimension, e.g. 'b (y x) (three h d)'")
         if tune and backend not in ("auto", *TUNED):
             raise UnsupportedError(f"{source.name}: tune=True: {_untuned(backend)}")
         self.source, self.heads, self.backend, self.tune, self.fallback = source, heads, backend, tune, fallback
@@ -166,6 +170,11 @@ class Operator:
 
     def program(self, rank: int) -> ir.Program:
         """The traced program on a grid of this rank."""
+        if isinstance(self.source, Mechanism):
+            raise UnsupportedError(
+                f"mechanism {self.source.name}: its steps are no relation on a grid, so it has no mask and no picture; "
+                "attnc.explain shows its steps"
+            )
         return self._traced(rank).program
 
     def _traced(self, rank: int) -> Traced:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import attnc
 from attnc import AttncError, BuildError, CacheError, DeclarationError, ShapeError, UnsupportedError
-from attnc.patterns import causal, channel, full, neighborhood, window
+from attnc.patterns import alibi, causal, channel, full, neighborhood, per_head, soft_cap, strip, window
 
 
 def rows(n: int = 20, heads: int = 2, d: int = 8, batch: int = 1, **options: Any) -> torch.Tensor:
@@ -56,6 +56,17 @@ def with_sink(q: Any, k: Any, *, sink: attnc.Table) -> Any:
 
 
 COMPILE: list[tuple[Callable[[], Any], type[AttncError], str]] = [
+    (lambda: window(2) | window, DeclarationError, r"`window\(2\) \| ...`: takes patterns, not <function .* \(call it"),
+    (lambda: per_head([window(2), None]), DeclarationError, "per_head: takes patterns, not None"),
+    (lambda: per_head(3), DeclarationError, r"per_head\(3\): at least one pattern"),
+    (lambda: soft_cap("a"), DeclarationError, r"soft_cap\('a'\): a positive number"),
+    (lambda: alibi(3), DeclarationError, "alibi: takes patterns, not 3"),
+    (lambda: window(2).heads("a"), DeclarationError, r"heads\('a'\): a non-empty list of head numbers"),
+    (lambda: compiled(strip("x", "a")), DeclarationError, r"strip\('x', 'a'\): an axis of \(y, x\) and a positive width"),
+    (lambda: compiled(heads=0), DeclarationError, "heads=0: the number of query heads"),
+    (lambda: compiled(layout=3), DeclarationError, "layout=3: a string that names each dimension"),
+    (lambda: compiled(prefix=True), DeclarationError, "prefix=True: a non-negative int"),
+    (lambda: attnc.mask(channel(), grid=(4, 5)), UnsupportedError, r"mechanism channel\(\): its steps are no relation on a grid"),
     (lambda: attnc.compile(window), DeclarationError, r"takes a pattern or a mechanism, not function \(call it"),
     (lambda: attnc.compile(3), DeclarationError, "takes a pattern or a mechanism, not int"),
     (lambda: compiled(tune=True), UnsupportedError, r"window\(2\): tune=True"),
@@ -138,7 +149,7 @@ CALL: list[tuple[Callable[[], Any], type[AttncError], str]] = [
     (lambda: compiled(backend="cpp")(x.to_sparse(), x, x), ShapeError, r"q is a torch.sparse_coo tensor, .*: give q.to_dense\(\)"),
     (lambda: compiled()(x, x, x, scale="a"), ShapeError, "scale='a': a finite number, or None"),
     (lambda: compiled(backend="cpp")(x, x, x, scale=math.nan), ShapeError, "scale=nan: a finite number, or None"),
-    (lambda: torch.func.grad(lambda t: compiled()(t, x, x).sum())(x), UnsupportedError, "torch.func's transforms .*: take gradients by"),
+    (lambda: torch.func.grad(lambda t: compiled()(t, x, x).sum())(x), UnsupportedError, "torch.func's transforms .*: take gradi"),
     (lambda: torch.vmap(lambda t: compiled()(t, x, x))(x[None]), UnsupportedError, "torch.func's transforms .*: take gradients by"),
     (lambda: compiled()(x, x, x, scale=torch.ones(())), ShapeError, "scale= is a number, .* make it a table of the pattern"),
     (
@@ -381,7 +392,7 @@ def test_second_derivatives_are_refused_not_zero() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "cpp", "eager"])
 def test_forward_mode_derivatives_are_refused_not_zero(backend: str) -> None:
-    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match=r"window\(2\): forward-mode derivatives .*: take gradients by"):
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match=r"window\(2\): forward-mode .*: take gradients by"):
         compiled(backend=backend)(forward_ad.make_dual(x, x), x, x)
     with forward_ad.dual_level():
         assert compiled(backend=backend)(x, x, x).shape == x.shape
