@@ -113,7 +113,7 @@ def check_tensors(name: str, q: Tensor, k: Tensor | None, v: Tensor | None) -> N
             raise ShapeError(f"{name}: {what} is a {kind} tensor, expected a strided one: {out}")
 
 
-def check_scale(name: str, scale: float) -> None:
+def check_scale(name: str, scale: Any) -> None:
     """Refuse a scale that is no finite number."""
     if isinstance(scale, Tensor):
         raise ShapeError(
@@ -128,6 +128,8 @@ def check_scale(name: str, scale: float) -> None:
 
 def check_transforms(name: str, given: Iterable[Any]) -> None:
     """Refuse forward-mode derivatives, which the operators would silently leave out, and torch.func's transforms of tensors."""
+    if torch.compiler.is_compiling():
+        return
     functorch: Any = torch._C._functorch
     tensors = [t for t in given if isinstance(t, Tensor)]
     if any(functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t) for t in tensors):
@@ -135,7 +137,8 @@ def check_transforms(name: str, given: Iterable[Any]) -> None:
             f"{name}: attention has no rules for torch.func's transforms (grad, vjp, jvp, vmap, ...): take gradients by "
             "backward() or torch.autograd.grad, and more batch items in place of vmap"
         )
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):
         raise UnsupportedError(
             f"{name}: forward-mode derivatives of attention are not lowered by any backend: take gradients by backward() or "
             "torch.autograd.grad, or write the attention in plain PyTorch where tangents are needed"

@@ -236,7 +236,7 @@ class Operator:
         check_tensors(name, q, k, v)
         if scale is not None:
             check_scale(name, scale)
-        if not past and not torch.compiler.is_compiling():
+        if not past:
             check_transforms(name, given)
         rows = self._tokens.rows(q, k, v)
         past = past and not q.is_meta and (sized is None or direct.alone((sized,)))

@@ -125,8 +125,8 @@ class Pattern:
 
     def heads(self, which: Iterable[int]) -> Pattern:
         """The pattern for these heads only; other heads see no key. Join with `|` to give heads different patterns."""
-        chosen = tuple(which) if isinstance(which, Iterable) else ()
-        if not chosen or any(not isinstance(h, Integral) or isinstance(h, bool) or h < 0 for h in chosen):
+        chosen: tuple[Any, ...] = tuple(which) if isinstance(which, Iterable) else ()
+        if not chosen or any(isinstance(h, bool) or not isinstance(h, Integral) or int(h) < 0 for h in chosen):
             raise DeclarationError(f"heads({brief(which)}): a non-empty list of head numbers")
         chosen = tuple(map(int, chosen))
 

@@ -122,8 +122,9 @@ def thumbnail(
 def _query(name: str, g: Geometry, query: tuple[int, ...] | int | None) -> tuple[int, ...]:
     if query is None:
         return tuple(min(n - 1, round(n * 0.4)) for n in g.q_grid)
-    at = (query,) if isinstance(query, int) else tuple(query)
-    if len(at) != len(g.q_grid) or any(not isinstance(c, Integral) or not 0 <= c < n for c, n in zip(at, g.q_grid, strict=False)):
+    at: tuple[Any, ...] = (query,) if isinstance(query, int) else tuple(query)
+    inside = (isinstance(c, Integral) and 0 <= int(c) < n for c, n in zip(at, g.q_grid, strict=False))
+    if len(at) != len(g.q_grid) or not all(inside):
         raise DeclarationError(f"{name}: query={query!r} does not lie on the grid {g.q_grid}")
     return tuple(map(int, at))
 
