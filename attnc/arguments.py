@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnc import ir
 from attnc.errors import DeclarationError, ShapeError, UnsupportedError
@@ -98,6 +101,48 @@ def check_dropout(name: str, p: float, seed: int | None) -> None:
         raise ShapeError(f"{name}: dropout_p={p!r}: the probability of dropping a weight, a number from 0 to less than 1")
     if seed is not None and (not isinstance(seed, int | torch.SymInt) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64):
         raise ShapeError(f"{name}: seed={seed!r}: a 64-bit integer, or None to draw one from torch's default generator")
+
+
+def check_tensors(name: str, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    """Refuse what is no tensor, and tensors without strides."""
+    for what, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor) and (t is not None or what == "q"):
+            raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
+        if t is not None and (t.is_nested or t.layout is not torch.strided):
+            kind, out = ("nested", "pack its images and give sizes=") if t.is_nested else (str(t.layout), f"give {what}.to_dense()")
+            raise ShapeError(f"{name}: {what} is a {kind} tensor, expected a strided one: {out}")
+
+
+def check_scale(name: str, scale: Any) -> None:
+    """Refuse a scale that is no finite number."""
+    if isinstance(scale, Tensor):
+        raise ShapeError(
+            f"{name}: scale= is a number, and this is a tensor, which would get no gradient; "
+            "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
+        )
+    if isinstance(scale, torch.SymFloat | torch.SymInt):
+        return
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ShapeError(f"{name}: scale={scale!r}: a finite number, or None for D ** -0.5")
+
+
+def check_transforms(name: str, given: Iterable[Any]) -> None:
+    """Refuse forward-mode derivatives, which the operators would silently leave out, and torch.func's transforms of tensors."""
+    if torch.compiler.is_compiling():
+        return
+    functorch: Any = torch._C._functorch
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    if any(functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t) for t in tensors):
+        raise UnsupportedError(
+            f"{name}: attention has no rules for torch.func's transforms (grad, vjp, jvp, vmap, ...): take gradients by "
+            "backward() or torch.autograd.grad, and more batch items in place of vmap"
+        )
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):
+        raise UnsupportedError(
+            f"{name}: forward-mode derivatives of attention are not lowered by any backend: take gradients by backward() or "
+            "torch.autograd.grad, or write the attention in plain PyTorch where tangents are needed"
+        )
 
 
 def sizes_of(sizes: Tensor | tuple[Tensor, Tensor], source: Pattern | Mechanism, same_grid: bool) -> Tensor:

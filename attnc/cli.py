@@ -1,10 +1,12 @@
-"""The ``attnc`` command. Exit status 0, or 2 with one line on stderr for every error attnc raises."""
+"""The ``attnc`` command. Exit status 0, or 2 with one line on stderr for every error of attnc and of usage."""
 
 from __future__ import annotations
 
 import inspect as python_inspect
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,20 +17,38 @@ from typer.core import TyperGroup
 
 from attnc.errors import AttncError
 
+UsageError: Any = typer.BadParameter.__base__  # click's, or that of a typer which brings its own click
+
 
 class Group(TyperGroup):
-    """Turns attnc's errors into one line and exit status 2, for every command."""
+    """Turns attnc's errors and those of usage into one line and exit status 2, for every command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _one_line(ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line(ctx):
             return super().invoke(ctx)
-        except AttncError as error:
-            if ctx.params.get("traceback"):
-                raise
-            from attnc.doctor import first_line
 
-            typer.echo(f"attnc: {type(error).__name__}: {first_line(error)}", err=True)
-            raise typer.Exit(2) from None
+
+@contextmanager
+def _one_line(ctx: Any) -> Iterator[None]:
+    try:
+        yield
+    except AttncError as error:
+        if ctx.params.get("traceback"):
+            raise
+        from attnc.doctor import first_line
+
+        typer.echo(f"attnc: {type(error).__name__}: {first_line(error)}", err=True)
+        raise typer.Exit(2) from None
+    except UsageError as error:
+        said = error.format_message()
+        if "\n" in said:  # the help, where a command comes without arguments
+            raise
+        typer.echo(f"attnc: {said.rstrip('.')} (`{(error.ctx or ctx).command_path} --help` shows what it takes)", err=True)
+        raise typer.Exit(2) from None
 
 
 app = typer.Typer(

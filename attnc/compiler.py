@@ -20,7 +20,10 @@ from attnc.arguments import (
     axes_and_sizes,
     check_dropout,
     check_rows,
+    check_scale,
     check_tables,
+    check_tensors,
+    check_transforms,
     packs,
     pad_of,
     sizes_of,
@@ -98,8 +101,12 @@ class Operator:
         if fallback not in (None, "torch"):
             raise DeclarationError(f"fallback={fallback!r}: None (raise) or 'torch' (warn once and go on)")
         for name, n in (("prefix", prefix), ("kv_prefix", kv_prefix or 0)):
-            if not isinstance(n, int) or n < 0:
+            if not isinstance(n, int) or isinstance(n, bool) or n < 0:
                 raise DeclarationError(f"{name}={n!r}: a non-negative int")
+        if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
+            raise DeclarationError(f"heads={heads!r}: the number of query heads, a positive int")
+        if not isinstance(layout, str | None):
+            raise DeclarationError(f"layout={layout!r}: a string that names each dimension, e.g. 'b (y x) (three h d)'")
         if tune and backend not in ("auto", *TUNED):
             raise UnsupportedError(f"{source.name}: tune=True: {_untuned(backend)}")
         self.source, self.heads, self.backend, self.tune, self.fallback = source, heads, backend, tune, fallback
@@ -163,6 +170,11 @@ class Operator:
 
     def program(self, rank: int) -> ir.Program:
         """The traced program on a grid of this rank."""
+        if isinstance(self.source, Mechanism):
+            raise UnsupportedError(
+                f"mechanism {self.source.name}: its steps are no relation on a grid, so it has no mask and no picture; "
+                "attnc.explain shows its steps"
+            )
         return self._traced(rank).program
 
     def _traced(self, rank: int) -> Traced:
@@ -221,16 +233,13 @@ class Operator:
         sized = None if sizes is None else sizes_of(sizes, self.source, self.same_grid)
         if dropout_p or seed is not None:
             check_dropout(name, dropout_p, seed)
-        for what, t in (("q", q), ("k", k), ("v", v)):
-            if t is not None and not isinstance(t, Tensor):
-                raise ShapeError(f"{name}: {what} is a {type(t).__name__}, not a tensor")
-        if isinstance(scale, Tensor):
-            raise ShapeError(
-                f"{name}: scale= is a number, and this is a tensor, which would get no gradient; "
-                "make it a table of the pattern: attnc.SCORE * temperature[attnc.HEAD] with scale=1.0"
-            )
+        check_tensors(name, q, k, v)
+        if scale is not None:
+            check_scale(name, scale)
+        if not past:
+            check_transforms(name, given)
         rows = self._tokens.rows(q, k, v)
-        past = past and (sized is None or direct.alone((sized,)))
+        past = past and not q.is_meta and (sized is None or direct.alone((sized,)))
         accepted = self._accepted(rows, grid, tables, sized, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):

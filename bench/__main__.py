@@ -57,6 +57,9 @@ def main(
         from bench.page import write_all
 
         write_all(results, ROOT / "docs")
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        typer.echo(f"attnc bench: no row's name contains {' or '.join(names or ())}; without a name all rows run", err=True)
+        raise typer.Exit(2)
     raise typer.Exit(int(status))
 
 

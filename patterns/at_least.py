@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnc import ir
 from attnc.lang.functions import Statement
-from attnc.lang.pattern import Pattern
+from attnc.lang.pattern import Pattern, a_pattern
 from attnc.lang.symbols import Point
 
 
@@ -14,6 +14,8 @@ def at_least(length: int, of: Pattern) -> Pattern:
     The padding always has `length` rows, so that one operator serves every grid; keys up to max(n, length) exist for `of`, and
     those beyond are seen by nobody. `of` must allow no key outside the length it is told.
     """
+
+    of = a_pattern(of, "at_least")
 
     def shorten(c: ir.Expr, n: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
         least = ir.const(length)

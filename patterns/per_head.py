@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from attnc import ir
 from attnc.errors import DeclarationError
 from attnc.lang.functions import Statement
-from attnc.lang.pattern import Pattern
+from attnc.lang.pattern import Pattern, a_pattern
 from attnc.lang.symbols import Point
 
 
 def per_head(patterns: Sequence[Pattern]) -> Pattern:
     """Equal contiguous runs of heads, one pattern each: head h of H follows patterns[h * len(patterns) // H]."""
-    parts = tuple(patterns)
+    parts = tuple(a_pattern(p, "per_head") for p in patterns) if isinstance(patterns, Iterable) else ()
     if not parts:
-        raise DeclarationError("per_head([]): at least one pattern")
+        raise DeclarationError(f"per_head({patterns!r}): at least one pattern, in a list")
 
     def tracer(q: Point, k: Point) -> Statement:
         statements = [p._tracer(q, k) for p in parts]

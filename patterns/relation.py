@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from attnc import ir
 from attnc.errors import DeclarationError
 from attnc.lang.functions import HEAD, SCORE, Statement, where
-from attnc.lang.pattern import Pattern
+from attnc.lang.pattern import Pattern, a_pattern
 from attnc.lang.symbols import Point, Sym, Table
 
 Size = int | Sequence[int]
@@ -67,6 +67,8 @@ def biased(name: str, body: Callable[[Point, Point], tuple[Sym, Places]], bias: 
 
 def rescored(name: str, of: Pattern | None, change: Callable[[Point, Point, Statement], Statement]) -> Pattern:
     """`of` (every key where it is None) with its statement changed: what makes a score part out of any relation."""
+    if of is not None:
+        of = a_pattern(of, name)
 
     def tracer(q: Point, k: Point) -> Statement:
         return change(q, k, where(always(q), SCORE) if of is None else of._tracer(q, k))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 from attnc.errors import DeclarationError
 from attnc.lang.functions import Statement, tanh
@@ -13,7 +15,8 @@ from attnc.patterns.relation import rescored
 
 def soft_cap(cap: float, of: Pattern | None = None) -> Pattern:
     """cap * tanh(score / cap), of the whole score, its bias included."""
-    if not cap > 0:
+    given: Any = cap
+    if not isinstance(given, Real) or not cap > 0:
         raise DeclarationError(f"soft_cap({cap!r}): a positive number")
 
     def change(q: Point, k: Point, s: Statement) -> Statement:

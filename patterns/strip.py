@@ -12,7 +12,7 @@ def strip(axis: str, width: int, *, bias: Bias = None) -> Pattern:
     """Blocks of `width` across, full along `axis`: same q // width on every other axis."""
 
     def body(q: Point, k: Point) -> tuple[Sym, Places]:
-        if axis not in q.axes or width < 1:
+        if axis not in q.axes or not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise DeclarationError(f"strip({axis!r}, {width!r}): an axis of ({', '.join(q.axes)}) and a positive width")
         terms, places = [], []
         for name, a, b, n in zip(q.axes, q, k, q.size, strict=True):

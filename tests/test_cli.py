@@ -137,7 +137,24 @@ def test_traceback_on_request() -> None:
 
 @pytest.mark.parametrize("grid", ["8by8", "0x8", "-1", "8x"])
 def test_bad_grids_are_usage_errors(grid: str) -> None:
-    assert "--grid" in attnc("explain", "window:size=7", f"--grid={grid}", status=2).stderr
+    assert "--grid" in fails("explain", "window:size=7", f"--grid={grid}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explain"], "Missing argument 'SPEC' (`attnc explain --help` shows what it takes)"),
+        (["expalin", "window:size=7"], "No such command 'expalin'"),
+        (["--fast", "list"], "No such option: --fast (`attnc --help` shows"),
+        (["cache", "empty"], "No such command 'empty'"),
+        (["compile", "window:size=7", "--heads", "many"], "Invalid value for '--heads'"),
+        (["draw", "window:size=7", "--grid=8x8", "-o", "p.word"], "path='p.word': Format 'word' is not supported"),
+        (["draw", "window:size=7", "--grid=8x8", "-o", "none/p.png"], "No such file or directory"),
+        (["draw", "channel", "--grid=8x8"], "mechanism channel(): its steps are no relation on a grid"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], said: str) -> None:
+    assert said in fails(*words)
 
 
 # --- commands ------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ def test_compile() -> None:
         ({"num_heads": 3}, "does not divide dim = 16"),
         ({"num_heads": 3, "local_up_to_layer": 0}, "does not divide dim = 16"),
         ({"img_size": 4}, "less than a patch"),
+        ({"img_size": "a"}, r"the size 'a': an int, or \(rows, columns\)"),
         ({"local_up_to_layer": -1}, "number of gated blocks"),
     ],
 )

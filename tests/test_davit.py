@@ -307,6 +307,8 @@ def test_autocast() -> None:
         ({"attention_types": ("windowed",)}, "'spatial' and 'channel' exist"),
         ({"out_indices": (4,)}, "there are 4 stages"),
         ({"num_heads": (5, 4, 3, 4)}, "does not divide dim = 16"),
+        ({"num_classes": -1}, "num_classes=-1: the number of logits"),
+        ({"num_classes": 1.5}, "num_classes=1.5: the number of logits"),
         ({"colour": 1}, "unexpected keyword argument 'colour'"),
     ],
 )

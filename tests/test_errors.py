@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import strategies as draws
 import torch
+from torch.autograd import forward_ad
 
 import attnc
 from attnc import AttncError, BuildError, CacheError, DeclarationError, ShapeError, UnsupportedError
-from attnc.patterns import causal, channel, full, neighborhood, window
+from attnc.patterns import alibi, causal, channel, full, neighborhood, per_head, soft_cap, strip, window
 
 
 def rows(n: int = 20, heads: int = 2, d: int = 8, batch: int = 1, **options: Any) -> torch.Tensor:
@@ -54,6 +56,17 @@ def with_sink(q: Any, k: Any, *, sink: attnc.Table) -> Any:
 
 
 COMPILE: list[tuple[Callable[[], Any], type[AttncError], str]] = [
+    (lambda: window(2) | window, DeclarationError, r"`window\(2\) \| ...`: takes patterns, not <function .* \(call it"),
+    (lambda: per_head([window(2), None]), DeclarationError, "per_head: takes patterns, not None"),
+    (lambda: per_head(3), DeclarationError, r"per_head\(3\): at least one pattern"),
+    (lambda: soft_cap("a"), DeclarationError, r"soft_cap\('a'\): a positive number"),
+    (lambda: alibi(3), DeclarationError, "alibi: takes patterns, not 3"),
+    (lambda: window(2).heads("a"), DeclarationError, r"heads\('a'\): a non-empty list of head numbers"),
+    (lambda: compiled(strip("x", "a")), DeclarationError, r"strip\('x', 'a'\): an axis of \(y, x\) and a positive width"),
+    (lambda: compiled(heads=0), DeclarationError, "heads=0: the number of query heads"),
+    (lambda: compiled(layout=3), DeclarationError, "layout=3: a string that names each dimension"),
+    (lambda: compiled(prefix=True), DeclarationError, "prefix=True: a non-negative int"),
+    (lambda: attnc.mask(channel(), grid=(4, 5)), UnsupportedError, r"mechanism channel\(\): its steps are no relation on a grid"),
     (lambda: attnc.compile(window), DeclarationError, r"takes a pattern or a mechanism, not function \(call it"),
     (lambda: attnc.compile(3), DeclarationError, "takes a pattern or a mechanism, not int"),
     (lambda: compiled(tune=True), UnsupportedError, r"window\(2\): tune=True"),
@@ -132,6 +145,12 @@ CALL: list[tuple[Callable[[], Any], type[AttncError], str]] = [
     (lambda: compiled()(*[x.to(torch.complex64)] * 3), ShapeError, "share one of float32, float16, bfloat16, float64"),
     (lambda: compiled()(*[x.to(torch.float8_e4m3fn)] * 3), ShapeError, "share one of float32, float16, bfloat16, float64"),
     (lambda: compiled()(x, x.to("meta"), x), ShapeError, "devices cpu, meta, cpu differ"),
+    (lambda: compiled()(None), ShapeError, "q is a NoneType, not a tensor"),
+    (lambda: compiled(backend="cpp")(x.to_sparse(), x, x), ShapeError, r"q is a torch.sparse_coo tensor, .*: give q.to_dense\(\)"),
+    (lambda: compiled()(x, x, x, scale="a"), ShapeError, "scale='a': a finite number, or None"),
+    (lambda: compiled(backend="cpp")(x, x, x, scale=math.nan), ShapeError, "scale=nan: a finite number, or None"),
+    (lambda: torch.func.grad(lambda t: compiled()(t, x, x).sum())(x), UnsupportedError, "torch.func's transforms .*: take gradi"),
+    (lambda: torch.vmap(lambda t: compiled()(t, x, x))(x[None]), UnsupportedError, "torch.func's transforms .*: take gradients by"),
     (lambda: compiled()(x, x, x, scale=torch.ones(())), ShapeError, "scale= is a number, .* make it a table of the pattern"),
     (
         lambda: compiled()(x, x, x, sizes=torch.ones(1, 2)),
@@ -369,6 +388,14 @@ def test_second_derivatives_are_refused_not_zero() -> None:
         (g,) = torch.autograd.grad(op(q, q, q).sum(), q, create_graph=True)
         with pytest.raises(UnsupportedError, match="second derivatives of attention are not lowered by the torch backend"):
             torch.autograd.grad(g.square().sum(), q)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "eager"])
+def test_forward_mode_derivatives_are_refused_not_zero(backend: str) -> None:
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match=r"window\(2\): forward-mode .*: take gradients by"):
+        compiled(backend=backend)(forward_ad.make_dual(x, x), x, x)
+    with forward_ad.dual_level():
+        assert compiled(backend=backend)(x, x, x).shape == x.shape
 
 
 def test_fallback_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,3 +279,28 @@ def test_dilated_blocks_moved_by_less_than_their_interval(backend: str) -> None:
     form = structure.analyse(problem.pattern.trace(("y", "x")), True, False).axes[0]
     assert form.kind == "residue 2 of interval"
     assert form.block is None
+
+
+@pytest.mark.parametrize("over", ["keys", "queries"])
+@pytest.mark.parametrize("backend", ["torch", "cpp", "eager"])
+def test_a_nan_shows_in_outputs_and_gradients(backend: str, over: str) -> None:
+    """A scaler of gradients finds its overflow by them: a row whose scores are NaN is no row without keys."""
+    p = patterns.window(3) if over == "keys" else patterns.reversed_attention(patterns.window(3))
+    q, k, v = (t.requires_grad_() for t in rows(12))
+    hurt = q.detach().clone()
+    hurt[0, 0, 4] = float("nan")
+    out = attnc.compile(p, grid=(12,), backend=backend)(hurt.requires_grad_(), k, v)
+    seen = slice(4, 5) if over == "keys" else slice(3, 6)  # over queries, a NaN is in the sums of the keys that all of them see
+    assert out[0, 0, seen].isnan().all()
+    assert out[0, 1].isfinite().all()
+    for gradient in torch.autograd.grad(out.sum(), (hurt, k)):
+        assert gradient[0, 0, 3:6].isnan().any()
+        assert gradient[0, 1].isfinite().all()
+
+
+def test_tensors_without_values_have_shapes() -> None:
+    """On the meta device an operator is its fake."""
+    q, k, v = (t.to("meta").requires_grad_() for t in rows(12))
+    out, lse = attnc.compile(patterns.cross(2), grid=(3, 4))(q, k, v, return_lse=True)
+    assert out.is_meta and out.shape == q.shape and lse.shape == q.shape[:3]
+    assert [g.shape for g in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))] == [q.shape] * 3

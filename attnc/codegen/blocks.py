@@ -144,7 +144,7 @@ def attend_block(
             if norm.sink is not None:
                 sink = tables[norm.sink].view(-1, 1, 1, 1).expand(q.shape[0], q.shape[1], *score.shape[2:4], 1)
                 masked = torch.cat([masked, sink], -1)
-            some = (masked > float("-inf")).any(-1, keepdim=True)
+            some = (masked != float("-inf")).any(-1, keepdim=True)  # (a NaN is a key, and shows)
             finite = torch.where(some, masked, 0.0)  # rows without keys: keep every derivative finite
             lse = torch.where(some[..., 0], torch.logsumexp(finite, -1), float("-inf"))
             weight = torch.where(some, torch.softmax(finite, -1), 0.0)[..., : score.shape[-1]]
@@ -222,7 +222,7 @@ def backward(
             if whole is None:
                 return o, s
             at = whole[1][:, :, tile.queries.clamp_min(0)].to(dtype)  # of another query, where the tile's is virtual
-            some = torch.isfinite(s) & (tile.queries >= 0)
+            some = (s != float("-inf")) & (tile.queries >= 0)
             share = torch.where(some, torch.exp(torch.where(some, s - at, 0.0)), 0.0)
             return o * share[..., None], share
 
@@ -230,7 +230,7 @@ def backward(
         g = torch.where(real[..., None], gather(flat_g, tile.queries).to(dtype), 0.0)
         gl = torch.zeros_like(s)
         if grad_lse is not None:
-            gl = torch.where(real & torch.isfinite(s), grad_lse[:, :, tile.queries.clamp_min(0)].to(dtype), 0.0)
+            gl = torch.where(real & (s != float("-inf")), grad_lse[:, :, tile.queries.clamp_min(0)].to(dtype), 0.0)
         if whole is not None:
             gl = gl - (gather(flat(whole[0]), tile.queries).to(dtype) * g).sum(-1)
         *parts, table_parts = vjp((g, gl))

@@ -28,7 +28,7 @@ def _column_lse(x: Pairs) -> Tensor:
 def _weighted(x: Pairs, lse: Tensor) -> Tensor:
     """[B, H, 1, n, Dv]: the block's output, from the lse [B, H, m] of all queries."""
     lse = lse[:, :, None, None]
-    weight = torch.where(x.allowed, torch.exp(torch.where(x.allowed, x.score - torch.where(lse > -INF, lse, 0.0), 0.0)), 0.0)
+    weight = torch.where(x.allowed, torch.exp(torch.where(x.allowed, x.score - torch.where(lse != -INF, lse, 0.0), 0.0)), 0.0)
     return (weight if x.factor is None else weight * x.factor) @ x.v
 
 
@@ -90,7 +90,7 @@ def backward(
     lse, flat_g = walk.lse(), flat(grad_out)
     grad_of_lse, real = torch.zeros_like(lse), walk.keys >= 0
     if grad_lse is not None:
-        grad_of_lse[:, :, real] += torch.where(lse[:, :, real] > -INF, grad_lse[:, :, walk.keys[real]].to(walk.dtype), 0.0)
+        grad_of_lse[:, :, real] += torch.where(lse[:, :, real] != -INF, grad_lse[:, :, walk.keys[real]].to(walk.dtype), 0.0)
     learned = {n: t for n, t in walk.tables.items() if t.is_floating_point()}
     sums = [torch.zeros(t.shape, dtype=walk.dtype, device=q.device) for t in walk.rows]
     table_sums = {n: torch.zeros_like(t) for n, t in learned.items()}
@@ -116,12 +116,12 @@ def backward(
             return _column_lse(walk.pairs(tile, (qb, kb, vb), t))
 
         mine, vjp, *_ = torch.func.vjp(column, *walk.gathered(tile), learned)
-        share = torch.where(mine > -INF, torch.exp(mine - lse), 0.0)
+        share = torch.where(mine != -INF, torch.exp(mine - lse), 0.0)
         *parts, tables = vjp(grad_of_lse * share)
         add(tile, parts, tables)
     sink, name = walk.sink(), call.attend.normalizer.sink
     if sink is not None and name is not None:
-        share = torch.where(lse > -INF, torch.exp(sink - lse), 0.0)
+        share = torch.where(lse != -INF, torch.exp(sink - lse), 0.0)
         table_sums[name] += (grad_of_lse * share).sum((0, 2)).sum_to_size(sink.numel())
     shaped = [t.view(x.shape).to(x.dtype) for t, x in zip(sums, (q, k, v), strict=True)]
     return shaped[0], shaped[1], shaped[2], {n: t.to(call.tables[n].dtype) for n, t in table_sums.items()}

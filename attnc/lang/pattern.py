@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any, TypeVar
 
 from attnc import ir
@@ -124,9 +125,10 @@ class Pattern:
 
     def heads(self, which: Iterable[int]) -> Pattern:
         """The pattern for these heads only; other heads see no key. Join with `|` to give heads different patterns."""
-        chosen = tuple(int(h) for h in which)
-        if not chosen or min(chosen) < 0:
-            raise DeclarationError(f"heads({list(chosen)}): a non-empty list of head numbers")
+        chosen: tuple[Any, ...] = tuple(which) if isinstance(which, Iterable) else ()
+        if not chosen or any(isinstance(h, bool) or not isinstance(h, Integral) or int(h) < 0 for h in chosen):
+            raise DeclarationError(f"heads({brief(which)}): a non-empty list of head numbers")
+        chosen = tuple(map(int, chosen))
 
         def tracer(q: Point, k: Point) -> Statement:
             s = self._tracer(q, k)
@@ -180,8 +182,18 @@ def _agree(a: Pattern, b: Pattern, x: T, y: T, plain: T) -> T:
     return y if x == plain else x
 
 
-def _combine(op: str, a: Pattern, b: Pattern) -> Pattern:
+def a_pattern(value: object, what: str) -> Pattern:
+    """`value`, where it is a pattern; DeclarationError names `what` otherwise."""
+    if not isinstance(value, Pattern):
+        hint = " (call it with its hyper-parameters first)" if callable(value) else ""
+        raise DeclarationError(f"{what}: takes patterns, not {brief(value)}{hint}")
+    return value
+
+
+def _combine(op: str, a: Pattern, b: object) -> Pattern:
     """Join relations. A part with a score of its own gives it to the pairs it allows (`|`) or to all pairs (`&`)."""
+    sign = "&" if op == "and" else "|"
+    b = a_pattern(b, f"`{a.name} {sign} ...`")
 
     def tracer(q: Point, k: Point) -> Statement:
         s, t = a._tracer(q, k), b._tracer(q, k)
@@ -197,7 +209,6 @@ def _combine(op: str, a: Pattern, b: Pattern) -> Pattern:
                 raise DeclarationError(f"`{a.name} & {b.name}`: both parts change the score; say it in one pattern")
         return Statement(relation, score, normalizer, post, q_map, k_map)
 
-    sign = "&" if op == "and" else "|"
     return Pattern(f"({a.name} {sign} {b.name})", tracer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,15 @@ def draw(
     _title(figure, s, g, heads, head)
     _legend(figure, g, s)
     out = Path(path)
-    figure.savefig(out, metadata={"Software": None} if out.suffix == ".png" else None)
+    _save(figure, out, p.name)
     return out
+
+
+def _save(figure: Any, out: Path, name: str) -> None:
+    try:
+        figure.savefig(out, metadata={"Software": None} if out.suffix == ".png" else None)
+    except (OSError, ValueError) as e:  # no such folder; an ending that matplotlib has no format for
+        raise DeclarationError(f"{name}: path={str(out)!r}: {e}; give a file such as pattern.png in a folder that exists") from e
 
 
 def thumbnail(
@@ -106,7 +114,7 @@ def thumbnail(
     ax.set_xticks([])
     ax.set_yticks([])
     out = Path(path)
-    figure.savefig(out, metadata={"Software": None})
+    _save(figure, out, p.name)
     return out
 
 
@@ -114,10 +122,11 @@ def thumbnail(
 def _query(name: str, g: Geometry, query: tuple[int, ...] | int | None) -> tuple[int, ...]:
     if query is None:
         return tuple(min(n - 1, round(n * 0.4)) for n in g.q_grid)
-    at = (query,) if isinstance(query, int) else tuple(int(c) for c in query)
-    if len(at) != len(g.q_grid) or any(not 0 <= c < n for c, n in zip(at, g.q_grid, strict=False)):
+    at: tuple[Any, ...] = (query,) if isinstance(query, int) else tuple(query)
+    inside = (isinstance(c, Integral) and 0 <= int(c) < n for c, n in zip(at, g.q_grid, strict=False))
+    if len(at) != len(g.q_grid) or not all(inside):
         raise DeclarationError(f"{name}: query={query!r} does not lie on the grid {g.q_grid}")
-    return at
+    return tuple(map(int, at))
 
 
 def _extents(g: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -17,7 +17,7 @@ from attnc.lang.pattern import Pattern
 
 def mask(p: Pattern, *, grid: GridLike, kv_grid: GridLike = None, heads: int = 1) -> Tensor:
     """bool [heads, Nq, Nk]: the relation on a grid, for looking at and for tests (N x N on purpose)."""
-    op = compile(p, grid=grid, kv_grid=kv_grid)
+    op = compile(p, grid=grid, kv_grid=kv_grid, heads=heads)
     if not op.grid or None in op.grid:
         raise ShapeError(f"{p.name}: mask needs a grid with known lengths, not {grid!r}")
     q_grid = tuple(n for n in op.grid if n is not None)

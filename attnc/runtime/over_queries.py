@@ -276,7 +276,7 @@ class Exchange:
         exact, own = self.attend(*(t.to(lse.dtype) for t in (k, q, grad_out)), tables, *rest)
         found: dict[str, Tensor] = {}
         if self._sink is not None:
-            seen = own > float("-inf")
+            seen = own != float("-inf")
             exact = exact * torch.where(seen, torch.exp(own - lse), 0.0).view(*exact.shape[:-1], 1)
         dv = exact.to(q.dtype)
         if dv.dtype != lse.dtype:  # the kernels' delta is dv's
@@ -288,7 +288,7 @@ class Exchange:
             delta = (exact * v.to(lse.dtype)).sum(-1).view(lse.shape)
             delta = delta if grad_lse is None else delta - grad_lse.to(lse.dtype)
             sink = self.tables[self._sink]
-            weight = torch.where(lse > float("-inf"), torch.exp(sink.to(lse.dtype).view(1, -1, 1) - lse), 0.0)
+            weight = torch.where(lse != float("-inf"), torch.exp(sink.to(lse.dtype).view(1, -1, 1) - lse), 0.0)
             found[self._sink] = -(weight * delta).sum((0, 2)).sum_to_size(sink.shape)
         dk, dq, _, gradients = self.attend_backward(k, q, grad_out, tables, dv, lse, v, kernels_grad_lse, *rest)
         found |= dict(zip(names, gradients, strict=True))

@@ -95,7 +95,10 @@ class _Replayed(torch.autograd.Function):
         return None, *gradients(saved[ctx.count :], saved[: ctx.count], grad_out)
 
 
-def key(tensors: tuple[Tensor, ...], *others: Any) -> tuple[Any, ...]:
+def key(tensors: tuple[Tensor, ...], *others: Any) -> tuple[Any, ...] | None:
     """What a call of these tensors and arguments has in common with those that are run in the same way."""
-    look = [x for t in tensors for x in (t.shape, t.stride(), t.dtype, t.is_cpu)]
+    try:
+        look = [x for t in tensors for x in (t.shape, t.stride(), t.dtype, t.is_cpu)]
+    except RuntimeError:  # a sparse or nested tensor, which the operator refuses
+        return None
     return (*others, torch.get_num_threads(), tuner.version(), *look)

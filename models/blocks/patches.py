@@ -7,12 +7,16 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from attnc.errors import DeclarationError
 from attnc.models.blocks.conv import conv_map, pad_to_multiple
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a size that is one number or both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    if len(both) != 2 or not all(isinstance(n, int) for n in both):
+        raise DeclarationError(f"the size {size!r}: an int, or (rows, columns)")
+    return both[0], both[1]
 
 
 class PatchEmbed(nn.Module):

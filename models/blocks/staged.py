@@ -28,6 +28,7 @@ class Classifier(nn.Module):
 
     def __init__(self, num_features: int, *, num_classes: int, grad_checkpointing: bool) -> None:
         super().__init__()
+        self.check_classes(num_classes)
         self.num_features = num_features
         self.num_classes = num_classes
         self.grad_checkpointing = grad_checkpointing
@@ -36,6 +37,11 @@ class Classifier(nn.Module):
         """Raise a DeclarationError that names the model unless `holds`."""
         if not holds:
             raise DeclarationError(f"{type(self).__name__}: {complaint}")
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise a DeclarationError unless there are 0 classes or more."""
+        holds = isinstance(num_classes, int) and num_classes >= 0
+        self.check(holds, f"{num_classes=}: the number of logits, or 0 for no classifier")
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """``[B, in_chans, H, W] -> [B, num_classes]``."""
@@ -55,6 +61,7 @@ class Classifier(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the last linear layer by a fresh one; 0 classes leave what comes before it."""
+        self.check_classes(num_classes)
         self.num_classes = num_classes
         fresh = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         fresh.apply(init_vit)
