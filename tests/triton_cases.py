@@ -458,7 +458,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.sim:
         simulate(str(Path(options.sim[0]).resolve()), int(options.sim[1]))
-    for group in options.groups:
+        here = device.Device("simulator", f"cuda:{options.sim[1]}", torch.device("cpu"))  # whose tiles are chosen
+        with device.using(here):
+            run(options.groups)
+    else:
+        run(options.groups)
+
+
+def run(groups: list[str]) -> None:
+    """The cases of some groups."""
+    for group in groups:
         if group == "library":
             count_scores()
         for name, case in GROUPS[group].items():

@@ -7,6 +7,7 @@ from attnc.analysis.derivative import derivative
 from attnc.codegen.triton_plan import lanes
 from attnc.codegen.triton_scores import Scores, dot
 from attnc.codegen.triton_shapes import INF, long
+from attnc.schedule.tiles import Tile
 
 
 class Steps(Scores):
@@ -15,6 +16,7 @@ class Steps(Scores):
     certain: bool  # every row has a key, and the maximum needs no floor
     with_prefix: bool  # the prefix tokens' keys follow the grid's
     given: bool  # delta comes from the whole output, of all parts of a union
+    tile_choice: Tile
     there: str  # which columns of a group's chunk get gradients, "" where all do
 
     # ------------------------------------------------------------------------------------------------------------------ one chunk
@@ -132,20 +134,25 @@ class Steps(Scores):
         if early:  # before dp, which need not live beside the weights in half precision
             self.put(add_dv)
         if self.fused:
-            self.group_rows()
+            self.group_rows(weight)
         starts = not self.fused and spec.softmax and weight == "p"  # the product starts from what dp is less in ds
         start = f"tl.broadcast_to(less{at}, [{self.bm}, {self.bn}])" if starts else ""
         self.put(f"dp = {dot(row2, f'{column2}.T', start)}")
         if keys and not early:
             self.put(add_dv)
         if self.fused and spec.softmax and not self.given:
-            self.put(f"delta = tl.sum({weight} * dp, 1)[:, None]")
+            if self.weights_first:  # one value of a pair for ds, delta and a table's gradient
+                self.put(f"wdp = {weight} * dp", "delta = tl.sum(wdp, 1)[:, None]")
+            else:
+                self.put(f"delta = tl.sum({weight} * dp, 1)[:, None]")
             with self.block("if GLse is not None:"):
                 self.put("delta -= tl.load(GLse + token)[:, None]")
         if not spec.softmax:
             self.put(f"ds = {'f * ' if weight == 'w' else ''}dp * ({self.weights_slope()})")
         elif starts:
             self.put("ds = p * dp")
+        elif self.fused and self.weights_first and not self.given:
+            self.put("ds = wdp - p * delta")
         elif self.fused:
             self.put("ds = w * dp - p * delta" if weight == "w" else "ds = p * (dp - delta)")
         else:
@@ -166,17 +173,30 @@ class Steps(Scores):
             grad = "dk" if keys else "dq"
             self.put(f"{grad} = {dot(f'{d}.to({column}.dtype)', column, grad)}")
 
-    def group_rows(self) -> None:
+    @property
+    def weights_first(self) -> bool:
+        """A group's dv comes before dp, beside which its weights then live once. At 128 channels that only helps where operands
+        come through a pipeline: otherwise rows that are loaded take the registers."""
+        return self.tile_choice.stages > 1 or lanes(max(self.spec.head_dim, self.spec.value_dim)) <= 64
+
+    def group_rows(self, weight: str) -> None:
         """Load what a group's gradients need beyond its scores: only now, so that it does not live beside the first product."""
         self.put(f"g = {self.load(self.own('g'), self.reach, self.channels('g'))}")
+        if not self.spec.softmax:
+            self.put("g = tl.where(live[:, None], g, 0.0)  # rows beyond the group have weights")
+        if self.weights_first:
+            self.group_values(weight)
         self.put(f"v = {self.load(self.chunk_of('v'), self.reach, self.channels('v'))}")
         if self.given:
             self.put(f"o = {self.load(self.own('o'), self.reach, self.channels('o'))}")
             self.put("delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)[:, None]")
             with self.block("if GLse is not None:"):
                 self.put("delta -= tl.load(GLse + token)[:, None]")
-        if not self.spec.softmax:
-            self.put("g = tl.where(live[:, None], g, 0.0)  # rows beyond the group have weights")
+
+    def group_values(self, weight: str) -> None:
+        """A group's dv."""
+        self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
+        self.store(self.chunk_of("dv"), "dv", "dv", self.there)
 
     def group_gradients(self, weight: str, d: str) -> None:
         """A group's gradients, one after the other: each is stored before the next, so that no two live in registers together."""
@@ -185,8 +205,8 @@ class Steps(Scores):
         self.store(self.own("dq"), "dq * scale", "dq", self.there)
         self.put(f"dk = {dot('d.T', 'q')}")
         self.store(self.chunk_of("dk"), "dk * scale", "dk", self.there)
-        self.put(f"dv = {dot(f'{weight}.to(g.dtype).T', 'g')}")
-        self.store(self.chunk_of("dv"), "dv", "dv", self.there)
+        if not self.weights_first:
+            self.group_values(weight)
 
     # ------------------------------------------------------------------------------------------------------------- table gradients
     def contributions(self) -> list[tuple[ir.Expr, str]]:

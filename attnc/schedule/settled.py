@@ -73,6 +73,9 @@ def _ampere(tile: Tile, kind: Kind, width: int, facts: Facts) -> Tile:
             return _half(tile)
         if width == 128 and tile.bm == 128:
             return replace(tile, rows=scaled(tile.rows, up=False), warps=4)
+        if width == 128 and sides == (64, 32) and not facts.whole and facts.most > 8:
+            # rows' places and a long box are kept beside both sums: no room for the places of the next chunk
+            return replace(tile, stages=1)
     elif kind == "dq":
         if sides == (128, 128) and (width == 64 or not facts.exact):
             return _half(tile)
@@ -124,7 +127,7 @@ def _rdna(tile: Tile, kind: Kind, width: int, facts: Facts) -> Tile:
     """256 registers a lane, and rows of which each half of a wave holds a copy: waves share what is beside two sums and a mask."""
     if kind != "dkv" or width > 64:
         return tile
-    rows, shared = tile.rows, facts.mixed or facts.tables
+    rows, shared = tile.rows, (facts.mixed and not facts.one_box) or facts.tables
     while math.prod(rows) > (32 if shared else 64) and max(rows) % 2 == 0:
         rows = scaled(rows, up=False)
     return replace(tile, rows=rows, warps=4 if shared else min(tile.warps, 4))

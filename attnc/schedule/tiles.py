@@ -273,6 +273,7 @@ def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str 
     the gradients of scores. Where warpgroups multiply out of it, both chunks of a pipeline are there, statistics, and barriers.
     pairs: a table or a condition is evaluated for each pair of a chunk, and goes through it to the scores' lanes."""
     rows, columns, weights = tile.bm * width * itemsize, 2 * tile.bn * width * itemsize, tile.bm * tile.bn * itemsize
+    rows *= min(tile.stages, 2) if tile.batch > 1 else 1  # those of the next batch item as well
     if target.startswith("hip"):  # rows pass through it once, before the loop
         return max(rows, columns + weights, columns * (1 if tile.warps == 1 else min(tile.stages, 2)))
     more = 1 if kind == "forward" else 2
@@ -319,7 +320,9 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
         warps = 4 if four or (itemsize > 2 and width <= 64 and not (width > 32 and g.attend.tables)) else 8
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
-    tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, 1, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
+    # beside a table's gradient in registers there is no room for rows of 128 channels on their way to shared memory
+    stages = 2 if kind != "forward" and itemsize <= 2 and width > 64 and g.attend.tables and target == "cuda:90" else 1
+    tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, stages, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
     if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
         return None
     return tile if shared_bytes(kind, tile, width, itemsize, target) <= shared_limit(target) else None
