@@ -58,7 +58,7 @@ def test_shorter_vectors(instructions: str) -> None:
 
 
 def test_weights_of_a_whole_row_sum_to_one(quick: None) -> None:
-    """A saved log-sum-exp is rounded, which alone would cost gradients two thirds of eager code's error (1.4 times with its own)."""
+    """A saved log-sum-exp is rounded, which would make the error of gradients 1.4 times eager code's."""
     pattern, grid, n, dim = patterns.window(7), (7, 14), 98, 24
     mask = attnc.mask(pattern, grid=grid)[0]
     op = attnc.compile(pattern, grid=grid, backend="cpp")

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnc import ir
 from attnc.analysis.dropout import TABLE
-from attnc.codegen import around, cpp_host
+from attnc.codegen import around, cpp_host, once
 from attnc.codegen.cpp import Spec, channel_source, describe, source
 from attnc.errors import ShapeError
 from attnc.schedule.boxes import tiling
@@ -77,7 +77,7 @@ class Attention(torch.autograd.Function):
         named = dict(zip(TABLES, tables))
         run = runner(BACKWARD, "attend_backward")
         dq, dk, dv, gradients = run_backward(run, READY_BACKWARD, q, k, v, out, lse, grad_out, @GRAD_LSE@, ctx.scale, named)
-        return dq, dk, dv, None, *(gradients.get(name) for name in TABLES)
+        return once((dq, dk, dv, None, *(gradients.get(name) for name in TABLES)), (*ctx.saved_tensors, grad_out))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, @DROPOUT@**tables: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Attention(torch.autograd.Function):
         dq, dk, dv = (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
         tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
         run_channel(function(BACKWARD[0], "channel"), ctx.scale, tensors)
-        return dq, dk, dv, None
+        return once((dq, dk, dv, None), (q, k, v, grad_out))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -248,4 +248,4 @@ def emit_cpu(
     kernels = ""
     for name, texts in zip(("FORWARD", "BACKWARD"), sources, strict=True):
         kernels += f"\n{name} = (\n" + "".join(f'    r"""{text}""",\n' for text in texts) + ")\n"
-    return f"{doc}{IMPORTS}\n{_host()}{LIBRARY}\n{setup}{tail}{kernels}"
+    return f"{doc}{IMPORTS}\n{_host()}{LIBRARY}\n{once.TEXT}\n{setup}{tail}{kernels}"

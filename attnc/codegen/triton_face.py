@@ -7,7 +7,7 @@ import numpy as np
 from attnc import ir
 from attnc.analysis.dropout import TABLE
 from attnc.analysis.evaluate import evaluate
-from attnc.codegen import around
+from attnc.codegen import around, once
 from attnc.codegen.triton_plan import Spec
 from attnc.schedule.geometry import Geometry
 
@@ -88,6 +88,9 @@ if not hasattr(torch.ops.attnc_emitted, NAME):  # a second import of the same mo
             learned = [*dict.fromkeys(n.args[0] for n in self.spec.learned), *self.pads]
             gradients = "".join(f", found[{learned.index(n)}]" if n in learned else ", None" for n in names)
         return f"""\
+{once.TEXT.strip()}
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v{args}):
@@ -100,7 +103,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, {cotangents[0]}):
         q, k, v, out, lse{saved} = ctx.saved_tensors
         dq, dk, dv, {"found" if names else "_"} = {backward}
-        return dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}
+        return once((dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}), (*ctx.saved_tensors, grad_out))
 """
 
     def attention(self) -> str:
