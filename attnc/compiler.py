@@ -32,7 +32,7 @@ from attnc.codegen import around
 from attnc.errors import AttncError, DeclarationError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
-from attnc.runtime import direct, operator, regions, replay
+from attnc.runtime import device, direct, operator, regions, replay
 from attnc.runtime import layout as layouts
 from attnc.runtime.replay_attend import record_attend
 from attnc.runtime.replay_channel import record_channel
@@ -239,7 +239,9 @@ class Operator:
         if not past:
             check_transforms(name, given)
         rows = self._tokens.rows(q, k, v)
-        past = past and not q.is_meta and (sized is None or direct.alone((sized,)))
+        past = past and (sized is None or direct.alone((sized,)))
+        if q.is_meta:  # shapes alone, but for a device that stands in for a GPU
+            past = past and device.of(q.device).target != "meta"
         accepted = self._accepted(rows, grid, tables, sized, past)
         scale = accepted.scale if scale is None else float(scale)
         if isinstance(self.source, Mechanism):

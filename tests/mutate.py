@@ -240,7 +240,11 @@ TESTS = {  # what a path begins with: the stages of its tests
         "bands",
         f"{BUILT} lists dropout normalizers scores_on_every_grid sizes cache",
     ],
-    "attnc/codegen": [f"{CPP}_memory cpp_ahead", f"{CPP} layout", f"{BUILT} lists dropout normalizers scores_on_every_grid sizes"],
+    "attnc/codegen": [
+        f"{CPP}_memory cpp_ahead cpp_rows",
+        f"{CPP} layout",
+        f"{BUILT} lists dropout normalizers scores_on_every_grid sizes",
+    ],
 }
 
 

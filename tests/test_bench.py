@@ -125,7 +125,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert {"eager", "sdpa partitioned", "timm", "attnc"} == set(next(r for r in rows if "shifted" in r["name"])["seconds"])
     for r in rows:
         assert r["ratio"] == pytest.approx(r["seconds"][r["peer"]] / r["seconds"]["attnc"])
-        assert r["seconds"][r["peer"]] == min(t for n, t in r["seconds"].items() if n != "attnc")
+        assert r["seconds"][r["peer"]] == min(t for n, t in r["seconds"].items() if not n.startswith("attnc"))
         assert min(r["calls"].values()) >= 2
         assert 0 < r["share"] < (2 if r["dtype"] == "float32" else float("inf"))  # bf16 GEMM crawls where the CPU has no such unit
     page.write(tmp_path, tmp_path / "docs")

@@ -42,6 +42,7 @@ STATEMENTS: dict[str, tuple[attnc.Pattern, tuple[int, ...], dict[str, Any]]] = {
     "window_bias": (patterns.window(7, bias="relative"), (14, 14), {}),
     "shifted_window": (patterns.window(7, shift=3), (14, 21), {"dtype": "float32"}),
     "padded_window": (patterns.window(4, shift=-1), (10, 7), {"pad": ((1, 1), (0, 2))}),
+    "padded_blocks": (patterns.window(4), (6, 7), {"pad": ((1, 1), (0, 1))}),
     "neighborhood": (patterns.neighborhood(7), (16, 24), {"target": "cuda:90"}),
     "dilated_bias": (patterns.neighborhood(3, 2, bias="relative"), (11, 14), {"value_dim": 24}),
     "causal_prefix": (patterns.causal(), (150,), {"prefix": 2}),

@@ -232,6 +232,14 @@ def test_candidates_begin_with_the_models_choice_and_fit(p: attnc.Pattern, grid:
             assert {t.warps for t in found} & {1, 2, 4, 8}
 
 
+def test_a_wave_alone_keeps_one_chunk_in_shared_memory() -> None:
+    """Of AMD's kernels: several warps pipeline, and hold two."""
+    alone = tiles.choose(call_of(patterns.window(7), (56, 56)).geometry, 64, target="hip:gfx942")
+    one, four = (replace(alone, rows=(4, 4), chunk=(8, 8), warps=w, stages=2) for w in (1, 4))
+    bytes_of = [tiles.shared_bytes("forward", t, 64, 2, "hip:gfx942") for t in (one, four)]
+    assert bytes_of == [2 * 64 * 64 * 2 + 16 * 64 * 2, 2 * 2 * 64 * 64 * 2]
+
+
 def test_candidates_spare_memory_pack_blocks_and_vary_batch_items() -> None:
     """Beside the cheapest in instructions: five columns or fewer loaded a row for 7x7, several windows to a tile, other batches."""
     near = call_of(patterns.neighborhood(7), (56, 56)).geometry

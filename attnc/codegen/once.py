@@ -2,7 +2,7 @@
 
 TEXT = '''
 class Once(torch.autograd.Function):
-    """The first n tensors, as functions of all: a derivative of theirs is refused, where none would silently be zero."""
+    """The first n tensors, as functions of all, whose derivatives are refused: none would silently be zero."""
 
     @staticmethod
     def forward(ctx, n, *tensors):
@@ -14,10 +14,7 @@ class Once(torch.autograd.Function):
 
 
 def once(gradients, given):
-    """Gradients of `given`, as a graph of them asks for."""
-    if not torch.is_grad_enabled():
-        return gradients
     found = [g for g in gradients if g is not None]
-    marked = iter(Once.apply(len(found), *found, *given))
+    marked = iter(Once.apply(len(found), *found, *given) if torch.is_grad_enabled() else found)
     return tuple(None if g is None else next(marked) for g in gradients)
 '''
