@@ -199,7 +199,7 @@ BUILT = "-k cpp backends pattern_grids"
 CPP = "-k 'not compile and not shipped' cpp"
 TESTS = {  # what a path begins with: the stages of its tests
     "attnc/analysis/dropout": [f"{PLAIN} dropout printed", f"{NO_TRITON} dropout"],
-    "attnc/analysis/derivative": ["reals", f"{PLAIN} printed pattern_scores", f"{CPP} scores_on_every_grid"],
+    "attnc/analysis/derivative": ["reals", "explain", f"{PLAIN} printed pattern_scores", f"{CPP} scores_on_every_grid"],
     "attnc/analysis/evaluate": [f"{PLAIN} reals forms normalizers", f"{PLAIN} lists ir dropout", MEANT, "errors"],
     "attnc/analysis/implied": ["implied", FORMS, "geometry explain", MEANT],
     "attnc/analysis/lift": ["lift printed", FORMS, f"{NO_TRITON} lists compat_flex"],
