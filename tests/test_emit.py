@@ -101,7 +101,7 @@ def test_modules_are_short_and_deterministic(pattern, dim, dtype):
     texts = {emit_triton(program(pattern), (56, 56), (56, 56), **options) for _ in range(2)}
     assert len(texts) == 1
     (text,) = texts
-    assert len(text.splitlines()) < 320
+    assert len(text.splitlines()) < 300
     assert "import attnc" not in text
     assert text.startswith('"""Attention with the pattern')
     compile(text, "module.py", "exec")

@@ -1,4 +1,4 @@
-"""Second derivatives of stand-alone modules are refused, where they would silently be zero; first ones with a graph stay."""
+"""Second derivatives of stand-alone modules are refused, where they would silently be zero."""
 
 from __future__ import annotations
 
@@ -30,17 +30,14 @@ def test_cpu_modules_refuse_second_derivatives(name: str, tmp_path: Path) -> Non
     rows = [torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3)]
     named = {n: torch.randn(shape, requires_grad=True) for n, shape in tables.items()}
     leaves = [*rows, *named.values()]
-    plain = torch.autograd.grad(attention(*rows, **named).square().sum(), leaves)
-    graph = torch.autograd.grad(attention(*rows, **named).square().sum(), leaves, create_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(plain, graph, strict=True))
-    for gradient in graph:  # whatever of it was asked for
-        with pytest.raises(RuntimeError, match="no second derivatives: leave out create_graph=True"):
-            torch.autograd.grad(gradient.sum(), rows[1], retain_graph=True)
+    out = attention(*rows, **named).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivatives: leave out create_graph=True"):
+        torch.autograd.grad(out, leaves, create_graph=True, retain_graph=True)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out, leaves))
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_gpu_modules_say_the_same(name: str) -> None:
     pattern, _ = STATEMENTS[name]
     text = attnc.emit(pattern, grid=(8, 8), heads=2, head_dim=16, dtype="float16", target="cuda:90")
-    assert text.count("return once((") == 1
-    assert "this module has no second derivatives" in text
+    assert text.count("this module has no second derivatives") == 1

@@ -73,11 +73,11 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, @COTANGENTS@) -> Any:
-        q, k, v, out, lse, *tables = ctx.saved_tensors
+@ONCE@        q, k, v, out, lse, *tables = ctx.saved_tensors
         named = dict(zip(TABLES, tables))
         run = runner(BACKWARD, "attend_backward")
         dq, dk, dv, gradients = run_backward(run, READY_BACKWARD, q, k, v, out, lse, grad_out, @GRAD_LSE@, ctx.scale, named)
-        return once((dq, dk, dv, None, *(gradients.get(name) for name in TABLES)), (*ctx.saved_tensors, grad_out))
+        return dq, dk, dv, None, *(gradients.get(name) for name in TABLES)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, @DROPOUT@**tables: Tensor) -> Tensor:
@@ -106,11 +106,11 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        q, k, v = ctx.saved_tensors
+@ONCE@        q, k, v = ctx.saved_tensors
         dq, dk, dv = (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
         tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
         run_channel(function(BACKWARD[0], "channel"), ctx.scale, tensors)
-        return once((dq, dk, dv, None), (q, k, v, grad_out))
+        return dq, dk, dv, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -241,6 +241,7 @@ def emit_cpu(
         )
         tail = "".join(f"\n\n{text}" for text in around.texts(whole)) + ATTENTION
         names |= _surroundings(program, whole, (geo.q_grid, geo.k_grid))
+    names["ONCE"] = once.REFUSAL
     for name, text in names.items():
         tail = tail.replace(f"@{name}@", text)
     text = "\n".join(head).strip().replace('"""', "'''")
@@ -248,4 +249,4 @@ def emit_cpu(
     kernels = ""
     for name, texts in zip(("FORWARD", "BACKWARD"), sources, strict=True):
         kernels += f"\n{name} = (\n" + "".join(f'    r"""{text}""",\n' for text in texts) + ")\n"
-    return f"{doc}{IMPORTS}\n{_host()}{LIBRARY}\n{once.TEXT}\n{setup}{tail}{kernels}"
+    return f"{doc}{IMPORTS}\n{_host()}{LIBRARY}\n{setup}{tail}{kernels}"

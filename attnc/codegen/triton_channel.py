@@ -167,9 +167,6 @@ def run_backward(q, k, v, weights, grad_out, scale):
     return shaped
 
 
-@ONCE@
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
@@ -180,8 +177,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        given = (*ctx.saved_tensors, grad_out)
-        return once((*run_backward(*given, ctx.scale), None), given)
+@ONCE@        return *run_backward(*ctx.saved_tensors, grad_out, ctx.scale), None
 
 
 def attention(q, k, v, *, scale=None):
@@ -199,4 +195,4 @@ def attention(q, k, v, *, scale=None):
 
 def emit_channel() -> str:
     """The module's source."""
-    return TEXT.replace("import math\n", "").replace("@ONCE@\n", once.TEXT.strip() + "\n")
+    return TEXT.replace("import math\n", "").replace("@ONCE@", once.REFUSAL)

@@ -88,9 +88,6 @@ if not hasattr(torch.ops.attnc_emitted, NAME):  # a second import of the same mo
             learned = [*dict.fromkeys(n.args[0] for n in self.spec.learned), *self.pads]
             gradients = "".join(f", found[{learned.index(n)}]" if n in learned else ", None" for n in names)
         return f"""\
-{once.TEXT.strip()}
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v{args}):
@@ -101,9 +98,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, {cotangents[0]}):
+{once.REFUSAL.rstrip()}
         q, k, v, out, lse{saved} = ctx.saved_tensors
         dq, dk, dv, {"found" if names else "_"} = {backward}
-        return once((dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}), (*ctx.saved_tensors, grad_out))
+        return dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}
 """
 
     def attention(self) -> str:
