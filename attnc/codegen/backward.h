@@ -75,8 +75,10 @@ struct Aimed {                 // a tile, its first chunk of keys, and where its
         if (item.alone) {
             int64_t before[RANK];
             for (int a = 0; a < RANK; a++) before[a] = P.axes[a].keys_before;
-            offsets(P.dk_layout, tile.k_box, before, P.k_grid, 0, keys.count, dk_offset);
-            offsets(P.dv_layout, tile.k_box, before, P.k_grid, 0, keys.count, dv_offset);
+            tile.boxes(0, keys.count, [&](const Box& box, int64_t from, int64_t to, int64_t n) {
+                offsets(P.dk_layout, box, before, P.k_grid, from, to, dk_offset + n);
+                offsets(P.dv_layout, box, before, P.k_grid, from, to, dv_offset + n);
+            });
         }
     }
 };
@@ -204,7 +206,7 @@ struct Backward {
         if (USES_SCORE || plain) multiply_panels<D>(m, q + i * DP, k_panels, first, last, weights + i * stride, stride);
         else for (int r = i; r < i + m; r++) memset(weights + r * stride, 0, sizeof(real) * width);
         multiply_panels<DV>(m, g + i * VP, v_panels, first, last, slopes + i * stride, stride);
-        for (int r = 0; r < m; r++) if (PLAIN_SCORE || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
+        for (int r = 0; r < m; r++) if ((PLAIN_SCORE && !tile.asks()) || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
         const Scalars slope{slopes + i * stride + run.begin, stride, 1};
         if (dq_direct && run.end - run.begin <= LONGEST_SUM)
             return multiply_out<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq_corner, here->dq_offset + i, real(P.scale));
@@ -268,7 +270,7 @@ struct Backward {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            if (odd > 2 || keys.count < L || ROWS > L || !USES_SCORE || !tile.uniform || tile.asks() || PADDED || tile.prefix || keys.prefix) odd = 0;
             keys.gather<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
             pack_panels<D>(k_panels, k, keys.count - odd);
             keys.pack<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v, v_panels, odd);
@@ -322,12 +324,13 @@ struct Backward {
         int64_t inner[RANK];
         inner[RANK - 1] = 1;
         for (int a = RANK - 1; a > 0; a--) inner[a - 1] = inner[a] * segment.box.extent[a];
-        const Box& box = tile.k_box;
-        box.runs(keys.begin, keys.end, [&](int64_t n, const int64_t* index, int64_t length) {
-            int64_t base = segment.rows - segment.box.count;
-            for (int a = 0; a < RANK; a++) base += (box.first[a] + box.step[a] * index[a] - segment.box.first[a]) / segment.box.step[a] * inner[a];
-            const int64_t step = box.step[RANK - 1] / segment.box.step[RANK - 1];
-            for (int64_t i = 0; i < length; i++) sum_row[n + i] = base + i * step;
+        tile.boxes(keys.begin, keys.end, [&](const Box& box, int64_t from, int64_t to, int64_t at) {
+            box.runs(from, to, [&](int64_t n, const int64_t* index, int64_t length) {
+                int64_t base = segment.rows - segment.box.count;
+                for (int a = 0; a < RANK; a++) base += (box.first[a] + box.step[a] * index[a] - segment.box.first[a]) / segment.box.step[a] * inner[a];
+                const int64_t step = box.step[RANK - 1] / segment.box.step[RANK - 1];
+                for (int64_t i = 0; i < length; i++) sum_row[at + n + i] = base + i * step;
+            });
         });
     }
 @LISTS@    // the same for a listed block, which may hold keys that no query of the segment sees: -1
