@@ -365,7 +365,7 @@ def _prefix_terms(spec: Spec, p: Printer) -> str:
 
 
 def _tagged(text: str, spec: Spec) -> str:
-    """The text of a header with the lines that its statement needs: dropout, lists of blocks, gaps between keys (or boxes alone)."""
+    """The text of a header with the lines that its statement needs: for dropout, lists of blocks, gaps between keys."""
     kept = {"DROPOUT": spec.attend.dropout is not None, "LISTS": spec.listed, "GAPS": spec.gaps, "BOXES": not spec.gaps}
     for tag, keep in kept.items():
         text = re.sub(rf"^@{tag}@" + ("" if keep else ".*\n"), "", text, flags=re.M)
