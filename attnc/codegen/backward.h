@@ -213,7 +213,10 @@ struct Backward {
         if (USES_SCORE || plain) multiply<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
         if (dq_direct) write_dq(i, m);
     }
-    void write_dq(int i, int m) { for (int r = i; r < i + m; r++) store_row<D>(dq_corner + here->dq_offset[r], P.dq_layout.channel, dq + r * DP, real(P.scale)); }
+    void write_dq(int i, int m) { for (int r = i; r < i + m; r++) write_row<D>(P.continues & 1, dq_corner + here->dq_offset[r], P.dq_layout, dq + r * DP, P.scale); }
+    template <int W> static INLINE void write_row(bool add, element* to, const Layout& t, const real* row, real factor) {
+        if (add) add_row<W>(to, t.channel, row, factor); else store_row<W>(to, t.channel, row, factor);
+    }
     INLINE void look_ahead() {
         for (int n = 0; n < ahead.pace && ahead.query < ahead.queries; n++, ahead.query++) {
             prefetch<D>(ahead.q + next->q_offset[ahead.query], P.q_layout.channel);
@@ -245,7 +248,7 @@ struct Backward {
         const element *out_corner = corner(P.out, P.out_layout, b, h), *grad_corner = corner(P.grad_out, P.grad_out_layout, b, h);
         const real *lse_corner = corner(P.lse, P.lse_layout, b, h), *grad_lse_corner = corner(P.grad_lse, P.grad_lse_layout, b, h);
         dq_corner = corner(P.dq, P.dq_layout, b, h);
-        dq_direct = tile.chunks(P) == 1 && P.dq_layout.channel == 1 && (USES_SCORE || tile.prefix);
+        dq_direct = !(P.continues & 1) && tile.chunks(P) == 1 && P.dq_layout.channel == 1 && (USES_SCORE || tile.prefix);
         ahead = {corner(P.q, P.q_layout, next_b, next_h), corner(P.k, P.k_layout, next_b, next_kv), corner(P.v, P.v_layout, next_b, next_kv),
                  corner(P.out, P.out_layout, next_b, next_h), corner(P.grad_out, P.grad_out_layout, next_b, next_h), corner(P.dq, P.dq_layout, next_b, next_h),
                  corner(P.dk, P.dk_layout, next_b, next_kv), corner(P.dv, P.dv_layout, next_b, next_kv), 0, 0, more ? next->tile.queries : 0, more ? next->keys.count : 0, 0};
@@ -370,8 +373,8 @@ struct Backward {
             for (int64_t i = 0; i < length; i++) {
                 const real *x = dk_rows + (n - from + i) * DP, *y = dv_rows + (n - from + i) * VP;
                 if (keys.real_key[i]) {
-                    store_row<D>(to_k + keys.k_offset[i], P.dk_layout.channel, x, magnitude);
-                    store_row<DV>(to_v + keys.v_offset[i], P.dv_layout.channel, y, 1);
+                    write_row<D>(P.continues & 2, to_k + keys.k_offset[i], P.dk_layout, x, magnitude);
+                    write_row<DV>(P.continues & 2, to_v + keys.v_offset[i], P.dv_layout, y, 1);
                 } else {
                     double* sums = pads + kv * (DP + VP);
                     for (int d = 0; d < DP; d++) sums[d] += x[d] * magnitude;
@@ -416,7 +419,7 @@ extern "C" bool attend_backward(const Problem* problem) {
                 const int64_t n = inside ? t + 1 : 0;
                 work.next = work.here->is_at(following, n) ? work.here : work.here == work.aimed ? work.aimed + 1 : work.aimed;
                 if (!work.next->is_at(following, n)) work.next->aim(P, following, n);
-                work.direct = now.alone && !PADDED && USES_SCORE && P.dk_layout.channel == 1 && P.dv_layout.channel == 1;
+                work.direct = now.alone && !PADDED && !(P.continues & 2) && USES_SCORE && P.dk_layout.channel == 1 && P.dv_layout.channel == 1;
                 work.run(now.b, now.head(P, t), now.segment, dk, dv, now.alone, inside || item + 1 < stop, following.b, following.head(P, n));
                 work.here = work.next;
             }
@@ -467,11 +470,11 @@ extern "C" bool attend_backward(const Problem* problem) {
     const int64_t each = table_size + pad_size;
     auto total = [&](int64_t at) { double sum = 0; for (int64_t thread = 0; thread < P.threads; thread++) sum += shared[thread * each + at]; return real(sum); };
     for (int64_t t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++)
-        for (int64_t i = 0; i <= P.tables[t].last; i++) P.tables[t].gradient[i] = total(at + i);
+        for (int64_t i = 0; i <= P.tables[t].last; i++) P.tables[t].gradient[i] += total(at + i);
     if (PADDED) for (int64_t kv = 0; kv < P.kv_heads; kv++) {
         const int64_t at = table_size + kv * (DP + VP);
-        for (int d = 0; d < D; d++) P.pad_k_gradient[kv * D + d] = total(at + d);
-        for (int d = 0; d < DV; d++) P.pad_v_gradient[kv * DV + d] = total(at + DP + d);
+        for (int d = 0; d < D; d++) P.pad_k_gradient[kv * D + d] += total(at + d);
+        for (int d = 0; d < DV; d++) P.pad_v_gradient[kv * DV + d] += total(at + DP + d);
     }
     free(all_sums);
     free(shared);

@@ -277,10 +277,10 @@ def run_forward(
 
 def run_backward(
     run: Callable[[Any], Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grad_out: Tensor, grad_lse: Tensor | None, scale: float, tables: dict[str, Tensor], into: Any = None,
+    grad_out: Tensor, grad_lse: Tensor | None, scale: float, tables: dict[str, Tensor], into: Any = None, continues: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """dq, dk, dv (`into` three tensors or new ones) and the gradients of the real tables (and of pad_k, pad_v), in the tables'
-    shapes and dtypes."""
+    shapes and dtypes. continues: dq (1), dk and dv (2) are added to what `into` holds."""
     real = real_of(q.dtype)
     dq, dk, dv = into or (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
@@ -289,6 +289,7 @@ def run_backward(
         tensors["grad_lse"] = grad_lse.to(real)
     given, tables = tables, ready.readable(tables, real)
     p = ready.problem(scale, tensors, tables)
+    p.continues = continues
     gradients = {name: torch.zeros(tables[name].shape, dtype=real) for name in ready.names[0]}
     for i, t in enumerate(gradients.values()):
         p.tables[i].gradient = t.data_ptr()
@@ -297,7 +298,7 @@ def run_backward(
         if name in tables:
             pads[name] = torch.zeros((k.shape[1], width), dtype=real)
             setattr(p, f"{name}_gradient", pads[name].data_ptr())
-    if not ready.covers or not lse.numel():
+    if not continues & 2 and (not ready.covers or not lse.numel()):
         for t in (dk, dv):
             t.zero_()
     if lse.numel():

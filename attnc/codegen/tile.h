@@ -28,7 +28,8 @@ struct Problem {
     const real *pad_k, *pad_v;                // rows of virtual keys
     int64_t pad_k_head, pad_v_head;
     int64_t sum_rows, whole, split;           // backward: rows of a segment's sums; one segment holds all keys; segments share keys
-    int64_t continues;                        // forward: softmax goes on from what `out` and `lse` hold
+    int64_t continues;                        // forward: softmax goes on from what `out` and `lse` hold; backward: what is added to
+                                              // what is there, 1: dq, 2: dk and dv
     real *pad_k_gradient, *pad_v_gradient;    // [kv_heads][D], [kv_heads][DV]
     Table tables[TABLES + 1];
     IntTable int_tables[INT_TABLES + 1];
