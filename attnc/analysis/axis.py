@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,11 @@ class AxisForm:
     inverse_hi: ir.Expr | None
     block: ir.Expr | None = None
     shift: ir.Expr = ir.ZERO
+
+    def map(self, change: Callable[[ir.Expr], ir.Expr]) -> AxisForm:
+        """The form with each of its expressions changed."""
+        ends = {name: getattr(self, name) for name in ENDS}
+        return AxisForm(self.kind, **{name: None if e is None else change(e) for name, e in ends.items()})
 
     @property
     def full(self) -> bool:
