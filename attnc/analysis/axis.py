@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnc import ir
@@ -32,7 +32,7 @@ class AxisForm:
     def map(self, change: Callable[[ir.Expr], ir.Expr]) -> AxisForm:
         """The form with each of its expressions changed."""
         ends = {name: getattr(self, name) for name in ENDS}
-        return AxisForm(self.kind, **{name: None if e is None else change(e) for name, e in ends.items()})
+        return replace(self, **{name: change(e) for name, e in ends.items() if e is not None})
 
     @property
     def full(self) -> bool:
