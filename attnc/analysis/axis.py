@@ -31,8 +31,8 @@ class AxisForm:
 
     def map(self, change: Callable[[ir.Expr], ir.Expr]) -> AxisForm:
         """The form with each of its expressions changed."""
-        ends = {name: getattr(self, name) for name in ENDS}
-        return replace(self, **{name: change(e) for name, e in ends.items() if e is not None})
+        changed: dict[str, Any] = {name: change(e) for name in ENDS if (e := getattr(self, name)) is not None}
+        return replace(self, **changed)
 
     @property
     def full(self) -> bool:
