@@ -194,7 +194,7 @@ struct Backward {
         const Run run = run_of_rows(tile, keys, i, m);
         const int width = up(keys.count, L), first = run.begin / L, last = (run.end + L - 1) / L;
         const int from = min(first * L, width), to = run.begin < run.end ? last * L : from;
-        for (int r = i; r < i + m; r++) for (real* x : {weights + r * stride, slopes + r * stride}) {
+        if (from > 0 || to < width) for (int r = i; r < i + m; r++) for (real* x : {weights + r * stride, slopes + r * stride}) {
             memset(x, 0, sizeof(real) * from);
             memset(x + to, 0, sizeof(real) * (width - to));
         }

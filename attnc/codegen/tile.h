@@ -436,6 +436,7 @@ INLINE Run run_of(const Tile& t, const Keys& keys, int i) {
 }
 // The keys that any query of rows [i, i + m) may see.
 INLINE Run run_of_rows(const Tile& t, const Keys& keys, int i, int m) {
+    if (t.uniform) return {0, keys.count};
     Run all{keys.count, 0};
     for (int j = i; j < i + m; j++) {
         const Run r = run_of(t, keys, j);
@@ -516,11 +517,16 @@ INLINE V weight_slope(V x, V weight) {
 // f(j, s, x, masked) for the vectors of keys [from, to) of query i: s = q . k as found in `row`, x the score, -inf where it sees no key.
 template <bool PLAIN, class F>
 INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const Masks& masks, const real* const* elements, const real* row, int i, int from, int to, F f) {
-    const Run run = run_of(tile, keys, i);
-    const real* allowed_row = masks.row(i);
-    bool checks = tile.asks() && !PLAIN;
-    if (!allowed_row) for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
-@LISTS@    checks &= !keys.full;
+    Run run{0, keys.count};
+    const real* allowed_row = nullptr;
+    bool checks = false;
+    if (!tile.uniform || tile.asks()) {
+        run = run_of(tile, keys, i);
+        allowed_row = masks.row(i);
+        checks = tile.asks() && !PLAIN;
+        if (!allowed_row) for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
+@LISTS@        checks &= !keys.full;
+    }
     const bool all = !checks && !allowed_row && run.begin <= from;      // nothing but the run's end is to be looked at
     const int clear_from = checks ? to : min<int>(up(run.begin, L), to), clear_to = checks ? to : run.end / L * L;
     auto part = [&](int j, int stop, bool ends, bool row_of_masks) __attribute__((always_inline)) {
