@@ -69,6 +69,19 @@ def test_no_weight_where_nothing_is_seen_whatever_the_scale(backend: str) -> Non
         hold(Problem(p, (5, 7), scale=scale, **REST), backend)
 
 
+@attnc.pattern
+def later(q: Any, k: Any, *, kind: Any, by: int = 20) -> Any:
+    return attnc.where(k.x > q.x + by, attnc.SCORE, normalizer=kind)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [attnc.softmax(), attnc.sigmoid(), attnc.relu(2)], ids=["softmax", "sigmoid", "relu"])
+def test_rows_without_keys_beside_rows_with_some(kind: Any, backend: str) -> None:
+    """A tile of such rows alone, which sigmoid and relu left as they were in C++."""
+    for grid in ((37,), (90,), (2, 37)):
+        hold(Problem(later(kind=kind), grid, **REST), backend)
+
+
 @pytest.mark.parametrize("backend", SOME_BACKENDS)
 @pytest.mark.parametrize("kind", ["sink", "sigmoid"])
 def test_normalisers_with_virtual_keys_through_a_row_map(kind: str, backend: str) -> None:

@@ -413,7 +413,7 @@ struct Forward {
             }
         }
         for (int i = 0; i < tile.queries; i++)
-            if (total[i] <= 0) for (int d = 0; d < DV; d++) out[here->out_offset[i] + d * P.out_layout.channel] = put(0);
+            if (total[i] <= 0 || !started[i]) for (int d = 0; d < DV; d++) out[here->out_offset[i] + d * P.out_layout.channel] = put(0);
         if (!lse) return;
         // log-sum-exp of L queries at a time; a row without keys has -inf, one with a NaN keeps it
         for (int i = tile.queries; i < up(tile.queries, L); i++) { maximum[i] = 0; total[i] = 1; }
