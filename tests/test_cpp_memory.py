@@ -50,6 +50,7 @@ TILES: dict[str, Callable[[], None]] = {
     ),
     "predicate and virtual keys": lambda: boxes.check(boxes.odd(), (9, 11), pad=((1, 2), (0, 3)), **NARROW),
 }
+TILES["two keys more than whole vectors"] = lambda: hold(Problem(patterns.window((3, 6)), (6, 12)), "cpp")
 TILES["dropout beside a prefix"] = lambda: hold(Problem(patterns.window(3), (4, 5), prefix=2, dropout=0.3), "cpp")
 BANDS: dict[str, Callable[[], None]] = {
     "neighbourhood": lambda: boxes.check(boxes.neighborhood(s=5, d=2), (11, 37), **ODD),
@@ -74,7 +75,7 @@ def test_channels(beyond: Path) -> None:
     assert not beyond.exists()
 
 
-@pytest.mark.parametrize("name", ["dropout beside a prefix", "predicate and virtual keys"])
+@pytest.mark.parametrize("name", ["dropout beside a prefix", "predicate and virtual keys", "two keys more than whole vectors"])
 def test_no_array_is_left(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Indices of arrays of known length, which the compiler's sanitizer checks."""
     with built_with([*QUICK, "-fsanitize=bounds-strict"]):

@@ -104,11 +104,11 @@ struct Backward {
     static constexpr int64_t WIDEST = CHUNK + 2 * L;
     Backward(const Problem& P, Arena& arena) : P(P), loads(P) {
         arena.reserve(2 * Aimed::bytes() + Keys::bytes() + Masks::bytes() + loads.bytes(true) + 64 * 32 + 8 * CHUNK
-                      + sizeof(real) * (TILE * (2 * DP + VP + 4 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + LOADS + 1)));
+                      + sizeof(real) * (TILE * (2 * DP + VP + 4 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + LOADS)));
         aimed[0].allocate(arena); aimed[1].allocate(arena); places.allocate(arena);
         loads.allocate(arena, true);
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
-        spare = arena.take<real>((LOADS + 1) * CHUNK);
+        spare = arena.take<real>(LOADS * CHUNK);
         q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
         row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE); rounding = arena.take<real>(TILE);
         weights = arena.take<real>(TILE * WIDEST); slopes = arena.take<real>(TILE * WIDEST);
