@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from builds import QUICK, built_with
-from test_cpp import biased, check, window
+from cpp_checks import check
+from cpp_statements import biased, window
 
 import attnc
 from attnc import patterns
