@@ -367,7 +367,7 @@ def main() -> None:
                 with options.out.open("a") as f:
                     f.write(json.dumps(known[s]) + "\n")
                 print(f"{s}\n    {by}, stage {n + 1}, {spent} s", flush=True)
-        tests = sorted({r["by"] for r in known.values() if "::" in r["by"]})
+        tests = sorted({known[s]["by"] for s in chosen if "::" in known[s]["by"]})
         if tests:
             print("the tests that failed, without a mutation:", run(tree, tests, 10 * options.limit), flush=True)
     left = [s for s in chosen if known[s]["by"] == "passed"]
