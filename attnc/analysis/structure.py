@@ -34,6 +34,13 @@ class Structure:
     unknown: tuple[tuple[ir.Expr, ...], ...]
 
     @property
+    def by_axis(self) -> bool:
+        """The residual is conditions that mention one axis each."""
+        return self.residual != ir.TRUE and {e for left in self.unknown for e in left} - self.shadows == set(
+            ir.conjuncts(self.residual)
+        )
+
+    @property
     def strategy(self) -> str:
         """dense, grouped (an equivalence: every axis full, a point or blocks) or banded."""
         if all(f.full for f in self.axes):

@@ -75,8 +75,10 @@ struct Aimed {                 // a tile, its first chunk of keys, and where its
         if (item.alone) {
             int64_t before[RANK];
             for (int a = 0; a < RANK; a++) before[a] = P.axes[a].keys_before;
-            offsets(P.dk_layout, tile.k_box, before, P.k_grid, 0, keys.count, dk_offset);
-            offsets(P.dv_layout, tile.k_box, before, P.k_grid, 0, keys.count, dv_offset);
+            tile.boxes(0, keys.count, [&](const Box& box, int64_t from, int64_t to, int64_t n) {
+                offsets(P.dk_layout, box, before, P.k_grid, from, to, dk_offset + n);
+                offsets(P.dv_layout, box, before, P.k_grid, from, to, dv_offset + n);
+            });
         }
     }
 };
@@ -204,14 +206,17 @@ struct Backward {
         if (USES_SCORE || plain) multiply_panels<D>(m, q + i * DP, k_panels, first, last, weights + i * stride, stride);
         else for (int r = i; r < i + m; r++) memset(weights + r * stride, 0, sizeof(real) * width);
         multiply_panels<DV>(m, g + i * VP, v_panels, first, last, slopes + i * stride, stride);
-        for (int r = 0; r < m; r++) if (PLAIN_SCORE || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
+        for (int r = 0; r < m; r++) if ((PLAIN_SCORE && !tile.asks()) || plain) row<true>(i + r, r, from, to); else row<false>(i + r, r, from, to);
         const Scalars slope{slopes + i * stride + run.begin, stride, 1};
         if (dq_direct && run.end - run.begin <= LONGEST_SUM)
             return multiply_out<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq_corner, here->dq_offset + i, real(P.scale));
         if (USES_SCORE || plain) multiply<D>(m, slope, run.end - run.begin, k + run.begin * DP, dq + i * DP, true);
         if (dq_direct) write_dq(i, m);
     }
-    void write_dq(int i, int m) { for (int r = i; r < i + m; r++) store_row<D>(dq_corner + here->dq_offset[r], P.dq_layout.channel, dq + r * DP, real(P.scale)); }
+    void write_dq(int i, int m) { for (int r = i; r < i + m; r++) write_row<D>(P.continues & 1, dq_corner + here->dq_offset[r], P.dq_layout, dq + r * DP, P.scale); }
+    template <int W> static INLINE void write_row(bool add, element* to, const Layout& t, const real* row, real factor) {
+        if (add) add_row<W>(to, t.channel, row, factor); else store_row<W>(to, t.channel, row, factor);
+    }
     INLINE void look_ahead() {
         for (int n = 0; n < ahead.pace && ahead.query < ahead.queries; n++, ahead.query++) {
             prefetch<D>(ahead.q + next->q_offset[ahead.query], P.q_layout.channel);
@@ -243,7 +248,7 @@ struct Backward {
         const element *out_corner = corner(P.out, P.out_layout, b, h), *grad_corner = corner(P.grad_out, P.grad_out_layout, b, h);
         const real *lse_corner = corner(P.lse, P.lse_layout, b, h), *grad_lse_corner = corner(P.grad_lse, P.grad_lse_layout, b, h);
         dq_corner = corner(P.dq, P.dq_layout, b, h);
-        dq_direct = tile.chunks(P) == 1 && P.dq_layout.channel == 1 && (USES_SCORE || tile.prefix);
+        dq_direct = !(P.continues & 1) && tile.chunks(P) == 1 && P.dq_layout.channel == 1 && (USES_SCORE || tile.prefix);
         ahead = {corner(P.q, P.q_layout, next_b, next_h), corner(P.k, P.k_layout, next_b, next_kv), corner(P.v, P.v_layout, next_b, next_kv),
                  corner(P.out, P.out_layout, next_b, next_h), corner(P.grad_out, P.grad_out_layout, next_b, next_h), corner(P.dq, P.dq_layout, next_b, next_h),
                  corner(P.dk, P.dk_layout, next_b, next_kv), corner(P.dv, P.dv_layout, next_b, next_kv), 0, 0, more ? next->tile.queries : 0, more ? next->keys.count : 0, 0};
@@ -268,7 +273,7 @@ struct Backward {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || ROWS > L || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            if (odd > 2 || keys.count < L || ROWS > L || !USES_SCORE || !tile.uniform || tile.asks() || PADDED || tile.prefix || keys.prefix) odd = 0;
             keys.gather<D>(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k);
             pack_panels<D>(k_panels, k, keys.count - odd);
             keys.pack<DV>(v_corner, P.v_layout.channel, keys.v_offset, P.pad_v + kv * P.pad_v_head, v, v_panels, odd);
@@ -322,12 +327,13 @@ struct Backward {
         int64_t inner[RANK];
         inner[RANK - 1] = 1;
         for (int a = RANK - 1; a > 0; a--) inner[a - 1] = inner[a] * segment.box.extent[a];
-        const Box& box = tile.k_box;
-        box.runs(keys.begin, keys.end, [&](int64_t n, const int64_t* index, int64_t length) {
-            int64_t base = segment.rows - segment.box.count;
-            for (int a = 0; a < RANK; a++) base += (box.first[a] + box.step[a] * index[a] - segment.box.first[a]) / segment.box.step[a] * inner[a];
-            const int64_t step = box.step[RANK - 1] / segment.box.step[RANK - 1];
-            for (int64_t i = 0; i < length; i++) sum_row[n + i] = base + i * step;
+        tile.boxes(keys.begin, keys.end, [&](const Box& box, int64_t from, int64_t to, int64_t at) {
+            box.runs(from, to, [&](int64_t n, const int64_t* index, int64_t length) {
+                int64_t base = segment.rows - segment.box.count;
+                for (int a = 0; a < RANK; a++) base += (box.first[a] + box.step[a] * index[a] - segment.box.first[a]) / segment.box.step[a] * inner[a];
+                const int64_t step = box.step[RANK - 1] / segment.box.step[RANK - 1];
+                for (int64_t i = 0; i < length; i++) sum_row[at + n + i] = base + i * step;
+            });
         });
     }
 @LISTS@    // the same for a listed block, which may hold keys that no query of the segment sees: -1
@@ -367,8 +373,8 @@ struct Backward {
             for (int64_t i = 0; i < length; i++) {
                 const real *x = dk_rows + (n - from + i) * DP, *y = dv_rows + (n - from + i) * VP;
                 if (keys.real_key[i]) {
-                    store_row<D>(to_k + keys.k_offset[i], P.dk_layout.channel, x, magnitude);
-                    store_row<DV>(to_v + keys.v_offset[i], P.dv_layout.channel, y, 1);
+                    write_row<D>(P.continues & 2, to_k + keys.k_offset[i], P.dk_layout, x, magnitude);
+                    write_row<DV>(P.continues & 2, to_v + keys.v_offset[i], P.dv_layout, y, 1);
                 } else {
                     double* sums = pads + kv * (DP + VP);
                     for (int d = 0; d < DP; d++) sums[d] += x[d] * magnitude;
@@ -413,7 +419,7 @@ extern "C" bool attend_backward(const Problem* problem) {
                 const int64_t n = inside ? t + 1 : 0;
                 work.next = work.here->is_at(following, n) ? work.here : work.here == work.aimed ? work.aimed + 1 : work.aimed;
                 if (!work.next->is_at(following, n)) work.next->aim(P, following, n);
-                work.direct = now.alone && !PADDED && USES_SCORE && P.dk_layout.channel == 1 && P.dv_layout.channel == 1;
+                work.direct = now.alone && !PADDED && !(P.continues & 2) && USES_SCORE && P.dk_layout.channel == 1 && P.dv_layout.channel == 1;
                 work.run(now.b, now.head(P, t), now.segment, dk, dv, now.alone, inside || item + 1 < stop, following.b, following.head(P, n));
                 work.here = work.next;
             }
@@ -464,11 +470,11 @@ extern "C" bool attend_backward(const Problem* problem) {
     const int64_t each = table_size + pad_size;
     auto total = [&](int64_t at) { double sum = 0; for (int64_t thread = 0; thread < P.threads; thread++) sum += shared[thread * each + at]; return real(sum); };
     for (int64_t t = 0, at = 0; t < TABLES; at += up(P.tables[t].last + 1, L), t++)
-        for (int64_t i = 0; i <= P.tables[t].last; i++) P.tables[t].gradient[i] = total(at + i);
+        for (int64_t i = 0; i <= P.tables[t].last; i++) P.tables[t].gradient[i] += total(at + i);
     if (PADDED) for (int64_t kv = 0; kv < P.kv_heads; kv++) {
         const int64_t at = table_size + kv * (DP + VP);
-        for (int d = 0; d < D; d++) P.pad_k_gradient[kv * D + d] = total(at + d);
-        for (int d = 0; d < DV; d++) P.pad_v_gradient[kv * DV + d] = total(at + DP + d);
+        for (int d = 0; d < D; d++) P.pad_k_gradient[kv * D + d] += total(at + d);
+        for (int d = 0; d < DV; d++) P.pad_v_gradient[kv * DV + d] += total(at + DP + d);
     }
     free(all_sums);
     free(shared);

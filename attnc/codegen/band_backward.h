@@ -442,7 +442,7 @@ static bool backward(const Problem& P) {
     if (LOADS) for (int64_t i = 0; i <= P.tables[LOAD_TABLE[0]].last; i++) {
         double sum = 0;
         for (int64_t thread = 0; thread < P.threads; thread++) sum += table_sums[thread * table_size + i];
-        P.tables[LOAD_TABLE[0]].gradient[i] = sum;
+        P.tables[LOAD_TABLE[0]].gradient[i] += sum;
     }
     free(table_sums);
     return true;

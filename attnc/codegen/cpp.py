@@ -80,6 +80,11 @@ class Spec:
         return bool(self.structure.residual != ir.TRUE)
 
     @property
+    def gaps(self) -> bool:
+        """Axes may tell what their intervals contain too much, and all that the relation asks beyond them."""
+        return self.structure.by_axis and not self.tables
+
+    @property
     def tables(self) -> tuple[str, ...]:
         """Real tables (with gradients), in order."""
         a = self.attend
@@ -360,8 +365,8 @@ def _prefix_terms(spec: Spec, p: Printer) -> str:
 
 
 def _tagged(text: str, spec: Spec) -> str:
-    """The text of a header with the lines that its statement needs: dropout, lists of blocks (or boxes alone)."""
-    kept = {"DROPOUT": spec.attend.dropout is not None, "LISTS": spec.listed, "BOXES": not spec.listed}
+    """The text of a header with the lines that its statement needs: for dropout, lists of blocks, gaps between keys."""
+    kept = {"DROPOUT": spec.attend.dropout is not None, "LISTS": spec.listed, "GAPS": spec.gaps, "BOXES": not spec.gaps}
     for tag, keep in kept.items():
         text = re.sub(rf"^@{tag}@" + ("" if keep else ".*\n"), "", text, flags=re.M)
     return text
@@ -373,7 +378,7 @@ def source(spec: Spec, backward: bool, band: bool = False) -> str:
     a, s = spec.attend, spec.structure
     hooks, tables, apart, by_head, terms = _hooks(spec, backward)
     k = spec.kernel(backward)
-    plain = a.score == ir.SCORE and s.residual == ir.TRUE and a.post is None
+    plain = a.score == ir.SCORE and a.post is None
     slope = derivative(_placed(spec, a.score), ir.SCORE)
     uses = any(n.op == "score" for n in ir.walk(a.score))
     softmax, power = a.normalizer.kind == "softmax", a.normalizer.power if a.normalizer.kind == "relu" else 0

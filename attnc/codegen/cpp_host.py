@@ -51,8 +51,9 @@ def compile_source(path: Path, library: Path) -> str:
 
 
 @lru_cache(maxsize=64)
-def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables: int, lists: bool) -> Any:
-    """The C structure `Problem` (and `Layout`, `Axis`, `Table` in it) for a kernel of these ranks, which takes lists or not."""
+def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables: int, lists: bool, gaps: bool) -> Any:
+    """The C structure `Problem` (and `Layout`, `Axis`, `Table` in it) for a kernel of these ranks, which takes lists, and gaps, or
+    not."""
 
     class Layout(ctypes.Structure):
         _fields_ = [(n, Number) for n in ("batch", "head", "channel", "prefix", "start", "merged")] + [("axis", Number * grid)]
@@ -60,6 +61,7 @@ def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables:
     class Axis(ctypes.Structure):
         numbers = ("split", "columns", "queries_before", "keys_before", "real_keys", "pieces", "segments", "owners")
         _fields_ = [(n, Number) for n in numbers] + [(n, Pointer) for n in ("lo", "hi", "piece", "segment", "owner")]
+        _fields_ += [("gap_lo", Pointer), ("gap_hi", Pointer)] if gaps else []
         _fields_ += [("key_pieces", Number), ("key_piece", Pointer)] if lists else []
 
     class Table(ctypes.Structure):
@@ -81,6 +83,7 @@ def problem_type(rank: int, grid: int, table_rank: int, tables: int, int_tables:
             *((n, Pointer) for n in ("pad_k_gradient", "pad_v_gradient")),
             ("tables", Table * (tables + 1)),
             ("int_tables", IntTable * (int_tables + 1)),
+            *((n, Number) for n in ("gaps",) if gaps),
             *((n, Pointer) for n in ("list_offset", "list_full", "list_block") if lists),
         ]
 
@@ -97,19 +100,21 @@ class Ready:
 
     axes: per axis a mapping with split, queries_before, keys_before, real_keys and lists lo, hi ([split][columns]), pieces,
     segments, owners. sizes: (q_grid, k_grid, q_size, k_size). prefix: tokens of queries and keys. lists: None where the kernel
-    takes none, else () or the blocks that tiles visit (offsets, full, blocks; axes then have key_pieces).
+    takes none, else () or the blocks that tiles visit (offsets, full, blocks; axes then have key_pieces). gaps: None where the
+    kernel takes none, else whether they are all that the axes' intervals do not tell (axes then may have gap_lo and gap_hi).
     """
 
     def __init__(
         self, axes: list[dict[str, Any]], sizes: tuple[tuple[int, ...], ...], prefix: tuple[int, int],
         names: tuple[tuple[str, ...], tuple[str, ...]], table_rank: int, sums: tuple[int, bool, bool, bool],
-        lists: tuple[Any, ...] | None = None,
+        lists: tuple[Any, ...] | None = None, gaps: bool | None = None,
     ) -> None:  # fmt: skip
         self.axes, self.sizes, self.prefix, self.names, self.table_rank = axes, sizes, prefix, names, table_rank
         self.sum_rows, self.whole, self.split, self.covers = sums
-        self.lists = lists
+        self.lists, self.gaps = lists, gaps
         self.keep: list[Any] = []  # C arrays that the structure points into
-        self.type = problem_type(len(axes), len(sizes[0]), table_rank, len(names[0]), len(names[1]), lists is not None)
+        kinds = lists is not None, gaps is not None
+        self.type = problem_type(len(axes), len(sizes[0]), table_rank, len(names[0]), len(names[1]), *kinds)
         self.blank = self._blank()
         self.filled: dict[Any, bytes] = {}
 
@@ -133,8 +138,12 @@ class Ready:
             a.pieces, a.segments, a.owners = len(x["pieces"]), len(x["segments"]), len(x["owners"])
             a.lo, a.hi, a.piece = self._array(x["lo"]), self._array(x["hi"]), self._array(x["pieces"])
             a.segment, a.owner = self._array(x["segments"]), self._array(x["owners"])
+            for name in ("gap_lo", "gap_hi") if self.gaps else ():
+                setattr(a, name, self._array(x[name]) if name in x else None)
             if self.lists:
                 a.key_pieces, a.key_piece = len(x["key_pieces"]), self._array(x["key_pieces"])
+        if self.gaps is not None:
+            p.gaps = self.gaps
         if self.lists:
             p.list_offset, p.list_full, p.list_block = (self._array([x]) for x in self.lists)
         return bytes(p)
@@ -268,10 +277,10 @@ def run_forward(
 
 def run_backward(
     run: Callable[[Any], Any], ready: Ready, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grad_out: Tensor, grad_lse: Tensor | None, scale: float, tables: dict[str, Tensor], into: Any = None,
+    grad_out: Tensor, grad_lse: Tensor | None, scale: float, tables: dict[str, Tensor], into: Any = None, continues: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """dq, dk, dv (`into` three tensors or new ones) and the gradients of the real tables (and of pad_k, pad_v), in the tables'
-    shapes and dtypes."""
+    shapes and dtypes. continues: dq (1), dk and dv (2) are added to what `into` holds."""
     real = real_of(q.dtype)
     dq, dk, dv = into or (empty_in_order(t, t.shape[-1]) for t in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out.to(q.dtype), "dq": dq, "dk": dk, "dv": dv}
@@ -280,6 +289,7 @@ def run_backward(
         tensors["grad_lse"] = grad_lse.to(real)
     given, tables = tables, ready.readable(tables, real)
     p = ready.problem(scale, tensors, tables)
+    p.continues = continues
     gradients = {name: torch.zeros(tables[name].shape, dtype=real) for name in ready.names[0]}
     for i, t in enumerate(gradients.values()):
         p.tables[i].gradient = t.data_ptr()
@@ -288,7 +298,7 @@ def run_backward(
         if name in tables:
             pads[name] = torch.zeros((k.shape[1], width), dtype=real)
             setattr(p, f"{name}_gradient", pads[name].data_ptr())
-    if not ready.covers or not lse.numel():
+    if not continues & 2 and (not ready.covers or not lse.numel()):
         for t in (dk, dv):
             t.zero_()
     if lse.numel():

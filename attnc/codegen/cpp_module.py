@@ -147,6 +147,9 @@ def axis_tables(
         }
         for a in t.axes
     ]
+    gaps = geo.gaps if spec.gaps else None
+    for a, axis in zip(axes, geo.axes, strict=True):
+        a |= {n: x.tolist() for n in ("gap_lo", "gap_hi") if gaps and (x := getattr(axis, n)) is not None}
     lists: tuple[Any, ...] | None = () if spec.listed else None
     if listed is not None:
         for a, p in zip(axes, listed.keys, strict=True):
@@ -156,7 +159,8 @@ def axis_tables(
     lengths = [tuple(int(geo.sizes[ir.size(role, i)]) for i in range(rank)) for role in ("q", "k")]
     sizes = (geo.q_grid, geo.k_grid, *lengths)
     sums = (t.sum_rows, t.whole, t.split, t.covers)
-    return axes, sizes, (geo.q_prefix, geo.k_prefix), (spec.tables, spec.int_tables), spec.table_rank, sums, lists
+    names = spec.tables, spec.int_tables
+    return axes, sizes, (geo.q_prefix, geo.k_prefix), names, spec.table_rank, sums, lists, gaps
 
 
 def _carried(geo: Geometry, spec: Spec, backward: bool, choice: Choice) -> Listed | None:
@@ -180,8 +184,9 @@ def _wrap(text: str, width: int = 110) -> str:
 
 
 def _ready(args: tuple[Any, ...]) -> str:
-    axes, sizes, prefix, names, rank, sums, lists = args
+    axes, sizes, prefix, names, rank, sums, lists, gaps = args
     told = "" if lists is None else f", {_wrap(repr(lists))}"
+    told += "" if gaps is None else f", {gaps}"
     shown = "".join("    {\n" + "".join(f"        {k!r}: {_wrap(repr(v))},\n" for k, v in a.items()) + "    },\n" for a in axes)
     return f"Ready([\n{shown}], {sizes!r}, {prefix!r}, {names!r}, {rank}, {sums!r}{told})"
 

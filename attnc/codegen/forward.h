@@ -173,7 +173,7 @@ struct Forward {
             real* const products = scores_of(i + r);
             const real* row = masks.row(i + r);
             const Run run = run_of(tile, keys, i + r);
-            const bool always = (RESIDUAL && !plain) || (axes && !row);
+            const bool always = (tile.asks() && !plain) || (axes && !row);
             for (int j = from; j < to; j += L) {
                 V x = load(products + j);
                 if constexpr (!PLAIN_SCORE) x = plain ? x * splat(numbers.scale) : score(P, numbers, tile.terms[i + r], keys.terms, elements[r], j, x);
@@ -250,7 +250,7 @@ struct Forward {
                 s.clear = {max(s.clear.begin, x.begin), min(s.clear.end, x.end)};
             }
         }
-        s.check = s.plain ? !PLAIN_SCORE : RESIDUAL || !USES_SCORE;
+        s.check = s.plain ? !PLAIN_SCORE : tile.asks() || !USES_SCORE;
         for (int a = 0; a < RANK; a++) s.check |= tile.checked[a] && !keys.prefix;
 @LISTS@        if (keys.full) s.check = !USES_SCORE;
         return s;
@@ -400,7 +400,7 @@ struct Forward {
             if (keys.chunk != n) keys.aim(P, tile, n);
             keys.look_at(P, tile);
             odd = keys.count % L;
-            if (odd > 2 || keys.count < L || D % WORD || !SOFTMAX || POST || !USES_SCORE || !tile.uniform || RESIDUAL || PADDED || tile.prefix || keys.prefix) odd = 0;
+            if (odd > 2 || keys.count < L || D % WORD || !SOFTMAX || POST || !USES_SCORE || !tile.uniform || tile.asks() || PADDED || tile.prefix || keys.prefix) odd = 0;
 @DROPOUT@            odd = 0;
             for (int t = 0; t < odd; t++) keys.load_key(k_corner + keys.k_offset[keys.count - odd + t], P.k_layout.channel, odd_keys + t * QP);
             keys.pack_words(k_corner, P.k_layout.channel, keys.k_offset, P.pad_k + kv * P.pad_k_head, k, panels, odd);

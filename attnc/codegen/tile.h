@@ -6,6 +6,7 @@ struct Axis {
     const int32_t* piece;        // [pieces][3]: residue, first query, last query + 1 (indices in the class): the tiles' sides
     const int32_t* segment;      // [segments][5]: first piece, last + 1; the keys they see: first coordinate, step, count (backward)
     const int32_t* owner;        // [owners][2]: first segment, last + 1: segments whose keys overlap (backward)
+@GAPS@    const int32_t *gap_lo, *gap_hi;   // [split][columns]: the keys between lo and hi that a query does not see, or null: none
 @LISTS@    int64_t key_pieces;
 @LISTS@    const int32_t* key_piece;    // [key_pieces][3]: as pieces, of keys: the blocks' sides
 };
@@ -27,10 +28,12 @@ struct Problem {
     const real *pad_k, *pad_v;                // rows of virtual keys
     int64_t pad_k_head, pad_v_head;
     int64_t sum_rows, whole, split;           // backward: rows of a segment's sums; one segment holds all keys; segments share keys
-    int64_t continues;                        // forward: softmax goes on from what `out` and `lse` hold
+    int64_t continues;                        // forward: softmax goes on from what `out` and `lse` hold; backward: what is added to
+                                              // what is there, 1: dq, 2: dk and dv
     real *pad_k_gradient, *pad_v_gradient;    // [kv_heads][D], [kv_heads][DV]
     Table tables[TABLES + 1];
     IntTable int_tables[INT_TABLES + 1];
+@GAPS@    int64_t gaps;            // what the axes' gaps leave out is all that their intervals do not tell
 @LISTS@    const int32_t *list_offset, *list_full, *list_block;   // blocks that each tile visits, the first list_full[tile] in full; or null: its box
 };
 constexpr int64_t DP = up(D, L), VP = up(DV, L);    // rows of tile buffers are whole vectors
@@ -93,9 +96,11 @@ struct Tile {
     int queries;
     bool prefix;                 // the queries are prefix tokens
     Box q_box, k_box;
+@GAPS@    Box rest;                    // the keys behind a gap: they follow those of k_box
 @LISTS@    const int32_t* list;         // the blocks that it visits, or null: the box
 @LISTS@    int64_t listed, listed_full;
     bool uniform;                // every query sees the whole box
+    bool told;                   // the keys are boxes that each query sees wholly: nothing of the relation is left to ask
     bool checked[RANK];          // axes whose intervals are compared key by key
     int64_t key_index[RANK];     // index in the residue class of the box's first key
     int64_t *begin, *end;        // [queries] the run of keys (in box order) outside of which a query sees none
@@ -114,7 +119,7 @@ struct Tile {
     }
     // the product of these pieces, of any batch and head
     void aim(const Problem& P, const int64_t* piece) {
-        prefix = false; uniform = true;
+        prefix = told = false; uniform = true;
         int different = 0, lead = -1;
         const int32_t *lo[RANK], *hi[RANK];
         for (int a = 0; a < RANK; a++) {
@@ -148,12 +153,46 @@ struct Tile {
         for (int a = 0; a < RANK; a++) if (checked[a]) q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
             for (int64_t i = 0; i < length; i++) { const int64_t at = index[a] + (a == RANK - 1 ? i : 0); low[a][n + i] = lo[a][at]; high[a][n + i] = hi[a][at]; }
         });
+@GAPS@        rest.count = 0;
+@GAPS@        if (P.gaps && uniform && !P.list_offset) leave_out(P, piece);
         for (int l = 0; l < LOADS; l++) version[l] = -1;
         if (!TERMS_BY_HEAD) find_terms(P, 0, 0);
 @LISTS@        list = nullptr;
 @LISTS@        if (P.list_offset) aim_list(P, piece);
     }
 @LISTS@    void aim_list(const Problem& P, const int64_t* piece);
+@GAPS@    // Where all queries leave out the same keys, of one axis, the keys are two boxes and nothing is left to ask.
+@GAPS@    void leave_out(const Problem& P, const int64_t* piece) {
+@GAPS@        int axis = -1;
+@GAPS@        int64_t before = 0, behind = 0;
+@GAPS@        for (int a = 0; a < RANK; a++) {
+@GAPS@            const Axis& x = P.axes[a];
+@GAPS@            if (!x.gap_lo) continue;
+@GAPS@            const int32_t* p = x.piece + 3 * piece[a];
+@GAPS@            const int32_t *lo = x.gap_lo + p[0] * x.columns + p[1], *hi = x.gap_hi + p[0] * x.columns + p[1];
+@GAPS@            for (int i = 1; i < p[2] - p[1]; i++) if (lo[i] != lo[0] || hi[i] != hi[0]) return;
+@GAPS@            const int64_t from = max<int64_t>(lo[0] - key_index[a], 0), to = min<int64_t>(hi[0] + 1 - key_index[a], k_box.extent[a]);
+@GAPS@            if (from >= to) continue;
+@GAPS@            if (axis >= 0) return;      // a frame of keys is left, not two boxes
+@GAPS@            axis = a; before = from; behind = to;
+@GAPS@        }
+@GAPS@        told = true;
+@GAPS@        if (axis < 0) return;
+@GAPS@        rest = k_box;
+@GAPS@        rest.first[axis] += rest.step[axis] * behind; rest.extent[axis] -= behind; rest.close();
+@GAPS@        k_box.extent[axis] = before; k_box.close();
+@GAPS@        for (int i = 0; i < queries; i++) { begin[i] = 0; end[i] = box_keys(); }
+@GAPS@    }
+    bool asks() const { return RESIDUAL && !told; }
+    // keys besides prefix tokens; f(box, from, to, n): keys [from, to) of a box are the tile's from number `first` + n on
+@BOXES@    int64_t box_keys() const { return k_box.count; }
+@BOXES@    template <class F> INLINE void boxes(int64_t first, int64_t last, F f) const { f(k_box, first, last, 0); }
+@GAPS@    int64_t box_keys() const { return k_box.count + rest.count; }
+@GAPS@    template <class F> INLINE void boxes(int64_t first, int64_t last, F f) const {
+@GAPS@        const int64_t middle = min(max(first, k_box.count), last);
+@GAPS@        f(k_box, first, middle, 0);
+@GAPS@        if (middle < last) f(rest, middle - k_box.count, last - k_box.count, middle - first);
+@GAPS@    }
     // from here on the tile is of this batch and head
     void look_at(const Problem& P, int64_t b, int64_t h) {
         batch = b; head = h; kv_head = h / (P.heads / P.kv_heads);
@@ -178,7 +217,8 @@ struct Tile {
     }
     // prefix tokens [from, to) as queries: they see every key but virtual ones
     void aim_prefix(const Problem& P, int64_t from, int64_t to) {
-        prefix = uniform = true; queries = to - from;
+        prefix = uniform = told = true; queries = to - from;
+@GAPS@        rest.count = 0;
 @LISTS@        list = nullptr;
 @DROPOUT@        first_prefix = from;
         for (int a = 0; a < RANK; a++) { k_box.first[a] = P.axes[a].keys_before; k_box.step[a] = 1; k_box.extent[a] = P.axes[a].real_keys; checked[a] = false; key_index[a] = 0; }
@@ -194,8 +234,10 @@ struct Tile {
     }
     // Chunks of keys: the prefix tokens, then the box, CHUNK keys at most each and a whole number of vectors but for the last.
     int64_t prefix_chunks(const Problem& P) const { return (P.k_prefix + CHUNK - 1) / CHUNK; }
-@BOXES@    int64_t chunks(const Problem& P) const { return prefix_chunks(P) + (k_box.count + CHUNK - 1) / CHUNK; }
-@LISTS@    int64_t chunks(const Problem& P) const { return prefix_chunks(P) + (list ? listed : (k_box.count + CHUNK - 1) / CHUNK); }
+    int64_t chunks(const Problem& P) const {
+@LISTS@        if (list) return prefix_chunks(P) + listed;
+        return prefix_chunks(P) + (box_keys() + CHUNK - 1) / CHUNK;
+    }
 };
 
 // The scale's sign goes to q, so that a larger product always is a larger score; a scale of 0 makes q 0.
@@ -262,7 +304,7 @@ struct Keys {
         prefix = n < before_box;
 @LISTS@        full = false;
 @LISTS@        if (t.list && !prefix) return aim_block(P, t, n - before_box);
-        const int64_t total = prefix ? P.k_prefix : t.k_box.count, parts = (total + CHUNK - 1) / CHUNK, part = prefix ? n : n - before_box;
+        const int64_t total = prefix ? P.k_prefix : t.box_keys(), parts = (total + CHUNK - 1) / CHUNK, part = prefix ? n : n - before_box;
         const int64_t vectors = (total + L - 1) / L;
         begin = vectors * part / parts * L; end = min(vectors * (part + 1) / parts * L, total); count = end - begin;
         int64_t key_before[RANK];
@@ -271,14 +313,14 @@ struct Keys {
             prefix_offsets(P.k_layout, begin, end, k_offset);
             prefix_offsets(P.v_layout, begin, end, v_offset);
         } else {
-            offsets(P.k_layout, t.k_box, key_before, P.k_grid, begin, end, k_offset);
-            offsets(P.v_layout, t.k_box, key_before, P.k_grid, begin, end, v_offset);
-            for (int a = 0; a < RANK; a++) {
-                if (t.checked[a]) {
-                    coordinates(t.k_box, a, t.key_index[a], 1, begin, end, index[a]);
-                    for (int i = count; i < up(count, L); i++) index[a][i] = 0;
-                }
-                if (KEY_TERMS || LOADS || PADDED) coordinates(t.k_box, a, t.k_box.first[a], t.k_box.step[a], begin, end, c[a]);
+            t.boxes(begin, end, [&](const Box& box, int64_t from, int64_t to, int64_t n) {
+                offsets(P.k_layout, box, key_before, P.k_grid, from, to, k_offset + n);
+                offsets(P.v_layout, box, key_before, P.k_grid, from, to, v_offset + n);
+                if (KEY_TERMS || LOADS || PADDED) for (int a = 0; a < RANK; a++) coordinates(box, a, box.first[a], box.step[a], from, to, c[a] + n);
+            });
+            for (int a = 0; a < RANK; a++) if (t.checked[a]) {
+                coordinates(t.k_box, a, t.key_index[a], 1, begin, end, index[a]);
+                for (int i = count; i < up(count, L); i++) index[a][i] = 0;
             }
         }
         for (int i = 0; i < count; i++) real_key[i] = true;
@@ -413,7 +455,7 @@ INLINE I visible(const Problem& P, const Numbers& numbers, const Tile& t, const 
             const I key = load(keys.index[a] + k);
             ok &= (key >= splat_integer(t.low[a][i])) & (key <= splat_integer(t.high[a][i]));
         }
-        if (RESIDUAL && !plain) ok &= allowed(P, numbers, t.terms[i], keys.terms, k);
+        if (t.asks() && !plain) ok &= allowed(P, numbers, t.terms[i], keys.terms, k);
     }
     return ok;
 }
@@ -478,7 +520,7 @@ template <bool PLAIN, class F>
 INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& tile, const Keys& keys, const Masks& masks, const real* const* elements, const real* row, int i, int from, int to, F f) {
     const Run run = run_of(tile, keys, i);
     const real* allowed_row = masks.row(i);
-    bool checks = RESIDUAL && !PLAIN;
+    bool checks = tile.asks() && !PLAIN;
     if (!allowed_row) for (int a = 0; a < RANK; a++) checks |= tile.checked[a] && !keys.prefix;
 @LISTS@    checks &= !keys.full;
     const bool all = !checks && !allowed_row && run.begin <= from;      // nothing but the run's end is to be looked at
@@ -486,7 +528,7 @@ INLINE void each_score(const Problem& P, const Numbers& numbers, const Tile& til
     auto part = [&](int j, int stop, bool ends, bool row_of_masks) __attribute__((always_inline)) {
         for (; j < stop; j += L) {
             const V s = load(row + j);
-            V x = !PLAIN ? score(P, numbers, tile.terms[i], keys.terms, elements, j, s) : PLAIN_SCORE ? s : s * splat(numbers.scale);
+            V x = PLAIN_SCORE ? s : PLAIN ? s * splat(numbers.scale) : score(P, numbers, tile.terms[i], keys.terms, elements, j, s);
             if (row_of_masks) x += load(allowed_row + j);
             if (ends && all) x = select(lanes() < splat_integer(run.end - j), x, splat(-INF));
             else if (ends) x = select(visible(P, numbers, tile, keys, run, i, j, PLAIN), x, splat(-INF));

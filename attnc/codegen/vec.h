@@ -323,6 +323,12 @@ template <int W> INLINE void store_row(element* dst, int64_t step, const real* s
         UNROLL for (int d = 0; d < W; d += L) store_part<W>(dst, d, load(src + d) * splat(factor));
     } else for (int d = 0; d < W; d++) dst[d * step] = put(src[d] * factor);
 }
+template <int W> inline void add_row(element* dst, int64_t step, const real* src, real factor) {
+    alignas(REGISTER) real sum[up(W, L)];
+    load_row<W>(dst, step, sum);
+    for (int d = 0; d < up(W, L); d += L) store(sum + d, load(sum + d) + load(src + d) * splat(factor));
+    store_row<W>(dst, step, sum, 1);
+}
 
 // ---- words -----------------------------------------------------------------------------------------------------------------------
 // What a lane of a product holds: a real, or, where the CPU sums the products of two bfloat16 at once, two neighbours in the

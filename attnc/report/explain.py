@@ -239,6 +239,11 @@ def _counts(s: Subject, g: Geometry) -> list[str]:
                 lines.append(f"  {name}: longer than {LONGEST_TABLE}, so its predicate is evaluated on the whole axis ({f.kind})")
             elif left:
                 lines.append(f"  {name}: its ends are two integer tables, evaluated on this axis alone and made monotone")
+            if a.gap_lo is not None:
+                lines.append(
+                    f"  {name}: what it leaves out between them is one run of keys for each query; where queries of a tile share"
+                )
+                lines.append("     it, CPU kernels walk the two boxes beside it, without a mask")
     return lines
 
 

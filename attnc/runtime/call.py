@@ -30,8 +30,8 @@ class Call:
 
     part: one of several calls that share their queries (a union); its backward gets the out and lse of all of them together.
     into: tensors that a forward may write out and lse into, a backward dq, dk and dv, and return as such.
-    continues: `into` holds the out and lse of the part's earlier calls, and a forward goes on from there (backends that have
-    CONTINUES only).
+    continues: `into` holds the out and lse of the part's earlier calls, and a forward goes on from there; or gradients of earlier
+    calls, to which a backward adds dq (1), dk and dv (2). Backends that have CONTINUES only.
     kept: what a backend keeps for all calls of this statement at these sizes (and batch and heads), by keys of its own.
     choice: how it runs, one of the backend's candidates; None leaves it to the backend.
     """
@@ -42,7 +42,7 @@ class Call:
     tables: dict[str, Tensor]
     part: bool = False
     into: tuple[Tensor, ...] | None = None
-    continues: bool = False
+    continues: int = 0
     choice: Any = None
     kept: dict[Any, Any] = field(default_factory=dict)
 

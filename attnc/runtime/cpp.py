@@ -32,7 +32,7 @@ from attnc.schedule.choose import Choice, bucket, candidates
 from attnc.schedule.geometry import Geometry
 from attnc.schedule.list_choice import Known, Listed, listed
 
-CONTINUES = True  # a forward can go on from another's out and lse
+CONTINUES = True  # a forward can go on from another's out and lse, a backward add to another's gradients
 __all__ = ["CONTINUES", "backward", "channel_backward", "channel_forward", "forward", "tunable"]
 
 
@@ -225,7 +225,7 @@ def planned(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tupl
         size = _size(q, k, backward)
         choice = call.choice or _choice(spec, call.geometry, *size, tuner.version())
         if call.continues:
-            choice = replace(choice, band=False)  # bands keep no running maximum
+            choice = replace(choice, band=False)  # bands keep no running maximum, and add to nothing
         tables = known_tables(call)
         lists = _listed(call, spec, choice, q, backward, tables)
         ready = _ready(spec, call.geometry, choice, *size) if lists is None else _ready_listed(spec, call.geometry, lists, *size)
@@ -253,7 +253,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """out and lse of one call."""
     kernel, ready = planned(call, q, k, v, False)
     with integers_in(call.attend.name):
-        return cpp_host.run_forward(kernel.run, ready, q, k, v, call.scale, call.tables, call.into, call.continues)
+        return cpp_host.run_forward(kernel.run, ready, q, k, v, call.scale, call.tables, call.into, bool(call.continues))
 
 
 def backward(
@@ -264,7 +264,9 @@ def backward(
     run = kernel.run
     maps, tables = (call.attend.q_map, call.attend.k_map), call.tables
     if maps == (None, None):
-        return cpp_host.run_backward(run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, tables, call.into)
+        return cpp_host.run_backward(
+            run, ready, q, k, v, out, lse, grad_out, grad_lse, call.scale, tables, call.into, call.continues
+        )
     unit_q, unit_k = (t if m is None else unit_rows(t, m.eps) for t, m in zip((q, k), maps, strict=True))
     if maps[1] is not None and "pad_k" in tables:
         tables = {**tables, "pad_k": unit_rows(tables["pad_k"], maps[1].eps)}

@@ -21,7 +21,7 @@ from attnc.analysis.structure import keep_proofs
 from attnc.errors import UnsupportedError
 from attnc.runtime import over_queries, proofs, regions, tuner
 from attnc.runtime.call import Call, empty_like_order, in_order, lse_like
-from attnc.runtime.parts import Part, program_of, rows_of, rows_of_part, sized, softmax_over_queries, table_names
+from attnc.runtime.parts import Part, going_on, program_of, rows_of, rows_of_part, sized, softmax_over_queries, table_names
 from attnc.schedule import bounds
 
 BACKENDS = {
@@ -203,7 +203,7 @@ def _attend_backward(
             call.into = into
             dq, dk, dv, sums = module.backward(call, *rows)
         else:
-            dq, dk, dv, sums = _sum_of_parts(module, runs, rows, named)
+            dq, dk, dv, sums = _in_turn(module, runs, rows, named, into) or _sum_of_parts(module, runs, rows, named)
     else:
         named = exchange.tables
         dq, dk, dv, sums = exchange.backward(q, k, v, lse, grad_out, grad_lse)
@@ -237,6 +237,31 @@ def _attend_packed_backward(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tenso
 
 def _attend_packed_backward_fake(qkv: Tensor, tables: list[Tensor], *rest: Any, **named: Any) -> tuple[Tensor, list[Tensor]]:
     return empty_like_order(qkv, qkv.shape[-1]), _table_gradients_fake(tables)
+
+
+def _in_turn(
+    module: ModuleType, runs: list[tuple[Part, list[Call]]], rows: tuple[Any, ...], tables: dict[str, Tensor], into: Any
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None:
+    """Gradients of several calls, each written in its place, or added to what earlier ones left there. None where the backend does
+    no such thing, or would round sums."""
+    q, k, v, _, lse, *_ = rows
+    found = list(going_on(runs, backward=True))
+    apart = not any(call.continues for _, call in found)
+    if not getattr(module, "CONTINUES", False) or not (apart or q.dtype == lse.dtype):
+        return None
+    if any(call.attend.q_map is not None or call.attend.k_map is not None for _, call in found):
+        return None
+    dq, dk, dv = into or (empty_like_order(t, t.shape[-1]) for t in (q, k, v))
+    for p, calls in runs:
+        for t in (dq[:, p.heads], dk[:, p.key_heads], dv[:, p.key_heads]) if not calls else ():
+            t.zero_()  # heads without keys (whose key heads other runs may write later)
+    sums = {n: torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for n, t in tables.items() if t.is_floating_point()}
+    for p, call in found:
+        mine, rest = rows_of_part(p, rows)
+        call.into = dq[:, p.heads], dk[:, p.key_heads], dv[:, p.key_heads]
+        for n, g in module.backward(call, *mine, *rest)[3].items():
+            rows_of(sums[n], p.cuts.get(n)).add_(g)
+    return dq, dk, dv, sums
 
 
 def _sum_of_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -120,17 +121,27 @@ def sized(
 
 
 def calls(
-    q: Tensor, k: Tensor, tables: dict[str, Tensor], scale: float, q_grid: Any, k_grid: Any, program: str
+    q: Tensor, k: Tensor, tables: dict[str, Tensor], scale: float, q_grid: Any, k_grid: Any, program: str, backward: bool = False
 ) -> list[tuple[slice, slice, Call]]:
-    """The forwards of the C++ backend that this comes to, in their order, with their heads of queries and of keys. Empty where it
+    """The calls of the C++ backend that this comes to, in their order, with their heads of queries and of keys. Empty where it
     is run in another way."""
     if softmax_over_queries(program):
         return []
     named, parts = sized(q, k, list(tables.values()), q_grid, k_grid, program, "cpp")
-    found = [(p.heads, p.key_heads, p.calls(named, scale)) for p in parts]
-    if not all(mine for *_, mine in found):  # queries without keys
+    runs = [(p, p.calls(named, scale)) for p in parts]
+    if not all(mine for _, mine in runs):  # queries without keys
         return []
-    return [(heads, keys, replace(c, continues=i > 0)) for heads, keys, mine in found for i, c in enumerate(mine)]
+    return [(p.heads, p.key_heads, call) for p, call in going_on(runs, backward)]
+
+
+def going_on(runs: Iterable[tuple[Part, list[Call]]], backward: bool) -> Iterator[tuple[Part, Call]]:
+    """The calls of runs of heads, each to go on from what earlier ones of the same heads left."""
+    written: set[int] = set()  # key heads (two runs have all of theirs in common, or none)
+    for part, mine in runs:
+        for i, call in enumerate(mine):
+            again = i > 0 or part.key_heads.start in written
+            yield part, replace(call, continues=(i > 0) + 2 * again if backward else i > 0)
+        written.update(range(part.key_heads.start, part.key_heads.stop) if mine else ())
 
 
 def rows_of(t: Tensor, cut: tuple[int, slice] | None) -> Tensor:

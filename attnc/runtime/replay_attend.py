@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnc.codegen.cpp_host import PADS, Ready, integers, real_of
+from attnc import ir
+from attnc.codegen.cpp_host import OF_KEYS, PADS, Ready, integers, real_of
 from attnc.runtime import cpp, parts, tuner
 from attnc.runtime.call import Call, empty_like_order, known_tables
 from attnc.runtime.cpp import Function
@@ -18,7 +19,7 @@ from attnc.runtime.layout import Layout, rows_of_out, rows_undone, three
 from attnc.runtime.replay import CPU, Given, Plan, Replay, places
 
 OF_ROWS = ("dq", "dk", "dv")
-BACKWARD = ("q", "k", "v", "out", "lse", "grad_out", *OF_ROWS)  # the order that strides are filled in
+BACKWARD = ("q", "k", "v", "out", "grad_out", "lse", *OF_ROWS)
 
 
 def _away(part: Tensor, whole: Tensor) -> int:
@@ -26,11 +27,19 @@ def _away(part: Tensor, whole: Tensor) -> int:
     return part.data_ptr() - whole.data_ptr()
 
 
+def _own(
+    whole: dict[str, Tensor], begin: list[tuple[int, int]], heads: slice, key_heads: slice
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """Some heads of each tensor, and where they begin, in which tensor of a call."""
+    part = {name: t[:, key_heads if name in OF_KEYS else heads] for name, t in whole.items()}
+    return part, {n: (i, move + _away(part[n], t)) for (n, t), (i, move) in zip(whole.items(), begin, strict=True)}
+
+
 @dataclass(eq=False)
 class AttendReplay(Replay):
-    """The kernels of attention, one after the other; gradients of more than one come from the operators."""
+    """The kernels of attention, one after the other."""
 
-    name: str  # of the statement
+    attend: ir.Attend  # the statement
     layout: Layout
     views: Callable[..., tuple[Tensor, ...]]  # q, k and v (or the one tensor) as rows
     rest: tuple[Any, ...]  # what operators take after the tables
@@ -44,15 +53,11 @@ class AttendReplay(Replay):
     lse: torch.Size
     dtype: torch.dtype
     real: torch.dtype  # of lse
+    learned: tuple[str, ...]  # tables with gradients
+    summed: bool  # rows have gradients of several kernels
     forward: tuple[Plan, ...] = ()
-    first: Call | None = None  # of the first kernel
-    backwards: dict[tuple[int, ...], tuple[Plan, Ready]] = field(default_factory=dict)  # by the strides of the output's gradient
-
-    @property
-    def call(self) -> Call:
-        """The one kernel's, without tables."""
-        assert self.first is not None
-        return self.first
+    # by the strides of the output's gradient: kernels, and whether they write dk and dv of every key
+    backwards: dict[tuple[int, ...], tuple[tuple[Plan, ...], bool]] = field(default_factory=dict)
 
     @property
     def tune(self) -> bool:
@@ -60,10 +65,9 @@ class AttendReplay(Replay):
         return bool(self.rest[-2])
 
     def differentiable(self, return_lse: bool) -> bool:
-        if len(self.forward) > 1 or return_lse or any(n in PADS for n in self.names):
+        if return_lse or any(n in PADS for n in self.names) or (self.summed and self.dtype != self.real):
             return False
-        attend = self.call.attend
-        return attend.q_map is None and attend.k_map is None
+        return self.attend.q_map is None and self.attend.k_map is None
 
     def read(self, given: Given) -> Given:
         """As the kernel reads them; its addresses count only as long as these live."""
@@ -71,7 +75,7 @@ class AttendReplay(Replay):
             return given
         read = list(given)
         names = {i: n for n, i in self.at.items()}
-        with cpp.integers_in(self.name):
+        with cpp.integers_in(self.attend.name):
             for at, dtype in self.converted:
                 t = read[at]
                 read[at] = integers(names[at], t) if dtype == torch.int32 else t.to(dtype).contiguous()
@@ -89,7 +93,9 @@ class AttendReplay(Replay):
         kind, filled = ready.type, ready.problem(call.scale, rows, call.tables)
         filled.continues = call.continues
         moves = [(getattr(kind, n).offset, *place) for n, place in where.items()]
-        tables = {n: (self.at[n], _away(t, read[self.at[n]])) for n, t in call.tables.items() if n in self.at}
+        whole = self.tables(read)
+        away = {n: _away(t, whole[n]) for n, t in call.tables.items()}
+        tables = {n: (self.at[n], away[n]) for n in call.tables if n in self.at}
         moves += [(getattr(kind, n).offset, *tables[n]) for n in PADS if n in tables]
         for group, names in zip(("tables", "int_tables"), ready.names, strict=True):
             for n, entry in zip(names, getattr(filled, group), strict=False):
@@ -97,7 +103,7 @@ class AttendReplay(Replay):
                 if n in tables:
                     moves.append((start + type(entry).data.offset, *tables[n]))
                 if n in sums:
-                    moves.append((start + type(entry).gradient.offset, sums[n], 0))
+                    moves.append((start + type(entry).gradient.offset, sums[n], away[n]))
         return Plan(kernel.again, bytes(filled), moves, count, ready)
 
     def run(self, given: Given, more: bool) -> tuple[Tensor, ...]:
@@ -122,37 +128,41 @@ class AttendReplay(Replay):
         strides = grad_out.stride()
         if strides not in self.backwards:
             self.backwards[strides] = self._backward(read, out, lse, grad_out, into)
-        plan, ready = self.backwards[strides]
-        if not ready.covers:
+        plans, covered = self.backwards[strides]
+        if not covered:
             for t in into if self.count == 1 else into[1:]:
                 t.zero_()
         tables = self.tables(read)
-        sums = {n: torch.zeros(tables[n].shape, dtype=lse.dtype, device=CPU) for n in ready.names[0]}
-        plan([t.data_ptr() for t in (*read, out, lse, grad_out, *into, *sums.values())])
+        sums = {n: torch.zeros(tables[n].shape, dtype=lse.dtype, device=CPU) for n in self.learned}
+        addresses = [t.data_ptr() for t in (*read, out, lse, grad_out, *into, *sums.values())]
+        for kernel in plans:
+            kernel(addresses)
         found: list[Tensor | None] = [*into, *[None] * (len(given) - self.count)]
         for n, t in sums.items():
             if n in self.at:
                 found[self.at[n]] = t.to(given[self.at[n]].dtype)
         return found
 
-    def _backward(self, read: Given, out: Tensor, lse: Tensor, grad_out: Tensor, into: Given) -> tuple[Plan, Ready]:
+    def _backward(self, read: Given, out: Tensor, lse: Tensor, grad_out: Tensor, into: Given) -> tuple[tuple[Plan, ...], bool]:
         q, k, v = three(self.views(*read[: self.count]))
-        call = replace(self.call, tables=self.tables(read))
+        gradients, n = three(self.views(*into)), len(read)
         seen = (rows_of_out(t, self.layout, self.rows) for t in (out, grad_out))
-        rows = {"q": q, "k": k, "v": v, "lse": lse} | dict(zip(("out", "grad_out"), seen, strict=True))
-        if self.tune:
-            tuner.settle(cpp, call, (q, k, v), (rows["out"], lse, rows["grad_out"], None))
-        found = cpp.planned(call, q, k, v, True)
-        gradients = three(self.views(*into))
-        rows |= dict(zip(OF_ROWS, gradients, strict=True))
-        n = len(read)
-        where = dict(zip("qkv", places(0, read[: self.count], (q, k, v)), strict=True))
-        where |= {name: (n + i, 0) for i, name in enumerate(("out", "lse", "grad_out"))}
-        where |= dict(zip(OF_ROWS, places(n + 3, into, gradients), strict=True))
+        whole = dict(zip(BACKWARD, (q, k, v, *seen, lse, *gradients), strict=True))
+        begin = places(0, read[: self.count], (q, k, v)) + [(n, 0), (n + 2, 0), (n + 1, 0)] + places(n + 3, into, gradients)
         first = n + 3 + len(into)
-        sums = {name: first + i for i, name in enumerate(found[1].names[0])}
-        order = {name: rows[name] for name in BACKWARD}
-        return self.plan(found, call, order, read, where, sums, first + len(sums)), found[1]
+        sums = {name: first + i for i, name in enumerate(self.learned)}
+        plans: tuple[Plan, ...] = ()
+        covered = True
+        scale, q_grid, k_grid, program, *_ = self.rest
+        for heads, key_heads, call in parts.calls(q, k, self.tables(read), scale, q_grid, k_grid, program, backward=True):
+            part, where = _own(whole, begin, heads, key_heads)
+            rows = part["q"], part["k"], part["v"]
+            if self.tune:
+                tuner.settle(cpp, call, rows, (part["out"], part["lse"], part["grad_out"], None))
+            found = cpp.planned(call, *rows, True)
+            plans += (self.plan(found, call, part, read, where, sums, first + len(sums)),)
+            covered &= found[1].covers
+        return plans, covered
 
     def gradients_seen(self, given: Given, made: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
         out, lse = made
@@ -187,8 +197,11 @@ def record_attend(
     at = {n: count + i for i, n in enumerate(names)}
     held = {n: t.to(wanted[n]).contiguous() for n, t in tables.items() if n not in at}
     converted = tuple((i, wanted[n]) for n, i in at.items() if tables[n].dtype != wanted[n] or not tables[n].is_contiguous())
+    attend = parts.program_of(program).attend
+    assert isinstance(attend, ir.Attend)
+    backward = parts.calls(q, k, tables, scale, q_grid, k_grid, program, backward=True)
     made = AttendReplay(
-        parts.program_of(program).attend.name,
+        attend,
         layout,
         views,
         rest,
@@ -202,16 +215,16 @@ def record_attend(
         lse.shape,
         out.dtype,
         real,
+        tuple(n for n, dtype in wanted.items() if dtype == real and n not in PADS),
+        any(call.continues for *_, call in backward),
     )
     read, n = made.read(given), len(given)
     whole = {"q": q, "k": k, "v": v, "out": rows_of_out(out, layout, shape), "lse": lse}
-    begin = dict(zip(whole, [*places(0, given[:count], (q, k, v)), (n, 0), (n + 1, 0)], strict=True))
+    begin = [*places(0, given[:count], (q, k, v)), (n, 0), (n + 1, 0)]
     for heads, key_heads, call in parts.calls(q, k, made.tables(read), scale, q_grid, k_grid, program):
         if known_tables(call) or not all(t.is_contiguous() for t in call.tables.values()):
             return None
-        part = {name: t[:, key_heads if name in ("k", "v") else heads] for name, t in whole.items()}
-        where = {name: (i, move + _away(part[name], whole[name])) for name, (i, move) in begin.items()}
+        part, where = _own(whole, begin, heads, key_heads)
         kernel = cpp.planned(call, part["q"], part["k"], part["v"], False)
         made.forward += (made.plan(kernel, call, part, read, where, {}, n + 2),)
-        made.first = made.first or replace(call, tables={})
     return made if made.forward else None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from attnc.schedule.geometry import Axis, Geometry
 
 Ints = NDArray[np.int32]
+SHORTEST_RUN = 4  # queries that leave out the same keys have pieces of their own where they are so many
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ def pieces(a: Axis, side: int) -> Ints:
         borders = [first]
         if a.block:
             borders += [b for b in range(a.shift % a.block, end, a.block) if b > first]
+        elif a.gap_lo is not None and a.gap_hi is not None:
+            changes = (np.diff(a.gap_lo[r, first:end]) != 0) | (np.diff(a.gap_hi[r, first:end]) != 0)
+            if SHORTEST_RUN * changes.sum() <= end - first:
+                borders += (np.flatnonzero(changes) + first + 1).tolist()
         for begin, stop in itertools.pairwise([*borders, end]):
             parts = -(-(stop - begin) // side) if stop > begin else 0
             for i in range(parts):

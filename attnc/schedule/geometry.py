@@ -41,6 +41,9 @@ class Axis:
     hi: Ints
     block: int  # tokens (of a residue class) per block where the ends are piecewise constant, 0 elsewhere
     shift: int  # blocks start at j = shift (mod block)
+    gap_lo: Ints | None = None  # as lo and hi: the run of keys between them that the axis's conditions leave out (none: hi < lo);
+    gap_hi: Ints | None = None  # None where they leave out nothing, or what is no one run
+    exact: bool = True  # the interval without the gap is all that the axis's conditions allow
 
     @property
     def classes(self) -> int:
@@ -108,6 +111,11 @@ class Geometry:
     def padded(self) -> bool:
         """Some keys are virtual."""
         return any(a.keys != a.real_keys for a in self.axes)
+
+    @property
+    def gaps(self) -> bool:
+        """Intervals and gaps of the axes say all that the relation does."""
+        return self.structure.by_axis and all(a.exact for a in self.axes)
 
     @cached_property
     def sizes(self) -> dict[ir.Expr, int]:
@@ -208,12 +216,14 @@ def _ends(form: AxisForm, n_q: int, n_k: int, sizes: dict[ir.Expr, int]) -> tupl
 
 def _tightened(
     s: Structure, axis: int, n_q: int, n_k: int, split: int, lo: Ints, hi: Ints, sizes: dict[ir.Expr, int]
-) -> tuple[Ints, Ints]:
-    """Ends of an axis some conjuncts of which no rule knew: the hull of the keys they allow, evaluated on this axis alone.
+) -> tuple[Ints, Ints, Ints, Ints, bool]:
+    """Ends of an axis some conjuncts of which no rule knew: the hull of the keys they allow, evaluated on this axis alone; the run
+    of keys in it that they do not allow, and whether that is all of them.
 
     The ends are made monotone (which only widens them); the conjuncts stay in the residual, so the relation is exact.
     """
     lo, hi = lo.copy(), hi.copy()
+    gap_lo, gap_hi, exact = np.zeros_like(lo), np.full_like(hi, -1), True
     for r in range(min(split, n_q)):
         q, k = np.arange(r, n_q, split), np.arange(r, n_k, split)
         if not len(k):  # no key in this class: the ends are empty already
@@ -233,7 +243,11 @@ def _tightened(
         last = np.where(some, len(k) - 1 - ok[:, ::-1].argmax(1), -1)
         lo[r, : len(q)] = np.minimum.accumulate(first[::-1])[::-1]
         hi[r, : len(q)] = np.maximum.accumulate(last)
-    return lo, hi
+        left_out = (lo[r, : len(q), None] <= i) & (i <= hi[r, : len(q), None]) & ~ok
+        gap_lo[r, : len(q)] = left_out.argmax(1)
+        gap_hi[r, : len(q)] = gap_lo[r, : len(q)] + left_out.sum(1) - 1
+        exact &= bool((left_out == ((gap_lo[r, : len(q), None] <= i) & (i <= gap_hi[r, : len(q), None]))).all())
+    return lo, hi, gap_lo, gap_hi, exact
 
 
 @lru_cache(maxsize=512)
@@ -263,9 +277,12 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
         (bq, aq), (bk, ak) = pads[0][i], pads[1][i]
         n_q, n_k = rq + bq + aq, rk + bk + ak
         split, lo, hi = _ends(form, n_q, n_k, sizes)
+        gap: tuple[Ints | None, Ints | None, bool] = None, None, not s.unknown[i]
         if s.unknown[i] and max(n_q, n_k) <= LONGEST_TABLE:
-            lo, hi = _tightened(s, i, n_q, n_k, split, lo, hi, sizes)
+            lo, hi, gap_lo, gap_hi, exact = _tightened(s, i, n_q, n_k, split, lo, hi, sizes)
+            some = exact and bool((gap_lo <= gap_hi).any())
+            gap = gap_lo if some else None, gap_hi if some else None, exact
         block = 0 if form.block is None else int(evaluate(form.block, sizes, np))
         shift = int(evaluate(form.shift, sizes, np)) % block if block else 0
-        axes.append(Axis(n_q, n_k, rq, rk, bq, bk, split, lo, hi, block, shift))
+        axes.append(Axis(n_q, n_k, rq, rk, bq, bk, split, lo, hi, block, shift, *gap))
     return Geometry(s, a, tuple(axes), q_grid, k_grid, program.queries.prefix, program.keys.prefix)
