@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 import attnc
 from attnc import ir, patterns
+from attnc.analysis import forms as rules
+from attnc.analysis import structure as structures
 from attnc.analysis.axis import AxisForm
 from attnc.analysis.evaluate import evaluate
 from attnc.analysis.structure import Structure, analyse
@@ -496,3 +498,31 @@ def test_another_key_grid_has_its_own_length() -> None:
                     for j in range(axis.inverse_lo[r, i], axis.inverse_hi[r, i] + 1):
                         seen[j * axis.split + r, i * axis.split + r] = True
             assert (seen | ~truth).all()
+
+
+def test_axes_alike_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each gets the proof of its own."""
+    asked: list[int] = []
+    recognise = rules.recognise
+
+    def counted(terms: tuple[ir.Expr, ...], axis: int, roles: Any) -> Any:
+        asked.append(axis)
+        return recognise(terms, axis, roles)
+
+    monkeypatch.setattr(structures, "_keeper", None)
+    monkeypatch.setattr(rules, "recognise", counted)
+
+    def near(axis: int, other: int) -> tuple[ir.Expr, ...]:
+        """|q - k| <= the length of another axis; and k * k < 50 says no rule."""
+        q, k = ir.coord("q", axis), ir.coord("k", axis)
+        away, room = ir.make("abs", ir.make("sub", q, k)), ir.size("q", other)
+        return ir.make("le", away, room), ir.make("lt", ir.make("mul", k, k), ir.const(50))
+
+    for per_axis, times in (([near(0, 0), near(1, 1), near(2, 2)], 1), ([near(0, 1), near(1, 0), near(2, 0)], 2)):
+        found, unknown = structures._recognise(per_axis, ("q", "q"))
+        assert len(asked) == times
+        asked.clear()
+        for axis, terms in enumerate(per_axis):
+            form, left = recognise(terms, axis, ("q", "q"))
+            assert found[axis] == form
+            assert unknown[axis] == left == terms[1:]

@@ -92,15 +92,13 @@ def test_pieces_begin_where_gaps_change() -> None:
     assert len(pieces(g.axes[0], 0)) == 1  # a tile would be a row
 
 
-def test_only_statements_by_axis_without_learned_tables_take_gaps() -> None:
+def test_only_statements_by_axis_take_gaps() -> None:
     def asks(p: ir.Program) -> bool:
         return "gap_lo" in source(Spec(p, 8, 8, "float32"), False)
 
     assert asks(made(far, (9, 9))[0])
     for of in (disc, lambda q, k: disc(q, k) & (k.y // 4 != q.y // 4)):
         assert not asks(made(of, (9, 9))[0])
-    biased = attnc.compile(patterns.cross(3, bias="relative"), grid=(9, 9)).program(2)
-    assert not any(map(asks, split(biased, (9, 9), (9, 9), 1, 1)[0].parts))
     second = split(attnc.compile(patterns.cross(3), grid=(9, 9)).program(2), (9, 9), (9, 9), 1, 1)[0].parts[1]
     assert asks(second)
     spec, g = Spec(second, 8, 8, "float32"), geometry(second, (9, 9), (9, 9))
@@ -135,12 +133,13 @@ def test_with_prefix_tokens_groups_and_other_dtypes(quick: None) -> None:
 
 @needs_compiler
 def test_unions_go_on_beside_what_was_counted(quick: None) -> None:
-    for grid in ((14, 14), (7, 20), (3, 2)):
+    for grid, bias in (((14, 14), False), ((7, 20), True), ((3, 2), False), ((12, 6), True)):
         rows = [torch.randn(2, 3, grid[0] * grid[1], 16, requires_grad=True) for _ in range(3)]
-        op, exact = (attnc.compile(patterns.cross(3), grid=grid, backend=b) for b in ("cpp", "torch"))
-        out = op(*rows)
+        pattern = patterns.cross(3, bias="relative" if bias else None)
+        op, exact = (attnc.compile(pattern, grid=grid, backend=b) for b in ("cpp", "torch"))
+        rows += [torch.randn(3, 2 * grid[0] - 1, 2 * grid[1] - 1, requires_grad=True)] if bias else []
         wide = [x.detach().double().requires_grad_() for x in rows]
-        truth = exact(*wide)
+        out, truth = (f(*x[:3], **dict(zip(("bias",), x[3:], strict=False))) for f, x in ((op, rows), (exact, wide)))
         grad = torch.randn_like(out)
         mine, theirs = torch.autograd.grad(out, rows, grad), torch.autograd.grad(truth, wide, grad.double())
         for a, b in zip((out, *mine), (truth, *theirs), strict=True):

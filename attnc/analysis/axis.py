@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnc import ir
@@ -27,6 +28,11 @@ class AxisForm:
     inverse_hi: ir.Expr | None
     block: ir.Expr | None = None
     shift: ir.Expr = ir.ZERO
+
+    def map(self, change: Callable[[ir.Expr], ir.Expr]) -> AxisForm:
+        """The form with each of its expressions changed."""
+        changed: dict[str, Any] = {name: change(e) for name in ENDS if (e := getattr(self, name)) is not None}
+        return replace(self, **changed)
 
     @property
     def full(self) -> bool:

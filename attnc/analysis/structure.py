@@ -57,6 +57,17 @@ def keep_proofs(keeper: Keeper) -> None:
     _keeper = keeper
 
 
+def _moved(e: ir.Expr, source: int, target: int) -> ir.Expr:
+    """An expression about one axis, about another one (and the other way round)."""
+    places = {source: target, target: source}
+
+    def rule(n: ir.Expr) -> ir.Expr | None:
+        make = {"coord": ir.coord, "size": ir.size}.get(n.op)
+        return None if make is None else make(n.args[0], places.get(n.args[1], n.args[1]))
+
+    return ir.rewrite(e, rule)
+
+
 def _recognise(
     per_axis: list[tuple[ir.Expr, ...]], roles: tuple[ir.Role, ir.Role]
 ) -> tuple[list[AxisForm], list[tuple[ir.Expr, ...]]]:
@@ -65,8 +76,16 @@ def _recognise(
     def prove() -> list[Any]:
         from attnc.analysis.forms import recognise
 
-        found = [recognise(terms, axis, roles) for axis, terms in enumerate(per_axis)]
-        return [[to_data(form), [terms.index(e) for e in left]] for (form, left), terms in zip(found, per_axis, strict=True)]
+        proved: dict[tuple[ir.Expr, ...], tuple[AxisForm, list[int]]] = {}  # on axis 0
+        found = []
+        for axis, terms in enumerate(per_axis):
+            alike = tuple(_moved(e, axis, 0) for e in terms)
+            if alike not in proved:
+                form, left = recognise(alike, 0, roles)
+                proved[alike] = form, [alike.index(e) for e in left]
+            form, unknown = proved[alike]
+            found.append([to_data(form.map(lambda e: _moved(e, 0, axis))), unknown])  # noqa: B023
+        return found
 
     key = json.dumps([[[ir.expr_to_data(e) for e in terms] for terms in per_axis], roles])
     data = prove() if _keeper is None else _keeper(key, prove)

@@ -82,7 +82,7 @@ class Spec:
     @property
     def gaps(self) -> bool:
         """Axes may tell what their intervals contain too much, and all that the relation asks beyond them."""
-        return self.structure.by_axis and not self.tables
+        return self.structure.by_axis
 
     @property
     def tables(self) -> tuple[str, ...]:
