@@ -55,6 +55,7 @@ TILES["two keys more than whole vectors"] = lambda: hold(Problem(patterns.window
 TILES["dropout beside a prefix"] = lambda: hold(Problem(patterns.window(3), (4, 5), prefix=2, dropout=0.3), "cpp")
 BANDS: dict[str, Callable[[], None]] = {
     "neighbourhood": lambda: check(statements.neighborhood(s=5, d=2), (11, 37), **ODD),
+    "many lines": lambda: check(statements.neighborhood(s=3), (4, 5, 18), **NARROW),
     "bias": lambda: check(statements.near_bias(s=3), (9, 37), tables=bands.bias(2, 3, 3), **NARROW),
 }
 
