@@ -5,9 +5,11 @@ from __future__ import annotations
 from attnc import ir
 from attnc.lang.functions import Statement
 from attnc.lang.pattern import Pattern, a_pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point
 
 
+@recorded
 def at_least(length: int, of: Pattern) -> Pattern:
     """`of` on axes of max(n, length): for operators compiled with ``pad=((0, length),) * rank``, whatever n is.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from attnc.errors import DeclarationError
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import ORIGIN, Bias, Place, Places, always, biased, every
 
 
+@recorded
 def axial(axis: str, *, bias: Bias = None) -> Pattern:
     """Keys run along `axis` and share the query's coordinate on every other axis."""
 

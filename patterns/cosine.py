@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from attnc.lang.functions import HEAD, SCORE, Statement, exp, l2norm, minimum
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Table
 from attnc.patterns.relation import raw, rescored
 
 
+@recorded
 def cosine(of: Pattern | None = None, *, most: float = 100.0) -> Pattern:
     """cos(q, k) * min(exp(logit_scale[h]), most), then the bias of `of`: a table `logit_scale` [H or 1]. Call with scale=1.0."""
     table = Table("logit_scale")
@@ -22,6 +24,7 @@ def cosine(of: Pattern | None = None, *, most: float = 100.0) -> Pattern:
     return rescored("cosine", of, change)
 
 
+@recorded
 def head_scale(of: Pattern | None = None) -> Pattern:
     """SCORE * temperature[h] before any bias: a table `temperature` [H or 1], learned (XCiT, PVT's and CaiT's successors)."""
     table = Table("temperature")

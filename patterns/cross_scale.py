@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from attnc.lang.functions import maximum, minimum
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import ORIGIN, Bias, Place, Places, Size, biased, every
 
 
+@recorded
 def cross_scale(size: Size, *, bias: Bias = None) -> Pattern:
     """Each query sees `size` keys per axis around its own place on the keys' grid, kept inside it (`kv_grid=` says its lengths).
 

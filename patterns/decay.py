@@ -11,6 +11,7 @@ from attnc import ir
 from attnc.errors import DeclarationError
 from attnc.lang.functions import HEAD, Statement, exp, maximum, sqrt
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym, Table
 from attnc.patterns.relation import rescored
 
@@ -37,6 +38,7 @@ def distance(q: Point, k: Point, metric: Metric) -> Sym:
     return METRICS[metric]([a - b for a, b in zip(q, k, strict=True)])
 
 
+@recorded
 def decay(of: Pattern | None = None, *, metric: Metric = "manhattan", after: bool = False) -> Pattern:
     """score - slopes[h] * distance(q, k): a table `slopes` [H or 1], fixed or learned.
 
@@ -57,6 +59,7 @@ def decay(of: Pattern | None = None, *, metric: Metric = "manhattan", after: boo
     return rescored("decay", of, change)
 
 
+@recorded
 def alibi(of: Pattern | None = None) -> Pattern:
     """score - 2 ** (-8 (h + 1) / H) * distance: ALiBi's fixed slopes, no table; the distance is the sum over axes."""
 

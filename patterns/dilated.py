@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.neighborhood import neighborhood
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
+@recorded
 def dilated(size: Size, dilation: Size, *, bias: Bias = None) -> Pattern:
     """The neighbourhood of `size` among tokens `dilation` apart."""
     pattern = neighborhood(size, dilation, bias=bias)
@@ -15,6 +17,7 @@ def dilated(size: Size, dilation: Size, *, bias: Bias = None) -> Pattern:
     return pattern
 
 
+@recorded
 def dilated_blocks(size: Size, interval: Size, *, bias: Bias = None) -> Pattern:
     """Groups of `size` tokens sampled `interval` apart: same q % interval, same q // (interval * size) on every axis."""
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 from attnc.errors import DeclarationError
 from attnc.lang.functions import HEAD, SCORE, Statement, exp, where
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Table
 from attnc.patterns.decay import distance
 from attnc.patterns.relation import raw, rescored
 
 
+@recorded
 def gaussian_mixture(kernels: int, of: Pattern | None = None, *, vanish: int | None = None) -> Pattern:
     """SCORE * sum_c alpha[c, h] exp(-d^2 / (2 (sigma[c, h]^2 + 1e-5))), before any bias: d is the Euclidean distance on the grid.
 
@@ -34,6 +36,7 @@ def gaussian_mixture(kernels: int, of: Pattern | None = None, *, vanish: int | N
     return rescored(f"gaussian_mixture({kernels})", of, change)
 
 
+@recorded
 def learned_mask(of: Pattern | None = None) -> Pattern:
     """SCORE * mask[q.index, k.index], before any bias: a table `mask` [queries, keys] of every pair on the grid, for all heads."""
     mask = Table("mask")

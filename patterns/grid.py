@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
+@recorded
 def grid(size: Size, *, bias: Bias = None) -> Pattern:
     """`size` tokens per axis, evenly spaced over the whole grid: equal coordinates modulo m = ceil(n / size)."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from attnc.errors import DeclarationError
 from attnc.lang.functions import maximum
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
+@recorded
 def inward_window(reach: Size, *, bias: Bias = None) -> Pattern:
     """Keys from q - d - max(d + q - n + 1, 0) to q + d + max(d - q, 0), on an axis of n tokens, d its `reach`.
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from attnc.errors import DeclarationError
 from attnc.lang.functions import maximum, minimum
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
+@recorded
 def neighborhood(
     size: Size,
     dilation: Size = 1,

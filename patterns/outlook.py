@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from attnc.lang.functions import BATCH, HEAD, Statement, where
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym, Table
 from attnc.patterns.relation import every
 
 
+@recorded
 def outlook(size: int, stride: int = 1, padding: int = 0) -> Pattern:
     """Each anchor looks out over size x size keys, and for each of these places there is a query that sees all of them.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from attnc.errors import DeclarationError
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
+@recorded
 def overlapping_window(size: Size, kv_size: Size, *, bias: Bias = None) -> Pattern:
     """Queries in windows of `size`; their keys in the window of `kv_size` around it, cut at the borders of the grid.
 

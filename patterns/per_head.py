@@ -8,9 +8,11 @@ from attnc import ir
 from attnc.errors import DeclarationError
 from attnc.lang.functions import Statement
 from attnc.lang.pattern import Pattern, a_pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point
 
 
+@recorded
 def per_head(patterns: Sequence[Pattern]) -> Pattern:
     """Equal contiguous runs of heads, one pattern each: head h of H follows patterns[h * len(patterns) // H]."""
     parts = tuple(a_pattern(p, "per_head") for p in patterns) if isinstance(patterns, Iterable) else ()

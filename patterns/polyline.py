@@ -8,12 +8,14 @@ from typing import Literal
 from attnc.errors import DeclarationError
 from attnc.lang.functions import BATCH, HEAD, Statement
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym, Table
 from attnc.patterns.relation import rescored
 
 TABLES = ("across", "down", "through")  # for the axes x, y and t
 
 
+@recorded
 def polyline(of: Pattern | None = None, *, corner: Literal["key column", "key row"] = "key column") -> Pattern:
     """score - |across[q.y, q.x] - across[q.y, k.x]| - |down[q.y, k.x] - down[k.y, k.x]|: along the query's row to the key's column,
     then along that column; with corner="key row" along the query's column first.

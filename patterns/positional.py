@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from attnc.lang.functions import HEAD, Statement
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym, Table
 from attnc.patterns.relation import rescored
 
 
+@recorded
 def positional(of: Pattern | None = None) -> Pattern:
     """softmax of weight[h] . (dx, dy, ..., dx^2 + dy^2 + ...), key minus query, fastest axis first: no product of q and k is made.
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from attnc.lang.functions import Statement, softmax
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point
 from attnc.patterns.relation import rescored
 
 
+@recorded
 def reversed_attention(of: Pattern | None = None) -> Pattern:
     """A[j, i] = exp(score[j, i]) / the sum of exp(score[., i]) over the receivers; y[j] = sum_i A[j, i] v[i]. Rows do not sum to 1.
 

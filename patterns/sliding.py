@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnc.errors import DeclarationError
 from attnc.lang.functions import HEAD, SCORE, Statement, where
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
@@ -16,6 +17,7 @@ def reach(size: int, dilation: int) -> int:
     return dilation * (size // 2)
 
 
+@recorded
 def sliding_window(size: Size, dilation: Size = 1, *, pooled: int = 1, bias: Bias = None) -> Pattern:
     """Keys q + dilation * (u - size // 2) for u = 0 .. size - 1, size odd; those outside the grid are missing, the window stays.
 
@@ -45,6 +47,7 @@ def sliding_window(size: Size, dilation: Size = 1, *, pooled: int = 1, bias: Bia
     return biased(f"sliding_window({size!r}{extra})", body, bias)
 
 
+@recorded
 def taps(size: Size, dilation: Size = 1) -> Pattern:
     """Head m sees one key, tap m of the sliding window in row-major order: the lse of a call is the window's scores, tap by tap.
 

@@ -9,10 +9,12 @@ from typing import Any
 from attnc.errors import DeclarationError
 from attnc.lang.functions import Statement, tanh
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import rescored
 
 
+@recorded
 def soft_cap(cap: float, of: Pattern | None = None) -> Pattern:
     """cap * tanh(score / cap), of the whole score, its bias included."""
     given: Any = cap

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from attnc.errors import DeclarationError
 from attnc.lang.pattern import Pattern
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, always, biased, every, whole
 
 
+@recorded
 def strip(axis: str, width: int, *, bias: Bias = None) -> Pattern:
     """Blocks of `width` across, full along `axis`: same q // width on every other axis."""
 
@@ -26,6 +28,7 @@ def strip(axis: str, width: int, *, bias: Bias = None) -> Pattern:
     return biased(f"strip({axis!r}, {width})", body, bias)
 
 
+@recorded
 def cross(width: int = 1, *, bias: Bias = None) -> Pattern:
     """The union of the two strips through a query, each key once. A bias counts places on the whole grid."""
     strips = strip("y", width) | strip("x", width)

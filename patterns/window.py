@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from attnc.lang.functions import clamp
 from attnc.lang.pattern import Pattern, per_axis
+from attnc.lang.recorded import recorded
 from attnc.lang.symbols import Point, Sym
 from attnc.patterns.relation import Bias, Place, Places, Size, biased, every
 
 
+@recorded
 def window(size: Size, shift: Size | int = 0, *, bias: Bias = None) -> Pattern:
     """Tokens attend within windows of `size` (int, or one per axis) whose borders lie at `shift` mod size.
 
@@ -30,6 +32,7 @@ def window(size: Size, shift: Size | int = 0, *, bias: Bias = None) -> Pattern:
     return biased(f"window({size!r}{f', shift={shift!r}' if shift else ''})", body, bias)
 
 
+@recorded
 def blocks(size: Size, *, bias: Bias = None) -> Pattern:
     """Tokens attend within blocks of `size`: window without a shift."""
     pattern = window(size, bias=bias)

@@ -25,7 +25,7 @@ from attnc.schedule.geometry import geometry
 
 CPP = importlib.util.find_spec("attnc.runtime.cpp") is not None and has_compiler()
 BACKENDS = ["torch", *(["cpp"] if CPP else [])]
-# a kernel takes the C++ compiler seconds, and tests/test_cpp.py builds many: these build theirs when asked for
+# a kernel takes the C++ compiler seconds, and tests/test_cpp*.py build many: these build theirs when asked for
 SOME_BACKENDS = ["torch", *(["cpp"] if CPP and os.environ.get("ATTNC_TEST_MANY_KERNELS") else [])]
 DOUBLE = torch.float64
 

@@ -10,19 +10,9 @@ import shutil
 import pytest
 import torch
 from builds import QUICK, SHIPPED, built_with
+from cpp_checks import check, make_program
+from cpp_statements import absolute, axial, causal_axes, full, near_bias, neighborhood, overlapping, window
 from strategies import weighted
-from test_cpp import (
-    absolute,
-    axial,
-    causal_axes,
-    check,
-    full,
-    make_program,
-    near_bias,
-    neighborhood,
-    overlapping,
-    window,
-)
 
 from attnc import patterns
 from attnc.codegen.cpp import Spec

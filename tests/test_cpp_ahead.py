@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from builds import QUICK, built_with
+from cpp_checks import make_program
+from cpp_statements import neighborhood, window
 from test_bands import preferred  # noqa: F401  # a fixture: bands wherever they fit
-from test_cpp import make_program, neighborhood, window
 
 import attnc
 from attnc import patterns

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cpp_statements as statements
 import pytest
 import test_bands as bands
-import test_cpp as boxes
 import torch
 from builds import QUICK, built_with
 from channel_checks import check_channel
+from cpp_checks import check
 from strategies import Problem, hold
 from test_bands import preferred  # noqa: F401  # a fixture: bands wherever they fit
 
@@ -43,17 +44,19 @@ def beyond(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 NARROW, ODD = {"dim": 8, "value_dim": 8, "batch": 1}, {"dim": 33, "value_dim": 7, "batch": 1}
 TILES: dict[str, Callable[[], None]] = {
-    "window": lambda: boxes.check(boxes.window(s=4), (9, 11), **ODD),
-    "relative bias": lambda: boxes.check(boxes.biased(s=4), (8, 11), tables={"bias": torch.randn(2, 7, 7)}, **NARROW),
-    "terms and a prefix": lambda: boxes.check(
-        boxes.located(), (7, 9), tables={"slope": torch.rand(2)}, prefix=(1, 1), dtype=torch.float64, **NARROW
+    "window": lambda: check(statements.window(s=4), (9, 11), **ODD),
+    "relative bias": lambda: check(statements.biased(s=4), (8, 11), tables={"bias": torch.randn(2, 7, 7)}, **NARROW),
+    "terms and a prefix": lambda: check(
+        statements.located(), (7, 9), tables={"slope": torch.rand(2)}, prefix=(1, 1), dtype=torch.float64, **NARROW
     ),
-    "predicate and virtual keys": lambda: boxes.check(boxes.odd(), (9, 11), pad=((1, 2), (0, 3)), **NARROW),
+    "predicate and virtual keys": lambda: check(statements.odd(), (9, 11), pad=((1, 2), (0, 3)), **NARROW),
 }
+TILES["two keys more than whole vectors"] = lambda: hold(Problem(patterns.window((3, 6)), (6, 12)), "cpp")
 TILES["dropout beside a prefix"] = lambda: hold(Problem(patterns.window(3), (4, 5), prefix=2, dropout=0.3), "cpp")
 BANDS: dict[str, Callable[[], None]] = {
-    "neighbourhood": lambda: boxes.check(boxes.neighborhood(s=5, d=2), (11, 37), **ODD),
-    "bias": lambda: boxes.check(boxes.near_bias(s=3), (9, 37), tables=bands.bias(2, 3, 3), **NARROW),
+    "neighbourhood": lambda: check(statements.neighborhood(s=5, d=2), (11, 37), **ODD),
+    "many lines": lambda: check(statements.neighborhood(s=3), (4, 5, 18), **NARROW),
+    "bias": lambda: check(statements.near_bias(s=3), (9, 37), tables=bands.bias(2, 3, 3), **NARROW),
 }
 
 
@@ -74,7 +77,7 @@ def test_channels(beyond: Path) -> None:
     assert not beyond.exists()
 
 
-@pytest.mark.parametrize("name", ["dropout beside a prefix", "predicate and virtual keys"])
+@pytest.mark.parametrize("name", ["dropout beside a prefix", "predicate and virtual keys", "two keys more than whole vectors"])
 def test_no_array_is_left(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Indices of arrays of known length, which the compiler's sanitizer checks."""
     with built_with([*QUICK, "-fsanitize=bounds-strict"]):

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from builds import QUICK, built_with
-from test_cpp import biased, check, window
+from cpp_checks import check
+from cpp_statements import biased, window
 
 import attnc
 from attnc import patterns
@@ -57,9 +58,11 @@ def test_shorter_vectors(instructions: str) -> None:
         check(window(s=7), (7, 7), batch=1, dim=5, value_dim=7, dtype=torch.float64)
 
 
-def test_weights_of_a_whole_row_sum_to_one(quick: None) -> None:
-    """A saved log-sum-exp is rounded, which would make the error of gradients 1.4 times eager code's."""
-    pattern, grid, n, dim = patterns.window(7), (7, 14), 98, 24
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 24), (1, 20)])
+def test_errors_that_a_whole_row_shares_are_undone(quick: None, dim: int, value_dim: int) -> None:
+    """A saved log-sum-exp is rounded, which would make the error of gradients 1.4 times eager code's. So are dP and the output (for
+    delta), which would make the error of one channel's dq twice as large."""
+    pattern, grid, n = patterns.window(7), (7, 14), 98
     mask = attnc.mask(pattern, grid=grid)[0]
     op = attnc.compile(pattern, grid=grid, backend="cpp")
 
@@ -70,11 +73,11 @@ def test_weights_of_a_whole_row_sum_to_one(quick: None) -> None:
     errors = torch.zeros(2, 3)
     for seed in range(6):
         torch.manual_seed(seed)
-        rows = [torch.randn(1, 2, n, dim) for _ in range(3)]
-        grad = torch.randn(1, 2, n, dim)
+        rows = [torch.randn(1, 2, n, d) for d in (dim, dim, value_dim)]
+        grad = torch.randn(1, 2, n, value_dim)
 
         def gradients(f: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-            leaves = [x.to(dtype).requires_grad_() for x in rows]  # noqa: B023
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in rows]  # noqa: B023
             f(*leaves).backward(grad.to(dtype))  # noqa: B023
             return [x.grad.double() for x in leaves if x.grad is not None]
 

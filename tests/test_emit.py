@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
+import torch
 from test_triton import program
 
 import attnc
@@ -67,7 +70,12 @@ for wrong in ((q[:, :, 1:], k, v), (q, k[:1], v), (q.double(), k, v)):
         module.attention(*wrong, **tables)
     except ValueError as e:
         refused += "wants" in str(e) or "wanted" in str(e)
-assert refused == 3, refused
+for scale in (float("nan"), float("inf"), -float("inf")):
+    try:
+        module.attention(q, k, v, **tables, scale=scale)
+    except ValueError as e:
+        refused += f"scale={scale}; this module wants a finite" in str(e)
+assert refused == 6, refused
 assert not any(name.partition(".")[0] == "attnc" for name in sys.modules)
 """
 MODULES = {
@@ -105,6 +113,16 @@ def test_modules_are_short_and_deterministic(pattern, dim, dtype):
     assert "import attnc" not in text
     assert text.startswith('"""Attention with the pattern')
     compile(text, "module.py", "exec")
+
+
+@pytest.mark.parametrize("pattern", [patterns.window(3), patterns.channel()], ids=str)
+def test_cpu_modules_take_finite_scales_alone(pattern, tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(attnc.emit(pattern, grid=(6, 6), heads=2, head_dim=16, dtype="float32", target="cpu"))
+    attention, x = runpy.run_path(str(path))["attention"], torch.randn(1, 2, 36, 16)
+    for scale in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=f"^scale={scale}; this module wants a finite one$"):
+            attention(x, x, x, scale=scale)
 
 
 def test_a_union_is_printed_as_its_parts():

@@ -22,6 +22,7 @@ from attnc.codegen.triton import emit_triton
 from attnc.codegen.triton_channel import emit_channel
 from attnc.lang import functions as fn
 from attnc.runtime.triton import text_for
+from attnc.schedule.tiles import Tile, Tiles
 
 
 @attnc.pattern
@@ -103,6 +104,20 @@ def test_one_kernel_of_all_gradients_is_of_one_small_group(p: attnc.Pattern, gri
     options = {"heads": 2, "head_dim": 32, "value_dim": 32, "dtype": "float16", "target": "cuda:80"}
     text = emit_triton(made, grid, keys or grid, **options)  # type: ignore[arg-type]
     assert ("def backward_dq(" not in text) == fused
+
+
+def test_keys_that_one_row_sees_at_once_are_no_group() -> None:
+    """Rows of one query on an axis of every length, whose few keys are one chunk: others see these keys too."""
+
+    @attnc.pattern
+    def beside(q: Any, k: Any, *, bias: attnc.Table) -> Any:
+        near = (q.y // 4 == k.y // 4) & (abs(q.x - k.x) <= 1)
+        return fn.where(near, attnc.SCORE + bias[attnc.HEAD, q.x - k.x + 1])
+
+    tokens, tile = ir.Tokens((None, None)), Tile((4, 1), (4, 4), 1)
+    made = ir.Program(beside().trace(("y", "x")), tokens, tokens)
+    text = text_for(made, (8, 9), (8, 9), 32, 32, 2, plain=True, chosen=Tiles(tile, tile, tile, Tile((16,), (16,))))
+    assert "def backward_dq(" in text and "atomic_add(d_bias" in text
 
 
 def test_text_of_channel_attention() -> None:

@@ -63,10 +63,6 @@ def derivative(score: Expr, wrt: Expr) -> Expr:
             return _add(_mul(derivative(a[0], wrt), a[1]), _mul(a[0], derivative(a[1], wrt)))
         case "truediv":
             return _div(_sub(derivative(a[0], wrt), _mul(score, derivative(a[1], wrt))), a[1])
-        case "floordiv":
-            return NONE
-        case "mod":
-            return _sub(derivative(a[0], wrt), _mul(make("floordiv", a[0], a[1]), derivative(a[1], wrt)))
         case "min":
             return _where(make("lt", a[0], a[1]), derivative(a[0], wrt), derivative(a[1], wrt))
         case "max":

@@ -90,7 +90,7 @@ struct Backward {
     Masks masks;
     Numbers numbers;
     Panels k_panels, v_panels;
-    real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *row_rest, *delta, *rounding, *spare;
+    real *q, *g, *dq, *k, *v, *weights, *slopes, *dk, *dv, *row_lse, *row_rest, *delta, *lse_slope, *rounding, *spare;
     double* table_sums[TABLES + 1];
     int64_t* sum_row;
     int64_t stride;                // of rows of `weights` and `slopes`
@@ -106,13 +106,14 @@ struct Backward {
     static constexpr int64_t WIDEST = CHUNK + 2 * L;
     Backward(const Problem& P, Arena& arena) : P(P), loads(P) {
         arena.reserve(2 * Aimed::bytes() + Keys::bytes() + Masks::bytes() + loads.bytes(true) + 64 * 32 + 8 * CHUNK
-                      + sizeof(real) * (TILE * (2 * DP + VP + 4 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + LOADS + 1)));
+                      + sizeof(real) * (TILE * (2 * DP + VP + 5 + 2 * WIDEST) + CHUNK * (3 * DP + 3 * VP + LOADS)));
         aimed[0].allocate(arena); aimed[1].allocate(arena); places.allocate(arena);
         loads.allocate(arena, true);
         masks.rows = arena.take<real>(Masks::MOST * CHUNK);
-        spare = arena.take<real>((LOADS + 1) * CHUNK);
+        spare = arena.take<real>(LOADS * CHUNK);
         q = arena.take<real>(TILE * DP); dq = arena.take<real>(TILE * DP); g = arena.take<real>(TILE * VP);
-        row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE); rounding = arena.take<real>(TILE);
+        row_lse = arena.take<real>(TILE); row_rest = arena.take<real>(TILE); delta = arena.take<real>(TILE);
+        lse_slope = arena.take<real>(TILE); rounding = arena.take<real>(TILE);
         weights = arena.take<real>(TILE * WIDEST); slopes = arena.take<real>(TILE * WIDEST);
         sum_row = arena.take<int64_t>(CHUNK);
         k = arena.take<real>(CHUNK * DP); k_panels.data = arena.take<real>(CHUNK * DP); dk = arena.take<real>(CHUNK * DP);
@@ -127,7 +128,7 @@ struct Backward {
         const real* elements[LOADS + 1];
         if (!PLAIN) loads.rows(P, numbers, tile, keys, i, r, from, to, elements);
         const V shift = splat(row_lse[i]), rest = splat(row_rest[i]), mean = splat(delta[i]), unit = unit_of(numbers);
-        V total{};
+        V total{}, balance{};
         each_score<PLAIN>(P, numbers, tile, keys, masks, elements, w, i, from, to, [&](int j, V s, V x, bool) __attribute__((always_inline)) {
             const V units = natural(x, numbers), e = SOFTMAX ? exp2_vector(exponent(x, shift, unit) - rest) : weight_of(units);
             V dp = load(d + j), weight = e, post_dp = dp;
@@ -139,6 +140,7 @@ struct Backward {
                 weight *= factor; post_dp *= factor;
             }
             V ds = SOFTMAX ? e * (post_dp - mean) : post_dp * weight_slope(units, e);
+            if constexpr (SOFTMAX) balance += ds;
             if constexpr (!PLAIN && LOADS > 0) {
                 V slope[LOADS + 1], post_slope[LOADS + 1];
                 load_slopes(P, numbers, tile.terms[i], keys.terms, elements, j, s, slope);
@@ -158,10 +160,19 @@ struct Backward {
             store(d + j, ds);
         });
         if constexpr (SOFTMAX) if (whole_rows) {
-            const real all = sum(total), off = all - 1;
+            const V sums = fold_rows<2>({total, balance}, [](V a, V b) { return a + b; });
+            const real off = sums[0] - 1;
             if ((off < 0 ? -off : off) <= rounding[i]) {
-                const V factor = splat(1 / all);
-                for (int j = from; j < to; j += L) { store(w + j, load(w + j) * factor); store(d + j, load(d + j) * factor); }
+                const real factor = 1 - off;       // 1 / sums[0], as good as it
+                // Gradients of scores add up to that of lse. What rounding adds to that sum would move dq by as much of the keys' mean,
+                // which is all there is of it where keys are alike.
+                real surplus = !PLAIN && (POST || SCORE_SLOPE) ? 0 : sums[1] * factor - lse_slope[i];
+@DROPOUT@                surplus = 0;
+                for (int j = from; j < to; j += L) {
+                    const V weight = load(w + j) * splat(factor);
+                    store(w + j, weight);
+                    store(d + j, load(d + j) * splat(factor) - weight * splat(surplus));
+                }
             }
         }
         if constexpr (!PLAIN) for (int l = 0; l < LOADS; l++) if (!loads.expansion[l]) {
@@ -262,7 +273,8 @@ struct Backward {
             V dot{};
             for (int d = 0; d < VP; d += L) dot += load(out + d) * load(g + i * VP + d);
             const real lse = lse_corner[lse_offset[i]];
-            delta[i] = sum(dot) - (P.grad_lse && lse != -INF ? grad_lse_corner[here->grad_lse_offset[i]] : 0);
+            lse_slope[i] = P.grad_lse && lse != -INF ? grad_lse_corner[here->grad_lse_offset[i]] : 0;
+            delta[i] = sum(dot) - lse_slope[i];
             const double in_units = PLAIN_SCORE ? lse * 1.4426950408889634 : lse;
             row_lse[i] = lse == -INF ? INF : real(in_units);
             row_rest[i] = lse == -INF ? 0 : real(in_units - row_lse[i]);     // what rounding took: a weight depends on it

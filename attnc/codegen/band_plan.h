@@ -44,7 +44,7 @@ struct Plan {
     int64_t groups = 0, chunks = 1;      // groups of rows; parts of them, so that every thread has some
 
     Plan(const Problem& P, bool backward) : x(P.axes[X]), y(row_axis(P)), nx(P.q_grid[X]), ny(row_count(P.q_grid)) {
-        if (!(P.scale > 0) || P.q_prefix || P.k_prefix) return;
+        if (!(P.scale >= LEAST_SCALE) || P.q_prefix || P.k_prefix) return;
         for (int a = 0; a < RANK; a++) {
             const Axis& axis = P.axes[a];
             most[a] = 1;

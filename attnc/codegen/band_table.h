@@ -61,7 +61,7 @@ struct Elements {
         groups = 0;
     }
     void aim(const Item& item) {
-        const int64_t now = head_offset(P, Numbers{0, 0, item.b, item.h}, 0);
+        const int64_t now = head_offset(P, Numbers{.batch = item.b, .head = item.h}, 0);
         if (started && now == shift) return;
         if (started) { flush(); forget(); }
         started = true; shift = now;
@@ -91,21 +91,19 @@ struct Elements {
         return used++;
     }
     // What the axes before X add to the places of a row of queries, of a line of keys; their indices in the class.
-    int64_t query_base(const Item& item, int64_t row) const { return base(item, row, 0, false); }
-    int64_t key_base(const Item& item, int64_t line, int64_t plane) const { return base(item, line, plane, true); }
-    int64_t base(const Item& item, int64_t row, int64_t plane, bool key) const {
+    int64_t query_base(const Item& item, int64_t row) const {
+        integer c[RANK] = {};
+        for (int a = 0; a < X; a++) c[a] = item.residue[a] + P.axes[a].split * (a == Y ? row : item.index[a]);
+        return query_place(c);
+    }
+    int64_t key_base(const Item& item, int64_t line, int64_t plane) const {
         integer c[RANK] = {};
         for (int a = X - 1; a >= 0; a--) {
-            int64_t at = row;
-            if (a < Y && !key) at = item.index[a];
-            if (a < Y && key) {
-                const int64_t length = tokens_of(P.k_grid[a], P.axes[a].split, item.residue[a]);
-                at = plane % length;
-                plane /= length;
-            }
-            c[a] = item.residue[a] + P.axes[a].split * at;
+            const int64_t length = tokens_of(P.k_grid[a], P.axes[a].split, item.residue[a]);
+            c[a] = item.residue[a] + P.axes[a].split * (a == Y ? line : plane % length);
+            if (a < Y) plane /= length;
         }
-        return key ? key_place(c) : query_place(c);
+        return key_place(c);
     }
     // number of the way that a line lies to a row
     int64_t relation(const Item& item, int64_t row, int64_t line, int64_t plane) const {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnc import ir
 from attnc.analysis.evaluate import evaluate
+from attnc.codegen import products
 from attnc.codegen.around import turned_channels
 from attnc.runtime.call import Call, empty_like_order, lse_like
 
@@ -49,10 +50,19 @@ class Pairs:
     allowed: Tensor
     factor: Tensor | None
     v: Tensor
+    finite: bool
+
+    def output(self, weight: Tensor) -> Tensor:
+        """[B, H, T, n, Dv] of weights that are 0 for pairs that are not allowed, before their factors."""
+        weight = weight if self.factor is None else weight * self.factor
+        return products.values(weight, self.v, None if self.finite else self.allowed)
 
 
-def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int) -> Pairs:
-    """The statement on gathered rows q [B, H, T, n, D], k [B, Hkv, T, m, D], v [B, Hkv, T, m, Dv]."""
+def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int, finite: bool) -> Pairs:
+    """The statement on gathered rows q [B, H, T, n, D], k [B, Hkv, T, m, D], v [B, Hkv, T, m, Dv].
+
+    finite: all rows, and the output's gradients, are; what is not allowed adds nothing even where they are not.
+    """
     a = call.attend
     virtual, absent = (tile.keys == -1), (tile.keys == -2)
     if "pad_k" in tables:
@@ -62,7 +72,6 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
     q, k = (_mapped(rows, m, coords) for rows, m, coords in ((q, a.q_map, tile.q_coords), (k, a.k_map, tile.k_coords)))
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    raw = (q @ k.transpose(-1, -2)) * call.scale  # [B, H, T, n, m]
 
     inside: list[Tensor] = []  # the pairs whose score counts, once known; others read 0: an infinite slope must not meet 0
 
@@ -76,7 +85,7 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         zero = 0.0 if found.is_floating_point() else 0
         return torch.where(inside[-1], found, zero) if inside else found
 
-    leaves: dict[ir.Expr, object] = {**call.geometry.sizes, ir.SCORE: raw}
+    leaves: dict[ir.Expr, object] = {**call.geometry.sizes}
     for i, (cq, ck) in enumerate(zip(tile.q_coords, tile.k_coords, strict=True)):  # a prefix token's -1 may make a divisor 0
         leaves[ir.coord("q", i)], leaves[ir.coord("k", i)] = cq.clamp_min(0)[:, :, None], ck.clamp_min(0)[:, None, :]
     leaves[ir.HEAD] = torch.arange(q.shape[1], device=q.device).view(-1, 1, 1, 1)
@@ -85,7 +94,7 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
     same = call.program.same_grid
 
     def value(e: ir.Expr) -> Tensor:
-        found = evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load, lambda x: x.to(raw.dtype))
+        found = evaluate(ir.flatten_index(e, a.rank, same), leaves, torch, load, lambda x: x.to(q.dtype))
         return torch.as_tensor(found, device=q.device)
 
     allowed = value(a.relation)
@@ -94,12 +103,16 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
     # prefix tokens attend to tokens: virtual keys belong to the relation
     unseen = absent[:, None, :] | ((tile.q_coords[0] < 0)[:, :, None] & virtual[:, None, :])
     inside.append(allowed & ~beside & ~unseen)
-    leaves[ir.SCORE] = torch.where(inside[0], raw, 0.0)
-    score = raw if a.score == ir.SCORE else value(a.score).to(raw.dtype)
     if g.q_prefix or g.k_prefix:
-        allowed, score = allowed | beside, torch.where(beside, raw, score)
-    allowed = (allowed & ~unseen).expand(raw.shape)
-    score = score.expand(raw.shape)
+        allowed = allowed | beside
+    allowed = (allowed & ~unseen).expand(*q.shape[:-1], k.shape[-2])
+    raw = products.scores(q, k, None if finite else allowed) * call.scale  # [B, H, T, n, m]
+    score = raw
+    if a.score != ir.SCORE:
+        leaves[ir.SCORE] = torch.where(inside[0], raw, 0.0)
+        score = value(a.score).to(raw.dtype).expand(raw.shape)
+        if g.q_prefix or g.k_prefix:
+            score = torch.where(beside, raw, score)
     factor = None
     if a.post is not None:
         factor = value(a.post).to(raw.dtype)
@@ -109,7 +122,7 @@ def pairs_of(call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: di
         leaves |= {ir.index("q"): _numbers(call, tile, "q")[:, :, None], ir.index("k"): _numbers(call, tile, "k")[:, None, :]}
         kept: Tensor = evaluate(a.dropout, leaves, torch, lambda name, at: tables[name][at], lambda x: x.to(raw.dtype))
         factor = kept if factor is None else factor * kept
-    return Pairs(score, allowed, factor, v)
+    return Pairs(score, allowed, factor, v, finite)
 
 
 def _mapped(rows: Tensor, m: ir.RowMap | None, coords: tuple[Tensor, ...]) -> Tensor:
@@ -132,10 +145,10 @@ def _numbers(call: Call, tile: Tile, role: ir.Role) -> Tensor:
 
 
 def attend_block(
-    call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int
+    call: Call, tile: Tile, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor], group: int, finite: bool
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, n, Dv] and lse [B, H, T, n] of gathered rows q [B, H, T, n, D], k [B, Hkv, T, m, D], v [B, Hkv, T, m, Dv]."""
-    norm, x = call.attend.normalizer, pairs_of(call, tile, q, k, v, tables, group)
+    norm, x = call.attend.normalizer, pairs_of(call, tile, q, k, v, tables, group, finite)
     score, allowed = x.score, x.allowed
     lse = torch.full(score.shape[:-1], float("-inf"), dtype=score.dtype, device=q.device)
     match norm.kind:
@@ -145,18 +158,14 @@ def attend_block(
                 sink = tables[norm.sink].view(-1, 1, 1, 1).expand(q.shape[0], q.shape[1], *score.shape[2:4], 1)
                 masked = torch.cat([masked, sink], -1)
             some = (masked != float("-inf")).any(-1, keepdim=True)  # (a NaN is a key, and shows)
-            finite = torch.where(some, masked, 0.0)  # rows without keys: keep every derivative finite
-            lse = torch.where(some[..., 0], torch.logsumexp(finite, -1), float("-inf"))
-            weight = torch.where(some, torch.softmax(finite, -1), 0.0)[..., : score.shape[-1]]
+            known = torch.where(some, masked, 0.0)  # rows without keys: keep every derivative finite
+            lse = torch.where(some[..., 0], torch.logsumexp(known, -1), float("-inf"))
+            weight = torch.where(allowed, torch.softmax(known, -1)[..., : score.shape[-1]], 0.0)
         case "sigmoid":
-            weight = torch.where(allowed, torch.sigmoid(score), 0.0)
+            weight = torch.where(allowed, torch.sigmoid(torch.where(allowed, score, 0.0)), 0.0)
         case "relu":
-            weight = torch.where(allowed, torch.relu(score) ** norm.power, 0.0)
-    if x.factor is not None:
-        weight = weight * x.factor
-    if x.v.shape[-1] == 1:  # a product with one column may add up one term after the other
-        return (weight * x.v.mT).sum(-1, keepdim=True), lse
-    return weight @ x.v, lse
+            weight = torch.relu(torch.where(allowed, score, 0.0)) ** norm.power
+    return x.output(weight), lse
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
@@ -180,11 +189,14 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[
     dtype, flat_q, flat_k, flat_v = compute_dtype(q), flat(q), flat(k), flat(v)
     group = q.shape[1] // k.shape[1]
     tables = float_tables(call, dtype)
-    rows = torch.empty((*flat_q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
+    rows, finite = (
+        torch.empty((*flat_q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device),
+        products.finite(call.tables, q, k, v),
+    )
     for tile in tiles(call, q.device, q.shape[0] * q.shape[1]):
         rows_of = ((flat_q, tile.queries), (flat_k, tile.keys), (flat_v, tile.keys))
         qb, kb, vb = (gather(t, i).to(dtype) for t, i in rows_of)
-        o, s = attend_block(call, tile, qb, kb, vb, tables, group)
+        o, s = attend_block(call, tile, qb, kb, vb, tables, group, finite)
         real = tile.queries >= 0
         rows[:, :, tile.queries[real]] = o[:, :, real].to(q.dtype)
         lse[:, :, tile.queries[real]] = s[:, :, real].to(lse.dtype)
@@ -208,7 +220,7 @@ def backward(
     the whole's lse moves with every score too, the share exp(lse_part - lse) has the cotangent grad_lse - sum(out * grad_out).
     """
     dtype, flat_q, flat_k, flat_v, flat_g = compute_dtype(q), flat(q), flat(k), flat(v), flat(grad_out)
-    group = q.shape[1] // k.shape[1]
+    group, finite = q.shape[1] // k.shape[1], products.finite(call.tables, q, k, v, grad_out)
     tables = float_tables(call, dtype)
     learned = {n: t for n, t in tables.items() if t.is_floating_point()}
     sums = [torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (flat_q, flat_k, flat_v)]
@@ -218,7 +230,7 @@ def backward(
         real, present = tile.queries >= 0, tile.keys >= 0
 
         def block(qb: Tensor, kb: Tensor, vb: Tensor, t: dict[str, Tensor], tile: Tile = tile) -> tuple[Tensor, Tensor]:
-            o, s = attend_block(call, tile, qb, kb, vb, {**tables, **t}, group)
+            o, s = attend_block(call, tile, qb, kb, vb, {**tables, **t}, group, finite)
             if whole is None:
                 return o, s
             at = whole[1][:, :, tile.queries.clamp_min(0)].to(dtype)  # of another query, where the tile's is virtual

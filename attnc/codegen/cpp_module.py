@@ -23,6 +23,7 @@ IMPORTS = """from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -85,11 +86,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, @D
     for t, tokens, width in ((q, @NQ@, @D@), (k, @NK@, @D@), (v, @NK@, @DV@)):
         if t.dtype != torch.@DTYPE@ or t.dim() != 4 or t.shape[2:] != (tokens, width):
             raise ValueError(f"this module takes torch.@DTYPE@ tensors [B, H, {tokens}, {width}], not {t.dtype} {tuple(t.shape)}")
-@PADS@    missing = [name for name in @ALL_TABLES@ if name not in tables]
+@SCALE@@PADS@    missing = [name for name in @ALL_TABLES@ if name not in tables]
     if missing:
         raise TypeError(f"attention() needs the tables {missing}")
 @END@
 '''
+
+SCALE = """\
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale={scale}; this module wants a finite one")
+"""
 
 CHANNEL = '''
 
@@ -118,7 +125,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     for t, width in ((q, @D@), (k, @DV@), (v, @DV@)):
         if t.dtype != torch.@DTYPE@ or t.dim() != 4 or t.shape[-1] != width or t.shape[:3] != q.shape[:3]:
             raise ValueError(f"this module takes torch.@DTYPE@ tensors [B, H, N, {width}], not {t.dtype} {tuple(t.shape)}")
-    return Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+@SCALE@    return Attention.apply(q, k, v, scale)
 '''
 
 
@@ -187,8 +194,7 @@ def _ready(args: tuple[Any, ...]) -> str:
 def _surroundings(p: ir.Program, a: ir.Attend, grids: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[str, str]:
     """What stands in the module's text for the row maps and the sink around its kernels."""
     sink = a.normalizer.sink
-    scale = "q.shape[-1] ** -0.5 if scale is None else scale"
-    end = around.lines(p, a, grids, f"Attention.apply(q, k, v, {scale}, *(tables[name] for name in TABLES))", 'tables["{}"]')
+    end = around.lines(p, a, grids, "Attention.apply(q, k, v, scale, *(tables[name] for name in TABLES))", 'tables["{}"]')
     return {
         "RESULTS": "out" if sink is None else "out, lse",
         "RESULT_TYPE": "Tensor" if sink is None else "tuple[Tensor, Tensor]",
@@ -246,7 +252,7 @@ def emit_cpu(
         )
         tail = "".join(f"\n\n{text}" for text in around.texts(whole)) + ATTENTION
         names |= _surroundings(program, whole, (geo.q_grid, geo.k_grid))
-    names["ONCE"] = once.REFUSAL
+    names |= {"ONCE": once.REFUSAL, "SCALE": SCALE}
     for name, text in names.items():
         tail = tail.replace(f"@{name}@", text)
     text = "\n".join(head).strip().replace('"""', "'''")

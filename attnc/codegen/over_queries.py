@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnc.codegen import products
 from attnc.codegen.blocks import Pairs, Tile, Tiles, compute_dtype, flat, float_tables, gather, pairs_of
 from attnc.runtime.call import Call, empty_like_order
 
@@ -29,14 +30,14 @@ def _weighted(x: Pairs, lse: Tensor) -> Tensor:
     """[B, H, 1, n, Dv]: the block's output, from the lse [B, H, m] of all queries."""
     lse = lse[:, :, None, None]
     weight = torch.where(x.allowed, torch.exp(torch.where(x.allowed, x.score - torch.where(lse != -INF, lse, 0.0), 0.0)), 0.0)
-    return (weight if x.factor is None else weight * x.factor) @ x.v
+    return x.output(weight)
 
 
 class _Walk:
     """One call's rows in what sums are kept in, and its blocks: each has some of the queries and all keys, virtual ones too."""
 
-    def __init__(self, call: Call, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> None:
-        dtype = compute_dtype(q)
+    def __init__(self, call: Call, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *others: Tensor) -> None:
+        dtype, self.finite = compute_dtype(q), products.finite(call.tables, q, k, v, *others)
         self.call, self.dtype, self.group = call, dtype, q.shape[1] // k.shape[1]
         self.rows = [flat(t) for t in (q, k, v)]
         self.tables = float_tables(call, dtype)
@@ -51,7 +52,7 @@ class _Walk:
     def pairs(self, tile: Tile, rows: Iterable[Tensor], learned: dict[str, Tensor] | None = None) -> Pairs:
         """The statement on a block."""
         q, k, v = rows
-        return pairs_of(self.call, tile, q, k, v, {**self.tables, **(learned or {})}, self.group)
+        return pairs_of(self.call, tile, q, k, v, {**self.tables, **(learned or {})}, self.group, self.finite)
 
     def sink(self) -> Tensor | None:
         """The sink's logit [1, H or 1, 1]."""
@@ -86,7 +87,7 @@ def backward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor | None, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Gradients of q, k, v and of every floating-point table: first with the lse held fixed, then through it."""
-    walk = _Walk(call, q, k, v, tiles)
+    walk = _Walk(call, q, k, v, tiles, grad_out)
     lse, flat_g = walk.lse(), flat(grad_out)
     grad_of_lse, real = torch.zeros_like(lse), walk.keys >= 0
     if grad_lse is not None:

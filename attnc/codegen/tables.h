@@ -30,7 +30,7 @@ struct Shape {
             for (int i = 1; i < count; i++) { low = min(low, part[i]); high = max(high, part[i]); }
             least += low; most += high;
         }
-        phases = rows; steps = 1; key_step = 0;
+        phases = rows; steps = 1; key_step = columns;
         if (!often || rows * up(columns, L) > 8192) join(tile);
         strip = up((steps - 1) * key_step + up(columns, L), L);
         for (int i = 0; i < rows; i++) place[i] = i % phases * strip + (steps - 1 - i / phases) * key_step;

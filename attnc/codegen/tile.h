@@ -199,12 +199,12 @@ struct Tile {
         if (TERMS_BY_HEAD && !prefix) find_terms(P, b, h);
 @DROPOUT@        if (prefix) for (int i = 0; i < queries; i++) {
 @DROPOUT@            const integer index = first_prefix + i - P.q_prefix;
-@DROPOUT@            prefix_query_terms(P, {0, 0, b, h}, &index, terms[i]);
+@DROPOUT@            prefix_query_terms(P, {.batch = b, .head = h}, &index, terms[i]);
 @DROPOUT@        }
     }
     void find_terms(const Problem& P, int64_t b, int64_t h) {
         if (!QUERY_TERMS && !LOADS) return;
-        const Numbers numbers{0, 0, b, h};
+        const Numbers numbers{.batch = b, .head = h};
         q_box.runs(0, queries, [&](int64_t n, const int64_t* index, int64_t length) {
             integer c[RANK];
             for (int a = 0; a < RANK; a++) c[a] = q_box.first[a] + q_box.step[a] * index[a];
@@ -241,8 +241,10 @@ struct Tile {
 };
 
 // The scale's sign goes to q, so that a larger product always is a larger score; a scale of 0 makes q 0.
+// A scale that `real` rounds to 0 would make NaN of the -inf of a pair that is not there; this one makes as little of a product.
+constexpr double LEAST_SCALE = 1e-37;
 INLINE Numbers numbers_of(const Problem& P, const Tile& t) {
-    const double scale = P.scale < 0 ? -P.scale : P.scale > 0 ? P.scale : 1;
+    const double scale = P.scale == 0 ? 1 : max(P.scale < 0 ? -P.scale : P.scale, LEAST_SCALE);
     Numbers numbers{real(scale), real(scale * 1.4426950408889634), t.batch, t.head};
     head_terms(P, numbers);
     return numbers;
@@ -334,7 +336,7 @@ struct Keys {
     void find_terms(const Problem& P, const Tile& t, int64_t b, int64_t h) {
 @DROPOUT@        if (t.prefix || prefix) return find_terms_beside_grid(P, b, h);
         if ((!KEY_TERMS && !LOADS) || t.prefix || prefix) return;
-        const Numbers numbers{0, 0, b, h};
+        const Numbers numbers{.batch = b, .head = h};
         for (int i = 0; i < count; i++) {
             integer at[RANK];
             int64_t from[LOADS + 1];
@@ -346,7 +348,7 @@ struct Keys {
     }
 @DROPOUT@    // the same where queries or keys are prefix tokens: only dropout asks for it
 @DROPOUT@    void find_terms_beside_grid(const Problem& P, int64_t b, int64_t h) {
-@DROPOUT@        const Numbers numbers{0, 0, b, h};
+@DROPOUT@        const Numbers numbers{.batch = b, .head = h};
 @DROPOUT@        for (int i = 0; i < count; i++) {
 @DROPOUT@            integer at[RANK];
 @DROPOUT@            int64_t from[LOADS + 1];
@@ -495,7 +497,7 @@ struct Masks {
 INLINE V unit_of(const Numbers& numbers) { return splat(PLAIN_SCORE ? numbers.scale_log2e : LOG2E); }
 INLINE V exponent(V x, V shift, V unit) { return PLAIN_SCORE ? x * unit - shift : (x - shift) * unit; }
 // Weights that no sum divides (not SOFTMAX) and their derivatives, of a score in natural units; -inf has 0.
-INLINE V natural(V x, const Numbers& numbers) { return PLAIN_SCORE ? select(x > splat(-INF), x * splat(numbers.scale), x) : x; }
+INLINE V natural(V x, const Numbers& numbers) { return PLAIN_SCORE ? x * splat(numbers.scale) : x; }
 INLINE V weight_of(V x) {
     if constexpr (RELU > 0) {
         const V r = x < V{} ? V{} : x;

@@ -189,10 +189,13 @@ def attention(q, k, v, *, scale=None):
         raise ValueError(f"q has shape {tuple(q.shape)}; this module wants [B, H, N, D] with D from 1 to 256 and B up to 65535")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype {q.dtype}; this module wants float16, bfloat16 or float32")
-    return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale={scale}; this module wants a finite one")
+    return _Attention.apply(q, k, v, scale)
 '''
 
 
 def emit_channel() -> str:
     """The module's source."""
-    return TEXT.replace("import math\n", "").replace("@ONCE@", once.REFUSAL)
+    return TEXT.replace("@ONCE@", once.REFUSAL)

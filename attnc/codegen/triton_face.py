@@ -147,9 +147,9 @@ class _Attention(torch.autograd.Function):
             told = "a tensor of strides {t.stride()} spans 2**31 elements; this module wants less of a batch item and of a table"
             lines.append(f'            raise ValueError(f"{told}")')
         lines.append(f"    scale = {d} ** -0.5 if scale is None else float(scale)")
-        if spec.plain and spec.bias is not None:
-            lines.append("    if not scale > 0:")
-            lines.append('        raise ValueError(f"scale={scale}; this module wants a positive one")')
+        positive = spec.plain and spec.bias is not None
+        lines.append(f"    if not {'0' if positive else '-math.inf'} < scale < math.inf:")
+        lines.append(f'        raise ValueError(f"scale={{scale}}; this module wants a finite {"positive " * positive}one")')
         for name in given:
             lines += self.table_checks(name)
         if drops:

@@ -226,7 +226,7 @@ inline real tanh(real x) { return __builtin_tanh(x); }
 inline real sqrt(real x) { return __builtin_sqrt(x); }
 inline real sigmoid(real x) { return 1 / (1 + __builtin_exp(-x)); }
 
-// Floor division and its remainder, whatever the signs.
+// Floor division and its remainder, whatever the signs; of integers alone.
 INLINE integer floor_div(integer a, integer b) { integer d = a / b; return d - (a % b != 0 && (a < 0) != (b < 0)); }
 INLINE integer floor_mod(integer a, integer b) { integer m = a % b; return m != 0 && (m < 0) != (b < 0) ? m + b : m; }
 inline I floor_div(I a, I b) { I y; for (int i = 0; i < L; i++) y[i] = floor_div(a[i], b[i]); return y; }
@@ -237,10 +237,6 @@ INLINE integer floor_integer(real x) {
     return !(x >= -most) ? -most : x >= most ? most : integer(__builtin_floor(x));
 }
 inline I floor_integer(V x) { I y; for (int i = 0; i < L; i++) y[i] = floor_integer(x[i]); return y; }
-INLINE real floor_div(real a, real b) { return __builtin_floor(a / b); }
-INLINE real floor_mod(real a, real b) { return a - __builtin_floor(a / b) * b; }
-inline V floor_div(V a, V b) { V y; for (int i = 0; i < L; i++) y[i] = floor_div(a[i], b[i]); return y; }
-inline V floor_mod(V a, V b) { V y; for (int i = 0; i < L; i++) y[i] = floor_mod(a[i], b[i]); return y; }
 
 // ---- elements of tensors <-> real -----------------------------------------------------------------------------------------------
 #if ELEMENT == FLOAT || ELEMENT == DOUBLE

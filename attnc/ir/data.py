@@ -28,6 +28,8 @@ def _expected_kind(op: str, args: tuple[Any, ...]) -> Kind | None:
         return None
     if op == "floor":
         return "int" if kinds == ["real"] else None
+    if op in ("floordiv", "mod"):
+        return "int" if kinds == ["int", "int"] else None
     return "real" if "real" in kinds or op in ("truediv", "exp", "log", "tanh", "sqrt", "sigmoid") else "int"
 
 

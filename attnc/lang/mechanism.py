@@ -9,6 +9,7 @@ from typing import Any
 
 from attnc import ir
 from attnc.errors import DeclarationError
+from attnc.lang.recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def channel_attend(q: Rows, k: Rows, v: Rows) -> Rows:
     return q.graph.add(ir.Channel(), q, k, v)
 
 
-class Mechanism:
+class Mechanism(Recorded):
     """A declared mechanism with its hyper-parameters."""
 
     def __init__(self, name: str, body: Callable[[Rows, Rows, Rows], Rows]) -> None:

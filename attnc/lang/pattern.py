@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 from attnc import ir
 from attnc.errors import DeclarationError
 from attnc.lang.functions import Statement
+from attnc.lang.recorded import Recorded, recorded
 from attnc.lang.symbols import Point, Sym, Table, as_expr
 
 Tracer = Callable[[Point, Point], Statement]
 T = TypeVar("T")
 
 
-class Pattern:
+class Pattern(Recorded):
     """A relation and a score, no tensors yet. Patterns combine: `a & b`, `a | b`, `~a`, shift, dilate, heads, on."""
 
     def __init__(self, name: str, tracer: Tracer) -> None:
@@ -71,12 +72,15 @@ class Pattern:
         return ir.Attend(self.name, len(axes), relation, s.score, s.normalizer, post, s.q_map, s.k_map)
 
     # ---------------------------------------------------------------------------------------------------------------- algebra
+    @recorded
     def __and__(self, other: Pattern) -> Pattern:
         return _combine("and", self, other)
 
+    @recorded
     def __or__(self, other: Pattern) -> Pattern:
         return _combine("or", self, other)
 
+    @recorded
     def __invert__(self) -> Pattern:
         def tracer(q: Point, k: Point) -> Statement:
             s = self._tracer(q, k)
@@ -84,6 +88,7 @@ class Pattern:
 
         return Pattern(f"~{self.name}", tracer)
 
+    @recorded
     def shift(self, *amount: int) -> Pattern:
         """The pattern moved by `amount` (one int, or one per axis): borders at 0 come to lie at `amount`."""
 
@@ -95,6 +100,7 @@ class Pattern:
 
         return Pattern(f"{self.name}.shift({', '.join(map(str, amount))})", tracer)
 
+    @recorded
     def dilate(self, *step: int) -> Pattern:
         """The pattern on each residue class modulo `step` (one int, or one per axis): tokens step apart become neighbours."""
 
@@ -123,6 +129,7 @@ class Pattern:
 
         return Pattern(f"{self.name}.dilate({', '.join(map(str, step))})", tracer)
 
+    @recorded
     def heads(self, which: Iterable[int]) -> Pattern:
         """The pattern for these heads only; other heads see no key. Join with `|` to give heads different patterns."""
         chosen: tuple[Any, ...] = tuple(which) if isinstance(which, Iterable) else ()
@@ -139,6 +146,7 @@ class Pattern:
 
         return Pattern(f"{self.name}.heads({list(chosen)})", tracer)
 
+    @recorded
     def on(self, *axes: str) -> Pattern:
         """The pattern stated on some axes of a larger grid; the other axes are unconstrained."""
 
