@@ -323,10 +323,13 @@ class Kernel(Steps):
 
     def store_partial(self) -> None:
         """A program's share of a table gradient, or its bound."""
-        self.put("part = (tl.program_id(2) * tl.num_programs(1) + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
+        self.put("part = (tl.program_id(2) * H + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
         if self.registers:
+            size, value = self.bm * self.bn, "grad"
             place = f"(tl.arange(0, {self.bm}) * {self.bn})[:, None] + tl.arange(0, {self.bn})[None, :]"
-            self.put(f"tl.store(Partial + part * {self.bm * self.bn} + {place}, grad)")
+            if self.tile_choice.stages > 1:  # beside a pipeline's addresses no row's place has a register: in one row, one is kept
+                place, value = f"tl.arange(0, {size})", f"grad.reshape({size})"
+            self.put(f"tl.store(Partial + part * {size} + {place}, {value})")
         else:
             self.put("tl.store(Size + part, tl.sum(size, 0))")
 
