@@ -133,14 +133,14 @@ def specs(n: int, dtype: str, head_dim: int, target: str) -> tuple[Spec, ...]:
 
 def tiles_of_lists(n: int, dtype: str, head_dim: int, target: str) -> list[Tiles]:
     """Tiles of the kernels that walk lists, where an operator's call does."""
-    each = [lists_of(s, target, LIBRARY[n][3], BATCH) for s in specs(n, dtype, head_dim, target)]
+    each = [lists_of(s, target, s.heads(LIBRARY[n][3]), BATCH) for s in specs(n, dtype, head_dim, target)]
     return [x.tiles for x in each if x is not None]
 
 
 def shared(n: int, dtype: str, head_dim: int, target: str) -> dict[str, int]:
     """Shared memory of each kernel that walks the relation, as computed: an upper bound."""
     found = specs(n, dtype, head_dim, target)
-    each = [lists_of(s, target, LIBRARY[n][3], BATCH) for s in found]
+    each = [lists_of(s, target, s.heads(LIBRARY[n][3]), BATCH) for s in found]
     every = [(s, s.tiles if x is None else x.tiles) for s, x in zip(found, each, strict=True)]
     kinds: dict[str, Kind] = {"forward": "forward", "backward_dq": "dq", "backward_dkv": "dkv"}
     return {

@@ -67,6 +67,7 @@ LIBRARY: dict[str, Small] = {
     "outlook": Small(p.outlook(3, padding=1), (9, 9), {"logits": (1, 2, 3, 3, 9, 9)}, options={"kv_grid": (3, 3), "pad": ONE}),
     "overlapping_window": Small(p.overlapping_window(4, 6), (8, 8)),
     "per_head": Small(p.per_head([p.window(3), p.grid(2)])),
+    "per_head, a union": Small(p.per_head([p.axial("x"), p.cross(2)]), (6, 8), heads=4),
     "polyline": Small(p.polyline(), (4, 5), {"across": (1, 2, 4, 5), "down": (1, 2, 4, 5)}),
     "positional": Small(p.positional(p.window(3)), tables={"weight": (2, 3)}),
     "reversed_attention": Small(p.reversed_attention(p.window(3))),
