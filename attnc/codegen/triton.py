@@ -55,10 +55,11 @@ def make_spec(
     target: str = "cuda:80",
     wide: bool = False,
     listed: bool = False,
+    filled: bool = False,
 ) -> Spec:
     """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
 
-    listed: its tiles, which are `chosen`, walk lists of chunks.
+    listed: its tiles, which are `chosen`, walk lists of chunks; filled: none of which needs a mask.
     part: the statement is a part of a union, whose output and LSE its backward gets; no group of it holds all keys of a row.
     wide: offsets have 64 bits, for batch items or tables of 2**31 elements and more.
     """
@@ -70,7 +71,7 @@ def make_spec(
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
     return Spec(
         program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, wide=wide,
-        listed=listed,
+        listed=listed, filled=filled,
     )  # fmt: skip
 
 

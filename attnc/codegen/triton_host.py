@@ -138,7 +138,7 @@ class Host(Face):
         if name == "pst":
             columns = ("q", "grad_out") if k.side == "k" else ("k", "v")
             return f"({', '.join(f'{t}.stride()' for t in columns)})"
-        if self.spec.run and name in ("Lse", "Lse2", "Less"):  # where a run's rows begin: what lies between rows is as for all heads
+        if self.spec.run and name in ("Lse", "Lse2", "Less"):  # from the run's first row on, with the strides of all heads
             return f"{name.lower()}[:, {self.spec.run[0]}:]"
         if self.spec.run and name == "GLse":
             return f"None if grad_lse is None else grad_lse[:, {self.spec.run[0]}:]"
@@ -162,7 +162,7 @@ class Host(Face):
             return "k.shape[2]" if k.side == "q" else str(self.spec.program.keys.prefix)
         known = {
             "Bias": "bias_tiles",
-            **{n: f"lists[{int(k.side == 'k')}][{i}]" for i, n in enumerate(("Offset", "Full", "Block"))},
+            **{n: f"lists[{int(k.side == 'k')}][{i}]" for i, n in enumerate(("Offset", "Full", "Place"))},
             "GLse": "grad_lse",
             "c": "scale * math.log2(math.e)",
             "GROUP": "H // HK",

@@ -50,6 +50,7 @@ class Spec:
     wide: bool = False  # a batch item or a table may span 2**31 elements: offsets have 64 bits
     lengths: tuple[str, ...] = ()  # real lengths of another statement's grids that its dropout reads
     listed: bool = False  # tiles walk lists of chunks, which launches are given, and no box
+    filled: bool = False  # and these hold chunks alone that their tiles see whole, which have all of their rows
     run: tuple[int, int] | None = None  # the heads that it is of, first and past the last, where other heads have their own
 
     def heads(self, every: int) -> int:

@@ -135,6 +135,8 @@ class Shapes:
     # --------------------------------------------------------------------------------------------------------------------- tiles
     def filled(self) -> bool:
         """Whether all rows of every tile exist, which is known where sizes are: no row is then moved back inside the axis."""
+        if self.spec.filled:
+            return True
         g = self.spec.geometry
         if g is None or self.spec.padded or self.moves or self.bm != math.prod(p.rows for p in self.plans):
             return False
@@ -444,14 +446,18 @@ class Shapes:
     def rows(self, pointer: str, strides: str, head: str, origin: list[str], inside: list[str], lanes: int) -> str:
         """Pointers to rows of channels of one tensor."""
         axes, wide = self.spec.axes, self.spec.wide
-        far = " + ".join(f"{long(a)} * st[{i + 2}]" for i, a in enumerate(axes))
         far_rows = wide or any(p.wrap for p in self.plans)  # as far from the tile's origin as the axis is long
-        near = " + ".join(f"{long(f'd{a}', far_rows)} * st[{i + 2}]" for i, a in enumerate(axes))
+        far, near = (" + ".join(f"{long(x, yes)} * st[{i + 2}]" for i, x in enumerate(names))
+                     for names, yes in ((axes, wide or not self.spec.listed), ([f"d{a}" for a in axes], far_rows)))  # fmt: skip
+        lane = f"{long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]"
+        first, rows = f" + {far}", f"({near})[:, None] + {lane}"
+        if self.spec.listed and not wide:  # chunks begin at tokens that exist: one number of 32 bits a row, and none is kept
+            first, rows = "", f"{lane} + ({far} + ({near}))[:, None]"
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
             f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
-            f"    token = base + b * st[0] + {long('h', wide)} * st[1] + {far}\n"
-            f"    return token + ({near})[:, None] + {long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]\n"
+            f"    token = base + b * st[0] + {long('h', wide)} * st[1]{first}\n"
+            f"    return token + {rows}\n"
         )
         name = self.module.use("rows", text, "rows_flat")
         return f"{name}({', '.join([pointer, strides, 'b', head, *origin, *inside, str(lanes)])})"
