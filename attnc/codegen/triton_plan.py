@@ -224,6 +224,7 @@ class AxisPlan:
     partial: bool  # chunks with one follow those without
     start: ir.Expr  # first row of the first tile
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
+    passes: bool = True  # a chunk that is not moved may reach beyond the axis
     wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
 
 
@@ -319,6 +320,7 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
             w.partial > w.left and not w.exact,
             begin,
             w.one_box and group,
+            w.passes,
         )
     block = int(form.block.args[0]) if form.block is not None and form.block.op == "const" else 0
     same = side == "q" or symmetric(form)

@@ -149,7 +149,7 @@ class Scores(Shapes):
                 self.put(f"ok = ({beside}) & seen[None, :]" if tests else f"ok = {beside}")
                 return "ok"
             return "seen[None, :]" if tests else ""
-        over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact)]
+        over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact and p.passes)]
         self.columns(self.plans if pairs else over)
         if over:
             tests = [f"({self.other}{p.name} < {self.bound(p, self.other)[1]})" for p in over]

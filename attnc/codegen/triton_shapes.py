@@ -327,6 +327,11 @@ class Shapes:
         """Rows see from the first column on."""
         return p.lo == ir.ZERO and not self.clipped(p)
 
+    def high_is_last(self, p: AxisPlan) -> bool:
+        """Rows see up to the last column, beyond which no chunk reaches."""
+        last = ir.make("sub", ir.size(self.other, p.axis), ir.ONE)
+        return not p.passes and p.hi == last and p.lo != ir.ZERO and not self.clipped(p) and not p.columns
+
     # -------------------------------------------------------------------------------------------------------------------- columns
     def column_parts(self) -> list[str]:
         """Index of each column inside its chunk along every axis."""
@@ -405,9 +410,9 @@ class Shapes:
                     test = f"({n} >= {n}_from) & ({test})"
                     params.append(f"{n}_from")
             else:
-                test = f"({n}[None, :] <= {n}_hi[:, None])"
-                test = test if self.low_is_zero(p) else f"({n}[None, :] >= {n}_lo[:, None]) & {test}"
-                params += [f"{n}_hi"] if self.low_is_zero(p) else [f"{n}_lo", f"{n}_hi"]
+                sides = [("lo", ">=", not self.low_is_zero(p)), ("hi", "<=", not self.high_is_last(p))]
+                test = " & ".join(f"({n}[None, :] {sign} {n}_{end}[:, None])" for end, sign, asked in sides if asked)
+                params += [f"{n}_{end}" for end, _, asked in sides if asked]
                 rows = True
             pieces.append((p, test, f"[{':' if rows else 'None'}, {', '.join(lift)}]"))
         shape = "[BM, " + ", ".join(f"K{p.name.upper()}" for p in self.plans) + "]"
