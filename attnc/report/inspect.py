@@ -298,8 +298,8 @@ def _called(s: Spec, lists: Lists | None, heads: int, target: str) -> _Module:
     g = _geometry(s)
     sizes: dict[str, Any] = {"head_dim": s.head_dim, "value_dim": s.value_dim, "itemsize": s.itemsize, "target": target}
     chosen = s.tiles if lists is None else lists.tiles
-    walked = {"listed": lists is not None, "filled": lists is not None and lists.filled}
-    made = make_spec(s.program, g.q_grid, g.k_grid, **sizes, chosen=chosen, part=s.part, **walked)
+    sizes |= {"listed": lists is not None, "filled": lists is not None and lists.filled}
+    made = make_spec(s.program, g.q_grid, g.k_grid, **sizes, chosen=chosen, part=s.part)
     return _Module(made, (), (lists,), heads)
 
 

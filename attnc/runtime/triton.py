@@ -75,10 +75,9 @@ def text_for(
     filled: bool = False,
 ) -> str:
     """The module of a program, as text. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
-    sizes = program, q_grid, k_grid
     dims: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "plain": plain}
-    walked: dict[str, Any] = {"chosen": chosen, "listed": listed, "filled": filled}
-    return source(make_spec(*sizes, **dims, **walked, symbolic=True, part=part, target=target, wide=wide))
+    dims |= {"chosen": chosen, "listed": listed, "filled": filled}
+    return source(make_spec(program, q_grid, k_grid, **dims, symbolic=True, part=part, target=target, wide=wide))
 
 
 def _runnable(name: str, device: torch.device) -> None:

@@ -81,12 +81,10 @@ def of(g: Geometry, kernels: Kernels, heads: int, batch: int, tables: Known) -> 
 
 def _places(blocks: Ints, pieces: tuple[Ints, ...]) -> Ints:
     """First coordinates of blocks: of several axes in the bits of one number, the first axis in the highest."""
-    if len(pieces) == 1:
-        return pieces[0][blocks, 1].astype(np.int32)
-    out = np.zeros(len(blocks), np.int64)
+    out: Ints = np.zeros(len(blocks), np.int64)
     for p, at in zip(pieces, np.unravel_index(blocks, [len(p) for p in pieces]), strict=True):
-        out = out << 64 // len(pieces) | p[at, 1].astype(np.int64)
-    return out
+        out = out << 64 // len(pieces) % 64 | p[at, 1].astype(np.int64)
+    return out.astype(np.int32) if len(pieces) == 1 else out
 
 
 @lru_cache(maxsize=64)
