@@ -43,6 +43,7 @@ LIBRARY: dict[str, Small] = {
     "blocks": Small(p.blocks((2, 3))),
     "causal": Small(p.causal()),
     "causal, one axis": Small(p.causal(), (70,)),
+    "causal, whole chunks": Small(p.causal(), (128,)),
     "channel": Small(p.channel()),
     "cosine": Small(p.cosine(p.window(3, bias="relative")), tables={"logit_scale": (2,), **BIAS}, scale=1.0),
     "cross": Small(p.cross(2), (6, 8)),
