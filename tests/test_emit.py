@@ -133,6 +133,51 @@ def test_a_union_is_printed_as_its_parts():
     assert "def backward_dkv_2(" in text
 
 
+HEADS = """
+import importlib.util, sys
+import torch
+
+spec = importlib.util.spec_from_file_location("module", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["module"] = module
+spec.loader.exec_module(module)
+torch.manual_seed(0)
+y, x = torch.arange(36) // 6, torch.arange(36) % 6
+window = (y[:, None] // 3 == y // 3) & (x[:, None] // 3 == x // 3)
+causal = (y[:, None] >= y) & (x[:, None] >= x)
+mask = torch.stack([window, window, causal, causal])
+for kv in (4, 2):
+    q, k, v = (torch.randn(2, h, 36, 16, requires_grad=True) for h in (4, kv, kv))
+    out = module.attention(q, k, v)
+    wide = [t.repeat_interleave(4 // kv, 1) for t in (k, v)]
+    want = torch.softmax((q @ wide[0].transpose(-1, -2) / 4).masked_fill(~mask, float("-inf")), -1) @ wide[1]
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    g = torch.randn_like(out)
+    for a, b in zip(torch.autograd.grad(out, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+for heads, kv in ((4, 1), (2, 2)):
+    q, k, v = (torch.randn(2, h, 36, 16) for h in (heads, kv, kv))
+    try:
+        module.attention(q, k, v)
+    except ValueError as e:
+        assert f"{heads} heads on {kv} of keys; this module wants 4, and key heads that no two of 0 to 1, 2 to 3 share" in str(e), e
+    else:
+        raise AssertionError("taken")
+"""
+
+
+@pytest.mark.interpret
+def test_heads_with_patterns_of_their_own_have_kernels_of_their_own(tmp_path):
+    path = tmp_path / "module.py"
+    p = patterns.per_head([patterns.window(3), patterns.causal()])
+    path.write_text(attnc.emit(p, grid=(6, 6), heads=4, head_dim=16, dtype="float32"))
+    assert "heads:    0, 1\nstrategy: grouped (y: block, x: block)" in path.read_text()
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HEADS, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 PACKAGED = """
 import sys
 import torch

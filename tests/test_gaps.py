@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builds import QUICK, built_with
-from test_cpp import check
+from cpp_checks import check
 
 import attnc
 from attnc import ir, patterns

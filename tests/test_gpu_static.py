@@ -15,17 +15,10 @@ from attnc.schedule.chips import chip
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPORTS: dict[str, dict[str, Any]] = json.loads((DOCS / "gpu-static.json").read_text(encoding="utf-8"))
-# in float16 as in bfloat16: kernels that spill, with the bytes: sums, and what is asked of pairs, at 128 channels
-SPILLS = {
-    'window(7, shift=3, bias="relative") 56x56 | 128 | cuda:90': 8,
-    "cross(8) 64x64 | 128 | cuda:90": 40,
-    "per_head([window(7), grid(7)]) 56x56 | 128 | cuda:90": 56,
-}
-# statements whose loops walk lists, and find each chunk's place in them
-DEARER = {"cross(8) 64x64", "per_head([window(7), grid(7)]) 56x56"}
+# in float16 as in bfloat16: statements whose loops walk lists, in tiles of 64 by 64 at most, and find each chunk's place in them
+DEARER = {"cross(8) 64x64"}
 # single modules with loops over full tiles that take more than dense attention's
 DEARER_MODULES = {
-    "causal(), one axis 4096 | 64 | cuda:90",
     "causal(), one axis 4096 | 64 | hip:gfx1100",
     "full() 56x56 | 128 | cuda:80",
     'strip("y", 8) 64x64 | 128 | cuda:80',
@@ -55,13 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = dict(PAGE.wanted([]))
 
 @pytest.mark.parametrize("key", list(REPORTS))
 def test_no_kernel_spills_or_asks_for_more_than_its_chip_has(key: str) -> None:
-    found = PAGE.faults(key, REPORTS[key])
-    allowed = SPILLS.get(in_half(key))
-    if allowed is None:
-        assert not found
-    else:
-        assert [f for f in found if "spills" not in f] == []
-        assert max(k["spill_bytes"] for k in REPORTS[key]["kernels"].values()) == allowed
+    assert not PAGE.faults(key, REPORTS[key])
 
 
 def test_loops_over_full_tiles_are_dense_attentions() -> None:

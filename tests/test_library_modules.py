@@ -70,8 +70,11 @@ def said(name: str) -> tuple[dict[str, int], int]:
     program = core_program(op.program(len(s.grid)))
     spec = make_spec(program, s.grid, s.keys, **sizes)
     parts = part_specs(program, s.grid, s.keys, s.heads, **sizes)
-    kernels = [(each.geometry, k) for each, mine, _ in printed(spec, parts)[1] for k in mine if each.geometry is not None]
-    return issued(kernels, s.heads, s.batch), issued_by(spec, parts, s.heads) * s.batch
+    counts: dict[str, int] = {}
+    for each, mine, _ in printed(spec, parts)[1]:
+        assert each.geometry is not None
+        counts |= issued([(each.geometry, k) for k in mine], each.heads(s.heads), s.batch)
+    return counts, issued_by(spec, parts, s.heads) * s.batch
 
 
 @pytest.mark.slow

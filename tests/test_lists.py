@@ -276,6 +276,8 @@ CASES: dict[str, Problem] = {
 # interpreted kernels take their time
 TRITON: dict[str, Problem] = {
     "checker": Problem(checker(), (16, 16), heads=1, kv_heads=1, batch=1),
+    "checker of three axes": Problem(checker(), (3, 6, 8), heads=1, kv_heads=1, batch=1),
+    "cross": Problem(attnc.patterns.cross(4), (8, 16), batch=1, heads=2, kv_heads=1),
     "checker in windows": Problem(attnc.patterns.window(12) & checker(), (24, 12), heads=1, kv_heads=1, batch=1),
     "half plane with a prefix": Problem(half_plane(), (9, 10), prefix=3, batch=1, heads=2, kv_heads=1),
     "biased half plane": Problem(biased_half_plane(), (8, 12), heads=1, kv_heads=1, reach=31, batch=1),
@@ -394,7 +396,7 @@ def test_inspect_compiles_the_kernels_that_walk_lists() -> None:
     assert found.issued_elements == found.allowed_elements == 2 * 13418496 // 2
     for k in ("forward", "backward_dq", "backward_dkv"):
         assert found.kernels[k].issued_elements == found.issued_elements
-        assert [x.iterations > 0 for x in found.kernels[k].loops] == [True, False], "full blocks, and none in part"
+        assert [(x.kind, x.iterations > 0) for x in found.kernels[k].loops] == [("full", True)], "no loop over blocks in part"
     # prefix tokens: a loop of their own before those over blocks
     beside = attnc.inspect(half_plane(), grid=(48, 48), prefix=2, **options)
     prefix, full, part = beside.kernels["forward"].loops
@@ -418,6 +420,8 @@ def test_interpreted_triton_walks_lists() -> None:
     assert set(told) == set(TRITON)
     assert not any(line.startswith("0 lists") for line in told.values()), told
     assert sum(int(line.split()[-2]) for line in told.values()) > 0, told
+    assert told["cross"].startswith("2 lists, 2 filled"), "of the second part, forward and backward: kernels with one loop"
+    assert told["biased half plane"].startswith("2 lists, 0 filled"), told
 
 
 def test_boxes_and_lists_are_weighed_alike() -> None:

@@ -32,7 +32,8 @@ def main(names: list[str]) -> None:
         used.clear()
         hold(replace(cases.TRITON[name], dtype=torch.float32), "triton")
         full = sum(int(x.queries.full.sum()) for x in used)
-        print(f"{name}: {len(used)} lists, {sum(x.queries.visited for x in used)} chunks, {full} full")  # noqa: T201
+        count = f"{len(used)} lists, {sum(x.filled for x in used)} filled"
+        print(f"{name}: {count}, {sum(x.queries.visited for x in used)} chunks, {full} full")  # noqa: T201
 
 
 if __name__ == "__main__":

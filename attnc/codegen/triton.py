@@ -55,10 +55,11 @@ def make_spec(
     target: str = "cuda:80",
     wide: bool = False,
     listed: bool = False,
+    filled: bool = False,
 ) -> Spec:
     """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
 
-    listed: its tiles, which are `chosen`, walk lists of chunks.
+    listed: its tiles, which are `chosen`, walk lists of chunks; filled: none of which needs a mask.
     part: the statement is a part of a union, whose output and LSE its backward gets; no group of it holds all keys of a row.
     wide: offsets have 64 bits, for batch items or tables of 2**31 elements and more.
     """
@@ -70,7 +71,7 @@ def make_spec(
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
     return Spec(
         program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, wide=wide,
-        listed=listed,
+        listed=listed, filled=filled,
     )  # fmt: skip
 
 
@@ -163,9 +164,11 @@ def docstring(
         )
     else:
         lines.append(f"grid:     any; head dimension {spec.head_dim}, values {spec.value_dim}")
-    if parts:
+    if any(p.adds for p in parts):
         lines.append(f"parts:    {len(parts)}, each key in one of them; each goes on from the output and LSE of those before it")
     for part in parts or (spec,):
+        if part.run and not part.adds:
+            lines.append(f"heads:    {', '.join(map(str, range(*part.run)))}")
         forms = ", ".join(f"{n}: {f.kind}" for n, f in zip(part.axes, part.structure.axes, strict=True))
         lines.append(f"strategy: {part.structure.strategy} ({forms})")
         t = part.tiles
@@ -175,10 +178,10 @@ def docstring(
         lines += [f"tile:     {', '.join(names)}: {text}" for text, names in shown.items()]
     every = [p for p in parts or (spec,) if p.geometry is not None]
     if heads and not any(n.op in ("load", "batch") for p in every for n in ir.walk(p.structure.residual)):
-        allowed = sum(p.geometry.allowed(heads) for p in every if p.geometry is not None)
-        sent = sum(issued(p.geometry, "q", p.tiles.forward) for p in every if p.geometry is not None)
+        allowed = sum(p.geometry.allowed(p.heads(heads)) for p in every if p.geometry is not None)
+        sent = sum(p.heads(heads) * issued(p.geometry, "q", p.tiles.forward) for p in every if p.geometry is not None)
         if allowed:
-            lines.append(f"waste:    {sent * heads / allowed:.2f} score elements issued for each one allowed")
+            lines.append(f"waste:    {sent / allowed:.2f} score elements issued for each one allowed")
     wrapped: list[str] = []
     for line in lines:
         wrapped += textwrap.wrap(line, 124, subsequent_indent=" " * 10) or [""]
@@ -226,15 +229,20 @@ def part_specs(
     target: str,
     wide: bool = False,
 ) -> tuple[Spec, ...]:
-    """The parts of a union as one module runs them, one after the other; () where the statement runs whole.
+    """The statements that one module runs one after the other: of heads that have their own, and parts of unions; () where the
+    statement runs whole.
 
-    It does where its parts gain nothing, where heads differ, and where tables learn or keys are virtual.
+    It does where its parts gain nothing, where tables learn, keys are virtual or some heads have no key.
     """
     runs = split(core, q_grid, k_grid, heads, heads)
-    if len(runs) > 1 or len(runs[0].parts) < 2:
+    if sum(len(r.parts) for r in runs) < 2 or any(r.cut or not r.parts for r in runs):
         return ()
     sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "wide": wide}
-    parts = [make_spec(p, q_grid, k_grid, **sizes, part=True, target=target) for p in runs[0].parts]
-    if any(s.learned or s.padded for s in parts):
+    parts = []
+    for r in runs:
+        each = [make_spec(p, q_grid, k_grid, **sizes, part=len(r.parts) > 1, target=target) for p in r.parts]
+        run = (r.first, r.last) if len(runs) > 1 else None
+        parts += [replace(s, run=run, adds=bool(i)) for i, s in enumerate(each)]
+    if any(s.learned or s.padded for s in parts) or len({s.structure.flat for s in parts}) > 1:
         return ()
-    return tuple(replace(s, suffix=f"_{i + 1}" if i else "", adds=bool(i)) for i, s in enumerate(parts))
+    return tuple(replace(s, suffix=f"_{i + 1}" if i else "") for i, s in enumerate(parts))

@@ -22,6 +22,7 @@ class Face:
     sink: str | None
     tables: tuple[str, ...]
     pads: tuple[str, ...]
+    hosts: tuple[Face, ...]  # of the statements that run one after the other; this is the first
 
     def operator(self) -> str:
         """Registration of the forward and the backward as operators, which torch.compile and torch.export see as they are."""
@@ -131,6 +132,7 @@ class _Attention(torch.autograd.Function):
         )
         text = "q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one batch (at most 65535) and matching heads are wanted"
         lines.append(f'        raise ValueError(f"{text}")')
+        lines += self.run_checks()
         kinds = {4: ["float32"], 2: ["float16", "bfloat16"]}[spec.itemsize] if known else ["float16", "bfloat16", "float32"]
         shown = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
         listed = ", ".join(f"torch.{k}" for k in kinds) + ("," if len(kinds) == 1 else "")
@@ -173,6 +175,17 @@ class _Attention(torch.autograd.Function):
             f"    {line}" for line in around.lines(spec.program, self.whole, sizes, f"_Attention.apply(q, k, v, scale{rest})", "{}")
         ]
         return "\n".join(lines)
+
+    def run_checks(self) -> list[str]:
+        """Lines that refuse heads which the runs of heads with statements of their own do not divide."""
+        runs = sorted({h.spec.run for h in self.hosts if h.spec.run})
+        if not runs:
+            return []
+        heads = runs[-1][1]
+        told = "{q.shape[1]} heads on {k.shape[1]} of keys; this module wants " + f"{heads}, and key heads that no two of "
+        told += f"{', '.join(f'{a} to {b - 1}' for a, b in runs)} share: repeat k and v along their heads"
+        tests = " or ".join(f"{b} * k.shape[1] % {heads}" for _, b in runs[:-1])
+        return [f"    if q.shape[1] != {heads} or {tests}:", f'        raise ValueError(f"{told}")']
 
     def table_checks(self, name: str) -> list[str]:
         spec = self.spec

@@ -53,7 +53,7 @@ class Host(Face):
         self.whole = whole or spec.attend  # with the row maps and the sink that surround the kernels
         self.sink = self.whole.normalizer.sink
         self.spec, self.kernels, self.flat = spec, {k.kind: k for k in kernels}, {k.kind: k for k in flat}
-        self.hosts: tuple[Host, ...] = (self,)  # of all parts of a union, which run one after the other; this is the first
+        self.hosts: tuple[Host, ...] = (self,)
         self.rank_one = spec.rank == 1
         self.pads = ("pad_k", "pad_v") if spec.padded else ()
         self.tables = spec.attend.tables
@@ -118,7 +118,9 @@ class Host(Face):
         if name in tensors:
             t = tensors[name]
             if k.fused and t in ("dk", "dv"):
-                return f"{t}_heads"
+                return self.run(f"{t}_heads", keys=False)
+            if self.spec.run:
+                return self.run(t, keys=t in ("k", "v", "dk", "dv"))
             if not self.spec.prefix:
                 return t
             mine = k.side == ("k" if t in ("k", "v", "dk", "dv") else "q")
@@ -136,6 +138,10 @@ class Host(Face):
         if name == "pst":
             columns = ("q", "grad_out") if k.side == "k" else ("k", "v")
             return f"({', '.join(f'{t}.stride()' for t in columns)})"
+        if self.spec.run and name in ("Lse", "Lse2", "Less"):  # from the run's first row on, with the strides of all heads
+            return f"{name.lower()}[:, {self.spec.run[0]}:]"
+        if self.spec.run and name == "GLse":
+            return f"None if grad_lse is None else grad_lse[:, {self.spec.run[0]}:]"
         if name in ("Kp", "Vp", "Qp", "Gp"):
             return self.part(tensors[name[0]], "prefix")
         if name.endswith("_st"):
@@ -156,7 +162,7 @@ class Host(Face):
             return "k.shape[2]" if k.side == "q" else str(self.spec.program.keys.prefix)
         known = {
             "Bias": "bias_tiles",
-            **{n: f"lists[{int(k.side == 'k')}][{i}]" for i, n in enumerate(("Offset", "Full", "Block"))},
+            **{n: f"lists[{int(k.side == 'k')}][{i}]" for i, n in enumerate(("Offset", "Full", "Place"))},
             "GLse": "grad_lse",
             "c": "scale * math.log2(math.e)",
             "GROUP": "H // HK",
@@ -173,9 +179,19 @@ class Host(Face):
             return t
         return f"{t}[:, :, {n}:]" if which == "grid" else f"{t}[:, :, :{n}]"
 
+    def run(self, t: str, *, keys: bool) -> str:
+        """A tensor's heads, or key heads, that the statement is of."""
+        if self.spec.run is None:
+            return t
+        first, last = (f"{n} * HK // H" if keys and n else str(n) for n in self.spec.run)
+        return f"{t}[:, {first}:{last}]"
+
     def launch(self, k: Kernel) -> list[str]:
         """Lines that launch a kernel."""
         heads = "HK" if k.side == "k" else "H"
+        if self.spec.run:
+            n = self.spec.heads(0)
+            heads = f"{n} * HK // H" if k.side == "k" else str(n)
         batch = "triton.cdiv(B, per)" if k.batched else "B"
         parts = f"parts = {self.parts(k)}"
         if k.prefix:

@@ -49,7 +49,7 @@ POINTERS = [
     "Bias",
     "Offset",
     "Full",
-    "Block",
+    "Place",
 ]
 SCALARS = ["scale", "c", "B", "H", "N", "P", "parts", "GROUP", "PER", "PRECISION"]
 CONSTANT = ("GROUP", "PRECISION")
@@ -147,17 +147,23 @@ class Kernel(Steps):
     def walk_list(self) -> None:
         """The chunks that the tile is told to visit: those that all its rows see whole, then the others."""
         self.put("first, beyond = tl.load(Offset + tl.program_id(0)), tl.load(Offset + tl.program_id(0) + 1)")
-        self.put("middle = first + tl.load(Full + tl.program_id(0))")
-        for full, begin, end in ((True, "first", "middle"), (False, "middle", "beyond")):
+        loops = [(True, "first", "beyond")]
+        if not self.spec.filled:
+            self.put("middle = first + tl.load(Full + tl.program_id(0))")
+            loops = [(True, "first", "middle"), (False, "middle", "beyond")]
+        for full, begin, end in loops:
             with self.block(f"for i in tl.range({begin}, {end}, num_stages={self.tile_choice.stages}):"):
-                self.put("block = tl.load(Block + i)")
-                for p in self.plans[:0:-1]:
-                    count = f"tl.cdiv({self.bound(p, self.other)[1]}, {p.chunk})"
-                    self.put(f"c{p.name} = block % {count} * {p.chunk}", f"block = block // {count}")
-                self.put(f"c{self.plans[0].name} = block * {self.plans[0].chunk}")
+                self.put(f"{'place' if len(self.plans) > 1 else f'c{self.plans[0].name}'} = tl.load(Place + i)")
+                self.together([(f"c{p.name}", self.part_of_place(p)) for p in self.plans if len(self.plans) > 1], 120)
                 self.allowed = full
                 self.chunk(full=full)
                 self.allowed = False
+
+    def part_of_place(self, p: AxisPlan) -> str:
+        """A chunk's first column along an axis, from the bits of its place that hold it."""
+        bits, after = 64 // len(self.plans), len(self.plans) - 1 - p.axis
+        part = f"(place >> {bits * after})" if after else "place"
+        return f"{part}.to(tl.int32)" + (f" & {2**bits - 1}" if bits < 32 else "")
 
     def walk_columns(self) -> None:
         """Loops over chunks, outer axes first."""
@@ -323,10 +329,13 @@ class Kernel(Steps):
 
     def store_partial(self) -> None:
         """A program's share of a table gradient, or its bound."""
-        self.put("part = (tl.program_id(2) * tl.num_programs(1) + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
+        self.put("part = (tl.program_id(2) * H + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
         if self.registers:
+            size, value = self.bm * self.bn, "grad"
             place = f"(tl.arange(0, {self.bm}) * {self.bn})[:, None] + tl.arange(0, {self.bn})[None, :]"
-            self.put(f"tl.store(Partial + part * {self.bm * self.bn} + {place}, grad)")
+            if self.tile_choice.stages > 1:  # beside a pipeline's addresses no row's place has a register: in one row, one is kept
+                place, value = f"tl.arange(0, {size})", f"grad.reshape({size})"
+            self.put(f"tl.store(Partial + part * {size} + {place}, {value})")
         else:
             self.put("tl.store(Size + part, tl.sum(size, 0))")
 

@@ -50,6 +50,12 @@ class Spec:
     wide: bool = False  # a batch item or a table may span 2**31 elements: offsets have 64 bits
     lengths: tuple[str, ...] = ()  # real lengths of another statement's grids that its dropout reads
     listed: bool = False  # tiles walk lists of chunks, which launches are given, and no box
+    filled: bool = False  # and these hold chunks alone that their tiles see whole, which have all of their rows
+    run: tuple[int, int] | None = None  # the heads that it is of, first and past the last, where other heads have their own
+
+    def heads(self, every: int) -> int:
+        """How many heads it is of."""
+        return every if self.run is None else self.run[1] - self.run[0]
 
     @property
     def attend(self) -> ir.Attend:
@@ -218,6 +224,7 @@ class AxisPlan:
     partial: bool  # chunks with one follow those without
     start: ir.Expr  # first row of the first tile
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
+    passes: bool = True  # a chunk that is not moved may reach beyond the axis
     wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
 
 
@@ -313,6 +320,7 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
             w.partial > w.left and not w.exact,
             begin,
             w.one_box and group,
+            w.passes,
         )
     block = int(form.block.args[0]) if form.block is not None and form.block.op == "const" else 0
     same = side == "q" or symmetric(form)

@@ -149,7 +149,7 @@ class Scores(Shapes):
                 self.put(f"ok = ({beside}) & seen[None, :]" if tests else f"ok = {beside}")
                 return "ok"
             return "seen[None, :]" if tests else ""
-        over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact)]
+        over = [p for p in self.plans if p.overruns or (p is self.inner and self.has_full() and not p.exact and p.passes)]
         self.columns(self.plans if pairs else over)
         if over:
             tests = [f"({self.other}{p.name} < {self.bound(p, self.other)[1]})" for p in over]
@@ -207,8 +207,8 @@ class Scores(Shapes):
 
     def bias_tile(self, ok: str) -> None:
         """Print the load of the head's bias, with what masks this very group."""
-        place = f"tl.arange(0, {self.bm})[:, None] * {self.bn} + tl.arange(0, {self.bn})[None, :]"
-        self.put(f"bias = tl.load(Bias + h * {self.bm * self.bn} + {place})")
+        size = self.bm * self.bn
+        self.put(f"bias = tl.load(Bias + h * {size} + tl.arange(0, {size})).reshape({self.bm}, {self.bn})")
         if ok and not (ok == "seen[None, :]" and all(p.exact for p in self.plans)):  # else the tile has these columns at -inf
             self.put(f"bias += tl.where({ok}, 0.0, {INF})")
 

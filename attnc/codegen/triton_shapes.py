@@ -135,6 +135,8 @@ class Shapes:
     # --------------------------------------------------------------------------------------------------------------------- tiles
     def filled(self) -> bool:
         """Whether all rows of every tile exist, which is known where sizes are: no row is then moved back inside the axis."""
+        if self.spec.filled:
+            return True
         g = self.spec.geometry
         if g is None or self.spec.padded or self.moves or self.bm != math.prod(p.rows for p in self.plans):
             return False
@@ -325,6 +327,11 @@ class Shapes:
         """Rows see from the first column on."""
         return p.lo == ir.ZERO and not self.clipped(p)
 
+    def high_is_last(self, p: AxisPlan) -> bool:
+        """Rows see up to the last column, beyond which no chunk reaches."""
+        last = ir.make("sub", ir.size(self.other, p.axis), ir.ONE)
+        return not p.passes and p.hi == last and p.lo != ir.ZERO and not self.clipped(p) and not p.columns
+
     # -------------------------------------------------------------------------------------------------------------------- columns
     def column_parts(self) -> list[str]:
         """Index of each column inside its chunk along every axis."""
@@ -403,9 +410,9 @@ class Shapes:
                     test = f"({n} >= {n}_from) & ({test})"
                     params.append(f"{n}_from")
             else:
-                test = f"({n}[None, :] <= {n}_hi[:, None])"
-                test = test if self.low_is_zero(p) else f"({n}[None, :] >= {n}_lo[:, None]) & {test}"
-                params += [f"{n}_hi"] if self.low_is_zero(p) else [f"{n}_lo", f"{n}_hi"]
+                sides = [("lo", ">=", not self.low_is_zero(p)), ("hi", "<=", not self.high_is_last(p))]
+                test = " & ".join(f"({n}[None, :] {sign} {n}_{end}[:, None])" for end, sign, asked in sides if asked)
+                params += [f"{n}_{end}" for end, _, asked in sides if asked]
                 rows = True
             pieces.append((p, test, f"[{':' if rows else 'None'}, {', '.join(lift)}]"))
         shape = "[BM, " + ", ".join(f"K{p.name.upper()}" for p in self.plans) + "]"
@@ -444,14 +451,18 @@ class Shapes:
     def rows(self, pointer: str, strides: str, head: str, origin: list[str], inside: list[str], lanes: int) -> str:
         """Pointers to rows of channels of one tensor."""
         axes, wide = self.spec.axes, self.spec.wide
-        far = " + ".join(f"{long(a)} * st[{i + 2}]" for i, a in enumerate(axes))
         far_rows = wide or any(p.wrap for p in self.plans)  # as far from the tile's origin as the axis is long
-        near = " + ".join(f"{long(f'd{a}', far_rows)} * st[{i + 2}]" for i, a in enumerate(axes))
+        far, near = (" + ".join(f"{long(x, yes)} * st[{i + 2}]" for i, x in enumerate(names))
+                     for names, yes in ((axes, wide or not self.spec.listed), ([f"d{a}" for a in axes], far_rows)))  # fmt: skip
+        lane = f"{long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]"
+        first, rows = f" + {far}", f"({near})[:, None] + {lane}"
+        if self.spec.listed and not wide:  # chunks begin at tokens that exist: one number of 32 bits a row, and none is kept
+            first, rows = "", f"{lane} + ({far} + ({near}))[:, None]"
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
             f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
-            f"    token = base + b * st[0] + {long('h', wide)} * st[1] + {far}\n"
-            f"    return token + ({near})[:, None] + {long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]\n"
+            f"    token = base + b * st[0] + {long('h', wide)} * st[1]{first}\n"
+            f"    return token + {rows}\n"
         )
         name = self.module.use("rows", text, "rows_flat")
         return f"{name}({', '.join([pointer, strides, 'b', head, *origin, *inside, str(lanes)])})"

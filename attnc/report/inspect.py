@@ -221,32 +221,34 @@ def inspect_triton(
     parts = () if chosen else part_specs(program, q_grid, k_grid, heads, **sizes, target=target)
     every = parts or (spec,)
     lists = [None if chosen else lists_of(s, target, heads, batch) for s in every]
-    modules = [_Module(spec, parts, (None,) * len(every))]
+    modules = [_Module(spec, parts, (None,) * len(every), heads)]
     if any(x is not None for x in lists):  # an operator runs each part by itself
-        modules = [_called(s, x, bool(parts), target) for s, x in zip(every, lists, strict=True)]
-    most = sum(_allowed(s, heads) for s in every)
+        modules = [_called(s, x, s.heads(heads), target) for s, x in zip(every, lists, strict=True)]
+    most = sum(_geometry(s).allowed(s.heads(heads)) for s in every)
     found: dict[str, list[KernelReport]] = {}
     seconds, sent, rows = 0.0, 0, 0
     for m in modules:
-        module = load_fresh(m.text(heads, dtype, target))
+        module = load_fresh(m.text(dtype, target))
         began = time.perf_counter()
-        launches = compile_module(module, target, partial(_call, module, m, heads, head_dim, value_dim, kind, batch))
+        launches = compile_module(module, target, partial(_call, module, m, head_dim, value_dim, kind, batch))
         seconds += time.perf_counter() - began
         kernels = m.kernels()
         for launch in launches:
             owner, kernel = kernels.get(launch.name, (m.spec, None))
             blocks = None if kernel is None else m.blocks(kernel)
-            report = kernel_report(owner, launch, code_of(launch, target), kernel, most * batch, heads, batch, target, blocks)
+            mine = owner.heads(m.heads)
+            report = kernel_report(owner, launch, code_of(launch, target), kernel, most * batch, mine, batch, target, blocks)
             found.setdefault(launch.name.removesuffix(owner.suffix), []).append(report)
         for s, x in zip(m.parts or (m.spec,), m.lists, strict=True):
-            elements = _elements(s, x)
-            sent += heads * elements + _prefix_elements(s, x, heads)
-            rows += heads * elements // s.tiles.forward.bm
+            elements = s.heads(m.heads) * _elements(s, x)
+            sent += elements + _prefix_elements(s, x, heads)
+            rows += elements // s.tiles.forward.bm
     g, width = _geometry(spec), head_dim + value_dim
-    statistics = batch * heads * g.n_queries * 4
-    least = batch * heads * itemsize * (g.n_queries + g.n_keys) * width + statistics
-    again = 2 * len(every) - 1  # a later part reads its queries anew, and the output that it goes on from
-    moved = batch * itemsize * (heads * g.n_queries * (len(every) * head_dim + again * value_dim) + rows * width)
+    statistics = batch * g.n_queries * 4
+    least = batch * heads * itemsize * (g.n_queries + g.n_keys) * width + heads * statistics
+    read = sum(s.heads(heads) for s in every)
+    again = 2 * read - heads  # a later part reads its queries anew, and the output that it goes on from
+    moved = batch * itemsize * (g.n_queries * (read * head_dim + again * value_dim) + rows * width)
     return Report(
         spec.attend.name, target, " + ".join(map(_strategy, every, lists)), most * batch, sent * batch, sent / max(most, 1),
         2 * width * most * batch, least, moved + again * statistics, round(seconds, 3),
@@ -261,15 +263,16 @@ class _Module:
     spec: Spec
     parts: tuple[Spec, ...]
     lists: tuple[Lists | None, ...]
+    heads: int
 
     @property
     def printed(self) -> Spec:
         """What is printed: where lists are walked, sizes are arguments as in an operator's module."""
         return replace(self.spec, geometry=None) if self.spec.listed else self.spec
 
-    def text(self, heads: int, dtype: str, target: str) -> str:
+    def text(self, dtype: str, target: str) -> str:
         """The module."""
-        return source(self.printed, parts=self.parts, heads=heads, dtype=dtype, target=target)
+        return source(self.printed, parts=self.parts, heads=self.heads, dtype=dtype, target=target)
 
     def kernels(self) -> dict[str, tuple[Spec, Kernel]]:
         """Its kernels by name, but for those of prefix tokens, with their statements."""
@@ -290,13 +293,14 @@ def lists_of(s: Spec, target: str, heads: int, batch: int) -> Lists | None:
     return triton_lists.of(_geometry(s), kernels, heads, batch, ())
 
 
-def _called(s: Spec, lists: Lists | None, part: bool, target: str) -> _Module:
+def _called(s: Spec, lists: Lists | None, heads: int, target: str) -> _Module:
     """What an operator runs of one statement."""
     g = _geometry(s)
     sizes: dict[str, Any] = {"head_dim": s.head_dim, "value_dim": s.value_dim, "itemsize": s.itemsize, "target": target}
     chosen = s.tiles if lists is None else lists.tiles
-    made = make_spec(s.program, g.q_grid, g.k_grid, **sizes, chosen=chosen, part=part, listed=lists is not None)
-    return _Module(made, (), (lists,))
+    sizes |= {"listed": lists is not None, "filled": lists is not None and lists.filled}
+    made = make_spec(s.program, g.q_grid, g.k_grid, **sizes, chosen=chosen, part=s.part)
+    return _Module(made, (), (lists,), heads)
 
 
 def _strategy(s: Spec, lists: Lists | None) -> str:
@@ -305,7 +309,7 @@ def _strategy(s: Spec, lists: Lists | None) -> str:
 
 def issued_by(spec: Spec, parts: tuple[Spec, ...], heads: int) -> int:
     """Score elements that the forward of a module computes for one batch item, those of prefix tokens included."""
-    return sum(_elements(s, None) * heads + _prefix_elements(s, None, heads) for s in parts or (spec,))
+    return sum(_elements(s, None) * s.heads(heads) + _prefix_elements(s, None, heads) for s in parts or (spec,))
 
 
 def _elements(s: Spec, lists: Lists | None) -> int:
@@ -324,10 +328,6 @@ def load_fresh(text: str) -> Any:
     from attnc.runtime.triton import load
 
     return load(text)
-
-
-def _allowed(spec: Spec, heads: int) -> int:
-    return _geometry(spec).allowed(heads)
 
 
 def _prefix_elements(spec: Spec, lists: Lists | None, heads: int) -> int:
@@ -361,8 +361,8 @@ def _tables(spec: Spec, heads: int, key_heads: int, dtype: torch.dtype) -> dict[
     return out
 
 
-def _call(module: Any, m: _Module, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, batch: int) -> None:
-    spec, g = m.spec, _geometry(m.spec)
+def _call(module: Any, m: _Module, head_dim: int, value_dim: int, dtype: torch.dtype, batch: int) -> None:
+    spec, g, heads = m.spec, _geometry(m.spec), m.heads
 
     def rows(n: int, d: int) -> torch.Tensor:
         return torch.empty(batch, heads, n, d, dtype=dtype, device="meta")

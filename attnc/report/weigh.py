@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attnc import ir
@@ -33,6 +33,8 @@ class LoopReport:
     mask_instructions: int = 0
     unrolled: int = 1  # chunks (or items) in one run of the body
     over: str = "chunks"  # or "items"
+    tile: str = ""  # of a statement that runs as several kernels: the tile, and the warps, of the one that the loop is of
+    num_warps: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def together(reports: list[KernelReport]) -> KernelReport:
         shared_bytes=max(r.shared_bytes for r in reports),
         mma_instructions=sum(r.mma_instructions for r in reports),
         instructions=sum(r.instructions for r in reports),
-        loops=[x for r in reports for x in r.loops],
+        loops=[replace(x, tile=r.tile, num_warps=r.num_warps) for r in reports for x in r.loops],
         ti=sum(r.ti for r in reports),
         occupancy=min(r.occupancy for r in reports),
         tile=" + ".join(dict.fromkeys(r.tile for r in reports)),

@@ -72,12 +72,12 @@ def text_for(
     target: str = "cuda:80",
     wide: bool = False,
     listed: bool = False,
+    filled: bool = False,
 ) -> str:
     """The module of a program, as text. Grids decide the tiles; two grids with the same tiles share one text and its kernels."""
-    sizes = program, q_grid, k_grid
     dims: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "plain": plain}
-    spec = make_spec(*sizes, **dims, symbolic=True, chosen=chosen, part=part, target=target, wide=wide, listed=listed)
-    return source(spec)
+    dims |= {"chosen": chosen, "listed": listed, "filled": filled}
+    return source(make_spec(program, q_grid, k_grid, **dims, symbolic=True, part=part, target=target, wide=wide))
 
 
 def _runnable(name: str, device: torch.device) -> None:
@@ -128,7 +128,7 @@ def _prepare(call: Call, *rows: Tensor, backward: bool) -> tuple[ModuleType, tup
         if lists is None:
             text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target, large)
         else:
-            text = _text(call, (q, k, v), lists.tiles, target, large, listed=True)
+            text = _text(call, (q, k, v), lists.tiles, target, large, listed=True, filled=lists.filled)
             more = (triton_lists.on(lists, q.device),)
         found = _module(text), more
         if not tables:  # or the next call's tables may hold other numbers
@@ -152,10 +152,12 @@ def text_of(call: Call, rows: tuple[Tensor, ...], choice: Choice | None, target:
     return _text(call, rows, None if choice is None else tiles(call, rows, choice, target), target, wide)
 
 
-def _text(call: Call, rows: tuple[Tensor, ...], chosen: Tiles | None, target: str, wide: bool, listed: bool = False) -> str:
+def _text(
+    call: Call, rows: tuple[Tensor, ...], chosen: Tiles | None, target: str, wide: bool, listed: bool = False, filled: bool = False
+) -> str:
     q, _, v = rows
     sizes = call.geometry.q_grid, call.geometry.k_grid, *_widths(q, v), call.scale > 0
-    return text_for(call.program, *sizes, chosen, call.part, target, wide, listed)
+    return text_for(call.program, *sizes, chosen, call.part, target, wide, listed, filled)
 
 
 def _choice(call: Call, rows: tuple[Tensor, ...], backward: bool) -> Choice | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from attnc import ir
 from attnc.schedule import tiles
 from attnc.schedule.geometry import Geometry
 from attnc.schedule.list_choice import Known, Limits, listed
-from attnc.schedule.lists import BlockLists
+from attnc.schedule.lists import BlockLists, Ints
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,22 @@ class Kernels:
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """Tiles of the kernels, and per direction what each tile of queries, and each of keys, visits."""
+    """Tiles of the kernels, and per direction what each tile of queries, and each of keys, visits: its lists, and where each chunk
+    of them begins."""
 
     tiles: tiles.Tiles
     queries: BlockLists
     keys: BlockLists
+    places: tuple[Ints, Ints]
+    filled: bool  # no chunk needs a mask, and every tile has all of its rows
 
 
 def obstacle(g: Geometry) -> str | None:
     """What keeps Triton kernels from lists, whatever these would save."""
     if g.padded or any(a.queries != a.real_queries for a in g.axes):
         return "virtual rows"
+    if any(max(a.queries, a.keys) >> 64 // len(g.axes) for a in g.axes):
+        return "long axes"
     return "residue classes" if any(f.split != ir.ONE for f in g.structure.axes) else None
 
 
@@ -64,11 +70,25 @@ def of(g: Geometry, kernels: Kernels, heads: int, batch: int, tables: Known) -> 
     if found is None:
         return None
     chosen = tiles.of_lists((found.query_sides, found.key_sides), kernels.width, kernels.itemsize, kernels.target, own.flat)
-    return None if chosen is None else Lists(chosen, *found.for_chunks())
+    if chosen is None:
+        return None
+    queries, keys = found.for_chunks()
+    uncut = all(n % side == 0 for a, *sides in zip(g.axes, found.query_sides, found.key_sides, strict=True)
+                for n, side in zip((a.queries, a.keys), sides, strict=True))  # fmt: skip
+    filled = uncut and all(int(x.full.sum()) == x.visited for x in (queries, keys))
+    return Lists(chosen, queries, keys, (_places(queries.blocks, found.keys), _places(keys.blocks, found.queries)), filled)
+
+
+def _places(blocks: Ints, pieces: tuple[Ints, ...]) -> Ints:
+    """First coordinates of blocks: of several axes in the bits of one number, the first axis in the highest."""
+    out: Ints = np.zeros(len(blocks), np.int64)
+    for p, at in zip(pieces, np.unravel_index(blocks, [len(p) for p in pieces]), strict=True):
+        out = out << 64 // len(pieces) % 64 | p[at, 1].astype(np.int64)
+    return out.astype(np.int32) if len(pieces) == 1 else out
 
 
 @lru_cache(maxsize=64)
 def on(lists: Lists, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
-    """What launches are given: offsets, numbers of full chunks, and chunks, of queries and of keys."""
-    each = (lists.queries, lists.keys)
-    return tuple(tuple(torch.from_numpy(x).to(device) for x in (y.offsets, y.full, y.blocks)) for y in each)
+    """What launches are given: offsets, numbers of full chunks, and chunks' places, of queries and of keys."""
+    each = zip((lists.queries, lists.keys), lists.places, strict=True)
+    return tuple(tuple(torch.from_numpy(x).to(device) for x in (y.offsets, y.full, places)) for y, places in each)

@@ -23,6 +23,7 @@ class Facts:
     whole: bool  # every row of every tile exists, so that no row's place is kept
     one_box: bool  # all rows of a tile see the same columns
     most: int  # chunks that a program visits at most
+    passes: bool  # some chunk reaches beyond the axis: its rows are asked whether they exist
     mixed: bool  # some chunks of a program have pairs to mask and some have none: two loops
     residual: bool  # a condition on pairs, whose parts live beside the scores
     tables: bool  # tables of pairs do
@@ -107,6 +108,10 @@ def _hopper(tile: Tile, kind: Kind, width: int, target: str, facts: Facts, facts
         # fewer instructions by one warpgroup that does not pipeline (several of them share a multiprocessor)
         half = replace(tile, rows=scaled(tile.rows, up=False), warps=4, stages=1)
         wide = replace(half, chunk=scaled(tile.chunk, up=True))
+        square = replace(tile, chunk=wide.chunk, stages=1)
+        facts = facts_of(square)
+        if facts.mixed and not (facts.passes or facts.residual or facts.tables) and target == "cuda:90":
+            return square  # one loop over chunks with a mask, of one comparison, leaves the registers that wide chunks take
         return wide if facts_of(wide).exact or (target == "cuda:100" and not facts.residual) else half
     return tile
 

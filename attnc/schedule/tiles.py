@@ -76,6 +76,7 @@ class Walk:
     overruns: bool  # some chunk reaches beyond the axis even after it is moved back inside
     exact: bool  # chunks never hold a column outside the rows' common interval
     one_box: bool  # the rows of a tile always share one interval
+    passes: bool  # some chunk that is not moved reaches beyond the axis
 
 
 def padded(n: int) -> int:
@@ -115,7 +116,7 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
     """Count one axis. `columns`: there is no inverse in closed form, so dk and dv programs visit the whole axis."""
     if wrap:
         n = axis.queries // rows
-        return Walk(n, n, most=1, full=0, partial=n, left=0, overruns=False, exact=True, one_box=True)
+        return Walk(n, n, most=1, full=0, partial=n, left=0, overruns=False, exact=True, one_box=True, passes=False)
     lo, hi = ends(axis, side)
     size = axis.before_queries + axis.real_queries if side == "q" else axis.keys
     other = axis.keys if side == "q" else axis.before_queries + axis.real_queries
@@ -154,6 +155,7 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
         overruns=bool((moved + np.maximum(steps, 1) * chunk > count).any()),
         exact=exact,
         one_box=same,
+        passes=bool((left + np.maximum(steps, 1) * chunk > count).any()),
     )
 
 
@@ -336,6 +338,7 @@ def _facts(g: Geometry, side: Side, tile: Tile) -> Facts:
         whole=all((a.queries if side == "q" else a.keys) % n == 0 for a, n in zip(g.axes, tile.rows, strict=True)),
         one_box=all(w.one_box for w in ws),
         most=max(w.most for w in ws),
+        passes=any(w.passes for w in ws),
         mixed=any(0 < w.full < w.steps and not w.exact for w in ws),
         residual=g.structure.residual != ir.TRUE,
         tables=bool(set(g.attend.tables) - set(g.attend.int_tables)),
