@@ -450,10 +450,13 @@ class Shapes:
     # ----------------------------------------------------------------------------------------------------------------------- rows
     def rows(self, pointer: str, strides: str, head: str, origin: list[str], inside: list[str], lanes: int) -> str:
         """Pointers to rows of channels of one tensor."""
-        axes, wide = self.spec.axes, self.spec.wide
+
+        def offset(names: list[str], wide: bool) -> str:
+            return " + ".join(f"{long(x, wide)} * st[{i + 2}]" for i, x in enumerate(names))
+
+        axes, wide = list(self.spec.axes), self.spec.wide
         far_rows = wide or any(p.wrap for p in self.plans)  # as far from the tile's origin as the axis is long
-        far, near = (" + ".join(f"{long(x, yes)} * st[{i + 2}]" for i, x in enumerate(names))
-                     for names, yes in ((axes, wide or not self.spec.listed), ([f"d{a}" for a in axes], far_rows)))  # fmt: skip
+        far, near = offset(axes, wide or not self.spec.listed), offset([f"d{a}" for a in axes], far_rows)
         lane = f"{long('tl.arange(0, LANES)[None, :]', wide)} * st[{len(axes) + 2}]"
         first, rows = f" + {far}", f"({near})[:, None] + {lane}"
         if self.spec.listed and not wide:  # chunks begin at tokens that exist: one number of 32 bits a row, and none is kept
