@@ -106,7 +106,7 @@ def used(names: list[str]) -> str:
     found = {o.source.name for n in names for m in built(n).modules() for v in vars(m).values() for o in operators(v)}
     words = {w for text in found for w in re.findall(r"(\w+)\(", text)} - {"shift", "dilate", "heads", "on"}
     library = sorted(w for w in words if w in patterns.__all__)
-    linked = [f"[{w}](../patterns/{Path(inspect.getfile(getattr(patterns, w))).name})" for w in library]
+    linked = [f"[{w}](../patterns/{Path(inspect.getfile(inspect.unwrap(getattr(patterns, w)))).name})" for w in library]
     return ", ".join([*linked, *(f"*{w}*" for w in sorted(words.difference(library)))])
 
 
