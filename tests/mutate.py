@@ -197,7 +197,7 @@ FORMS = f"{PLAIN} forms printed implied lift"
 NO_TRITON = "-k 'not interpret'"
 BUILT = "-k cpp backends pattern_grids"
 UNSHIPPED = "-k 'not compile and not shipped'"
-CPP = f"{UNSHIPPED} cpp cpp_bfloat16 cpp_builds"
+CPP = f"{UNSHIPPED} cpp cpp_bfloat16 cpp_builds gaps"
 TESTS = {  # what a path begins with: the stages of its tests
     "attnc/analysis/dropout": [f"{PLAIN} dropout printed", f"{NO_TRITON} dropout"],
     "attnc/analysis/derivative": ["reals", "explain", f"{PLAIN} printed pattern_scores", f"{CPP} scores_on_every_grid"],
@@ -216,6 +216,7 @@ TESTS = {  # what a path begins with: the stages of its tests
     "attnc/schedule/geometry": [
         "-k 'not compile_refuses' printed geometry errors",
         f"{FORMS} cost report",
+        f"{UNSHIPPED} gaps",
         f"{MEANT} explain errors",
         BUILT,
     ],
