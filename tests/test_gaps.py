@@ -57,6 +57,10 @@ def disc(q: Any, k: Any) -> Any:  # no axis says it
     return (q.x - k.x) ** 2 + (q.y - k.y) ** 2 <= 9
 
 
+def outer(q: Any, k: Any) -> Any:  # one tile, in the middle of whose keys no query sees any
+    return k.x // 8 != 1
+
+
 def crossed(q: Any, k: Any) -> Any:
     return (k.y // 4 == q.y // 4) | (k.x // 3 == q.x // 3)
 
@@ -67,7 +71,7 @@ def made(of: Relation, grid: tuple[int, ...]) -> tuple[ir.Program, Geometry]:
 
 
 @pytest.mark.parametrize("grid", [(13, 23), (5, 30), (4, 4), (1, 9)])
-@pytest.mark.parametrize("of", [other_blocks, other_blocks_of_columns, frame, far, comb, dilated])
+@pytest.mark.parametrize("of", [other_blocks, other_blocks_of_columns, frame, far, comb, dilated, outer])
 def test_intervals_without_their_gaps_are_the_relation(of: Relation, grid: tuple[int, ...]) -> None:
     _, g = made(of, grid)
     coordinates = np.indices(grid).reshape(2, -1)
@@ -117,7 +121,7 @@ def quick() -> Iterator[None]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("of", [other_blocks, other_blocks_of_columns, frame, far, comb, dilated, crossed])
+@pytest.mark.parametrize("of", [other_blocks, other_blocks_of_columns, frame, far, comb, dilated, outer, crossed])
 def test_kernels_walk_what_is_left(quick: None, of: Relation) -> None:
     check(relation(of=of), (13, 23), batch=1)
     check(relation(of=of), (11, 6), batch=1)
@@ -129,6 +133,7 @@ def test_with_prefix_tokens_groups_and_other_dtypes(quick: None) -> None:
     check(relation(of=other_blocks_of_columns), (9, 11), batch=1, heads=4, kv_heads=2, dim=24, value_dim=20, scale=-0.3)
     check(relation(of=other_blocks_of_columns), (9, 31), batch=1, dtype=torch.bfloat16, dim=32)
     check(relation(of=dilated), (20, 3), batch=1, dtype=torch.float64)
+    check(relation(of=outer), (3, 24), batch=1, dim=16, value_dim=32)
 
 
 @needs_compiler

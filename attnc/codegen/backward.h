@@ -32,6 +32,7 @@ struct Item {                  // one segment of one (batch, key head): its tile
         count = each * (P.heads / P.kv_heads);
         alone = !P.split && !P.whole && count == 1 && segment.rows <= CHUNK;
 @LISTS@        alone &= !P.list_offset;
+@GAPS@        alone &= !P.gaps;       // keys that the tile passes over have rows, too
     }
     int64_t head(const Problem& P, int64_t n) const { return kv * (P.heads / P.kv_heads) + n / each; }
 };
@@ -75,10 +76,8 @@ struct Aimed {                 // a tile, its first chunk of keys, and where its
         if (item.alone) {
             int64_t before[RANK];
             for (int a = 0; a < RANK; a++) before[a] = P.axes[a].keys_before;
-            tile.boxes(0, keys.count, [&](const Box& box, int64_t from, int64_t to, int64_t n) {
-                offsets(P.dk_layout, box, before, P.k_grid, from, to, dk_offset + n);
-                offsets(P.dv_layout, box, before, P.k_grid, from, to, dv_offset + n);
-            });
+            offsets(P.dk_layout, tile.k_box, before, P.k_grid, 0, keys.count, dk_offset);
+            offsets(P.dv_layout, tile.k_box, before, P.k_grid, 0, keys.count, dv_offset);
         }
     }
 };
