@@ -192,10 +192,7 @@ struct Forward {
         V sum[M][N];
         Lanes<T> tail[M];
         real* rows = o + i * VP + at * L;
-        if (before) UNROLL for (int r = 0; r < M; r++) {
-            UNROLL for (int n = 0; n < W; n++) sum[r][n] = load(rows + r * VP + n * L) * splat(before[r]);
-            if constexpr (SHORT) tail[r] = load_first<T, T>(rows + r * VP + W * L) * before[r];
-        } else UNROLL for (int r = 0; r < M; r++) {
+        UNROLL for (int r = 0; r < M; r++) {
             UNROLL for (int n = 0; n < W; n++) sum[r][n] = V{};
             tail[r] = Lanes<T>{};
         }
@@ -213,6 +210,7 @@ struct Forward {
             }
         }
         if constexpr (SHORT) UNROLL for (int r = 0; r < M; r++) sum[r][W] = joined<L>(tail[r], Lanes<L / 2>{});
+        if (before) UNROLL for (int r = 0; r < M; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] += load(rows + r * VP + n * L) * splat(before[r]);
         if (after) UNROLL for (int r = 0; r < M; r++) {
             element* to = out + here->out_offset[i + r];
             UNROLL for (int n = 0; n < N; n++) store_part<DV>(to, (at + n) * L, sum[r][n] * splat(after[r]));
