@@ -157,10 +157,10 @@ class Shapes:
             if what == "class":
                 put.append(f"r{p.name} = {digit}")
                 if self.spec.padded and self.side == "q":
-                    # of a class of virtual queries no row exists, and those that are read are another's
+                    # of a class, or a tile, of virtual queries no row exists, and those that are read are another's
                     (first, beyond), n, before = self.bound(p, self.side), p.name, self.spec.before(p.axis, "q")
                     other, far = f"{before} % {self.expr(p.split, {})}", f"{self.spec.names[p.axis].real_queries} + {before}"
-                    put.append(f"there = {first} < {beyond}")
+                    put.append(f"there = ({first} < {beyond}) & ({n}0 + T{n.upper()} > {first})")
                     put.append(f"r{n}, {n}0 = tl.where(there, r{n}, {other}), tl.where(there, {n}0, {far})")
             else:
                 start, size = self.expr(p.start, {}), f"T{p.name.upper()}"
