@@ -457,10 +457,10 @@ def compare_draws(draws: list[tuple[Results, Results, Results]], what: object, s
         errors = (mine - true)[finite], (theirs - true)[finite].nan_to_num(0.0)
         largest = float(true[finite].abs().max())
         floor = torch.finfo(dtype).eps * max(1e-3, largest) * (4 if name in values else 8)
-        if name not in values:  # p * (dp - delta) cancels where a row has few keys, and rounds in float32 as what it was
-            floor += torch.finfo(torch.float32).eps * slopes * 16
         if dtype == torch.float64:  # the truth itself rounds there
             floor = 1e-13 * max(1.0, largest)
+        if name not in values:  # p * (dp - delta) cancels where a row has few keys, and rounds as what it was
+            floor += torch.finfo(torch.promote_types(dtype, torch.float32)).eps * slopes * 16
         times = 2 if name in values else 3
         for measure in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
             budget = times * measure(errors[1]) + floor
