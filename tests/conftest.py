@@ -13,6 +13,8 @@ _folder = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    import strategies  # noqa: F401 - before any union is split: how is changed there
+
     if "ATTNC_CACHE_DIR" not in os.environ:  # workers inherit it from the process that started them
         config.stash[_folder] = os.environ["ATTNC_CACHE_DIR"] = tempfile.mkdtemp(prefix="attnc-tests-")
 

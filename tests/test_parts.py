@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import strategies
 import torch
 
 import attnc
 from attnc.compiler import has_compiler
 from attnc.patterns import axial, cross, dilated, full, neighborhood, per_head, window
+from attnc.schedule import split as splitting
 from attnc.schedule.split import split
 
 GRID = (5, 6)
@@ -79,11 +81,17 @@ def test_parts(name: str, backend: str) -> None:
     check(name, backend, torch.float64 if backend == "torch" else torch.float32)
 
 
-def test_a_union_runs_whole_where_its_parts_leave_little_out() -> None:
-    rows_or_columns = axial("x") | axial("y")
-    for grid, parts in (((9, 9), 2), ((2, 4), 1)):  # 22 % and 75 % of all pairs
-        (run,) = split(attnc.compile(rows_or_columns, grid=grid).program(2), grid, grid, 2, 2)
-        assert len(run.parts) == parts
+def test_a_union_runs_whole_where_its_parts_save_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query costs each part as much as many keys do, and masked pairs cost more than others."""
+    monkeypatch.setattr(splitting, "QUERY", strategies.COST_OF_A_QUERY)
+    for union, side, parts in (
+        (axial("x") | axial("y"), 14, 2), (axial("x") | axial("y"), 8, 1),
+        (cross(7), 14, 2), (cross(3), 7, 1),  # 147 of 196 keys, without a mask once the columns' gap is known; 27 of 49
+        (full() | cross(7), 14, 1),
+    ):  # fmt: skip
+        grid = (side, side)
+        (run,) = split.__wrapped__(attnc.compile(union, grid=grid).program(2), grid, grid, 2, 2)
+        assert len(run.parts) == parts, (union, side)
 
 
 @pytest.mark.interpret

@@ -74,14 +74,18 @@ class Axis:
             last[r] = np.searchsorted(self.lo[r, :n], i, "right") - 1
         return first, last
 
-    def pairs(self) -> int:
-        """Allowed (query, key) pairs of the axis, over real queries and all (also virtual) keys."""
+    def pairs(self, gaps: bool = False) -> int:
+        """(query, key) pairs of the axis's intervals, over real queries and all (also virtual) keys. gaps: those in gaps not."""
+        ends = [(1, self.lo, self.hi)]
+        if gaps and self.gap_lo is not None and self.gap_hi is not None:
+            ends.append((-1, self.gap_lo, self.gap_hi))
         total = 0
         for r in range(self.classes):
             j = np.arange(self.count(self.queries, r))
             position = j * self.split + r - self.before_queries
             real = (position >= 0) & (position < self.real_queries)
-            total += int(np.maximum(self.hi[r, : len(j)] - self.lo[r, : len(j)] + 1, 0)[real].sum(dtype=np.int64))
+            for sign, lo, hi in ends:
+                total += sign * int(np.maximum(hi[r, : len(j)] - lo[r, : len(j)] + 1, 0)[real].sum(dtype=np.int64))
         return total
 
 

@@ -9,6 +9,7 @@ gradient of the whole.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -19,7 +20,9 @@ from attnc import ir
 from attnc.analysis.evaluate import evaluate
 from attnc.schedule.geometry import geometry
 
-GAIN = 0.7  # a union is split where its parts' boxes hold less than this share of the whole's
+# what costs as much as a score element without a mask, measured on CPUs: one that is masked, and what each part does for a query
+# whatever its keys
+MASKED, QUERY = 1.4, 80.0
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,11 @@ def _on_heads(relation: ir.Expr, heads: int) -> list[ir.Expr]:
     return [of(h) for h in range(heads)]
 
 
-def _boxes(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]) -> int:
-    """Score elements inside the per-axis intervals, whatever the residual predicate leaves of them."""
-    total = 1
-    for a in geometry(program, q_grid, k_grid).axes:
-        total *= a.pairs()
-    return total
+def _work(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]) -> float:
+    """Of the score elements inside the per-axis intervals, without their gaps where these say it all, else masked; of queries."""
+    g = geometry(program, q_grid, k_grid)
+    clear = g.gaps or g.structure.residual == ir.TRUE
+    return math.prod(a.pairs(gaps=g.gaps) for a in g.axes) * (1.0 if clear else MASKED) + QUERY * g.n_queries
 
 
 def _union(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]) -> tuple[ir.Program, ...]:
@@ -94,8 +96,8 @@ def _union(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ...]
         relation = ir.make("and", ir.make("and", ir.all_of(common), term), earlier)
         out.append(replace(program, attend=replace(a, relation=relation)))
         earlier = ir.make("and", earlier, ir.make("not", term))
-    split = sum(_boxes(p, q_grid, k_grid) for p in out)
-    return tuple(out) if split < GAIN * _boxes(program, q_grid, k_grid) else (program,)
+    split = sum(_work(p, q_grid, k_grid) for p in out)
+    return tuple(out) if split < _work(program, q_grid, k_grid) else (program,)
 
 
 def _key_heads(first: int, last: int, group: int) -> tuple[int, int] | None:
