@@ -31,6 +31,8 @@ class Steps(Scores):
         if self.spec.padded and self.side == "q":
             real = "real[:, None]"
             count = f" & (n < {self.chunk_count()})" if self.chunk_count() != self.bn else ""
+            before = [p for p in self.plans if self.from_tile(p) and not self.spec.before(p.axis, "k")]
+            count += "".join(f" & (k{p.name} >= 0)" for p in before)  # a first group that the axis cuts
             self.put(f"real = {self.real_keys([f'k{p.name}' for p in self.plans])}{count}")
         for t in columns:
             value = self.load(self.chunk_of(t), real or reach, self.channels(t))
