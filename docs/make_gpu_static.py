@@ -145,7 +145,14 @@ def shared(n: int, dtype: str, head_dim: int, target: str) -> dict[str, int]:
     kinds: dict[str, Kind] = {"forward": "forward", "backward_dq": "dq", "backward_dkv": "dkv"}
     return {
         name: max(
-            shared_bytes(kind, getattr(tiles, kind), head_dim, s.itemsize, target, s.geometry is not None and per_pair(s.geometry))
+            shared_bytes(
+                kind,
+                getattr(tiles, kind),
+                head_dim,
+                s.itemsize,
+                target,
+                s.geometry is not None and per_pair(s.geometry, getattr(tiles, kind)),
+            )
             for s, tiles in every
         )
         for name, kind in kinds.items()

@@ -15,6 +15,7 @@ from attnc.errors import CacheError
 
 Prove = Callable[[], Any]
 Keeper = Callable[[str, Prove], Any]
+Blocks = tuple[int, int]  # tokens of a block, and where blocks begin (mod that)
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,43 @@ class Structure:
         )
 
     @property
+    def others(self) -> tuple[Blocks | None, ...]:
+        """Axes on which a query sees every block of keys but its own, where that is all of the residual; else none of them."""
+        found = [
+            other_blocks(left[0]) if len(left) == 1 and form.full else None
+            for form, left in zip(self.axes, self.unknown, strict=True)
+        ]
+        told = self.by_axis and all(x is not None for x, left in zip(found, self.unknown, strict=True) if left)
+        return tuple(found) if told else (None,) * len(self.axes)
+
+    @property
     def strategy(self) -> str:
         """dense, grouped (an equivalence: every axis full, a point or blocks) or banded."""
         if all(f.full for f in self.axes):
             return "dense"
         return "grouped" if all(f.equivalence for f in self.axes) else "banded"
+
+
+def other_blocks(e: ir.Expr) -> Blocks | None:
+    """The blocks where a condition is that a query and a key on one axis are in different ones; None of any other condition."""
+    equal = ir.make("eq", *e.args) if e.op == "ne" else e.args[0] if e.op == "not" else ir.TRUE
+    sides = [_numbered(x) for x in equal.args] if equal.op == "eq" else []
+    if len(sides) != 2 or sides[0] is None or sides[0] != sides[1]:
+        return None
+    size, begin = sides[0]
+    return (size, begin % size) if {c.args[0] for c in ir.walk(equal) if c.op == "coord"} == {"q", "k"} else None
+
+
+def _numbered(e: ir.Expr) -> Blocks | None:
+    """The size of the blocks that coord // n numbers, or (coord - c) // n, and where block 0 begins."""
+    if e.op != "floordiv" or e.args[1].op != "const":
+        return None
+    at, size = e.args[0], int(e.args[1].args[0])
+    begin = 0
+    if at.op in ("add", "sub") and at.args[1].op == "const":
+        begin = int(at.args[1].args[0]) * (1 if at.op == "sub" else -1)
+        at = at.args[0]
+    return (size, begin) if at.op == "coord" and size > 1 else None
 
 
 _keeper: Keeper | None = None

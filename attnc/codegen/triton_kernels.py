@@ -79,7 +79,7 @@ class Kernel(Steps):
         self.reach = self.ok = self.how = ""
         self.seen = False
         # every query of a group sees itself, and its score is finite
-        self.certain = whole and spec.program.same_grid and all(p.group for p in plans) and self.raw and spec.residual == ir.TRUE
+        self.certain = whole and spec.program.same_grid and all(p.group for p in plans) and self.raw and self.residual == ir.TRUE
         # where a group does not hold all keys of its rows, its weights do not say what delta is
         self.given = fused and spec.part and spec.softmax
         self.tensors = {
@@ -114,8 +114,10 @@ class Kernel(Steps):
                 self.put(f"pad_{t} = {self.load(at, less)}.to({t.upper()}.dtype.element_ty)[None, :]")
         if self.hoist:
             self.together([(f"c{p.name}", self.single_origin(p)) for p in self.plans])
+            for p in self.plans:
+                self.pass_over(p)
             self.geometric = self.mask(full=False)
-            if self.side == "q" or not spec.per_pair:
+            if self.side == "q" or not self.per_pair:
                 self.how = self.score(self.geometric)
         if self.fused:
             self.fused_program()
@@ -215,6 +217,7 @@ class Kernel(Steps):
         n = p.name
         with self.block(f"for i{n} in tl.range({begin}, {end}, num_stages={self.tile_choice.stages}):"):
             self.put(f"c{n} = {n}_from + i{n} * {p.chunk}")
+            self.pass_over(p)
             yield
 
     def moved_chunks(self, plans: list[AxisPlan]) -> None:
@@ -232,6 +235,7 @@ class Kernel(Steps):
         n, k = p.name, p.chunk
         if p.single:
             self.put(f"c{n} = {self.single_origin(p)}")
+            self.pass_over(p)
             return
         steps, begin = f"tl.cdiv({n}_to - {n}_from, {k})", f"{n}_from"
         if self.needs_moving(p):
@@ -239,6 +243,7 @@ class Kernel(Steps):
         self.put(f"for i{n} in tl.range(0, {steps}{f', num_stages={stages}' if stages else ''}):")
         self.depth += 1
         self.put(f"c{n} = {begin} + i{n} * {k}" if k > 1 else f"c{n} = {begin} + i{n}")
+        self.pass_over(p)
 
     # ------------------------------------------------------------------------------------------------------------------- programs
     @contextmanager
@@ -355,7 +360,7 @@ class Kernel(Steps):
             if self.with_prefix:
                 self.prefix_columns()
             if self.hoist:
-                if self.spec.per_pair:
+                if self.per_pair:
                     self.how = self.score(self.geometric)
                 self.chunk(full=False)
             else:

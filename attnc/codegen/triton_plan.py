@@ -12,11 +12,11 @@ from attnc.analysis.algebra import FloorDiv, FloorMod, NotAlgebraic, symbol, to_
 from attnc.analysis.axis import AxisForm, I, J
 from attnc.analysis.derivative import derivative, loads
 from attnc.analysis.evaluate import evaluate
-from attnc.analysis.structure import Structure, analyse
+from attnc.analysis.structure import Blocks, Structure, analyse
 from attnc.codegen import around
 from attnc.errors import UnsupportedError
 from attnc.schedule.geometry import Geometry
-from attnc.schedule.tiles import Side, Tile, Tiles, walk
+from attnc.schedule.tiles import Side, Tile, Tiles, passes_over, walk
 
 CONSTANT_KINDS = ("full", "residue")
 LARGE = 2**31  # elements that offsets of 32 bits do not reach over
@@ -163,9 +163,14 @@ class Spec:
         return tuple(n for n in read if any(derivative(e, n) != ir.const(0.0) for e in spoken))
 
     @property
-    def per_pair(self) -> bool:
-        """Something is evaluated for each pair: a residual, tables, or a score of its own."""
-        return self.residual != ir.TRUE or self.bias != ir.ZERO or self.attend.post is not None or self.attend.dropout is not None
+    def scored(self) -> bool:
+        """Something besides the relation is evaluated for each pair: tables, or a score of its own."""
+        return self.bias != ir.ZERO or self.attend.post is not None or self.attend.dropout is not None
+
+    def others(self, tile: Tile) -> tuple[Blocks | None, ...]:
+        """Per axis the blocks of which a tile passes over its own."""
+        found = self.structure.others if self.program.same_grid and not self.padded and not self.listed else ()
+        return found if passes_over(found, tile.rows[: len(found)]) else (None,) * self.rank
 
     def uses(self, op: str) -> bool:
         """Whether the statement mentions a leaf."""
@@ -226,6 +231,17 @@ class AxisPlan:
     group: bool  # a tile is a whole group: its box of columns begins where its rows begin
     passes: bool = True  # a chunk that is not moved may reach beyond the axis
     wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
+    others: Blocks | None = None  # blocks, of which the tile passes over its own: columns are counted without them
+
+    @property
+    def lies_apart(self) -> bool:
+        """Chunks lie before or behind a block that is passed over."""
+        return self.others is not None and all(n % self.chunk == 0 for n in self.others)
+
+    @property
+    def cut(self) -> bool:
+        """Chunks may lie around it."""
+        return self.others is not None and not self.lies_apart
 
 
 def listed_axis(p: AxisPlan) -> AxisPlan:
@@ -293,6 +309,15 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     if at == ir.ZERO and begin != ir.ZERO:
         begin = ir.make("neg", begin.args[1]) if begin.op == "sub" else begin
     kind = form.kind.split(" of ")[-1]
+    others = spec.others(tile)[axis]
+    if others is not None:
+        seen = None if spec.geometry is None else walk(spec.geometry.axes[axis], side, rows, chunk, others=others)
+        return AxisPlan(
+            axis, name, rows, chunk, form.split, lo, hi, columns=False, one_box=True, exact=seen is not None and seen.exact,
+            single=seen is not None and seen.most <= 1, overruns=seen is None or seen.overruns, full=seen is None or seen.full > 0,
+            partial=seen is None or (seen.partial > 0 and not seen.exact), start=ir.ZERO, group=False,
+            passes=seen is None or seen.passes, others=others,
+        )  # fmt: skip
     group = rows == chunk and kind in (*CONSTANT_KINDS, "point", "block", "shifted block") and not columns
     if tile.wrapped(axis):
         return AxisPlan(

@@ -114,6 +114,16 @@ class Scores(Shapes):
         """Plain or affine score: kept unscaled until exp2."""
         return self.spec.bias is not None
 
+    @property
+    def residual(self) -> ir.Expr:
+        """The condition on pairs that no axis explains, and that tiles do not pass over."""
+        return ir.TRUE if any(p.others for p in self.plans) else self.spec.residual
+
+    @property
+    def per_pair(self) -> bool:
+        """Something is evaluated for each pair."""
+        return self.residual != ir.TRUE or self.spec.scored
+
     def has_full(self) -> bool:
         """Chunks without a mask exist and get a loop of their own."""
         fills = self.chunk_count() == self.bn
@@ -127,7 +137,7 @@ class Scores(Shapes):
     def mask(self, full: bool) -> str:
         """Print what the chunk's mask needs. "" where all pairs are allowed, "bias" for an additive tile, else a condition."""
         spec, self.reach = self.spec, ""
-        pairs = (spec.per_pair and not self.tiled) or spec.attend.dropout is not None or (spec.padded and self.side == "q")
+        pairs = (self.per_pair and not self.tiled) or spec.attend.dropout is not None or (spec.padded and self.side == "q")
         if full:
             if pairs:
                 self.columns(self.plans)
@@ -136,7 +146,8 @@ class Scores(Shapes):
             open_ended = [p for p in self.plans if not p.exact]
             self.columns(self.plans if pairs else [p for p in self.plans if p.wrap or not p.exact])
             tests = [f"({self.other}{p.name} >= {p.name}_from)" for p in self.plans if self.from_tile(p) and not p.wrap]
-            tests += [f"({self.other}{p.name} < {p.name}_to)" for p in open_ended]
+            ends = ((p, self.bound(p, self.other)[1] if p.others else f"{p.name}_to") for p in open_ended)
+            tests += [f"({self.other}{p.name} < {end})" for p, end in ends]
             if self.chunk_count() != self.bn:
                 index = f"tl.arange(0, {self.bn})" if self.repeats else "n"
                 tests.append(f"({index} < {self.chunk_count()})" if tests else f"{index} < {self.chunk_count()}")
@@ -155,7 +166,7 @@ class Scores(Shapes):
             tests = [f"({self.other}{p.name} < {self.bound(p, self.other)[1]})" for p in over]
             self.put(f"reach = {' & '.join(tests)}")
             self.reach = "reach[:, None]"
-        additive = spec.bias == ir.ZERO and spec.residual == ir.TRUE
+        additive = spec.bias == ir.ZERO and self.residual == ir.TRUE
         self.put(f"{'bias' if additive else 'ok'} = {self.mask_call(additive)}")
         return "bias" if additive else "ok"
 
@@ -163,14 +174,14 @@ class Scores(Shapes):
         """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked after), "" or "general"."""
         spec = self.spec
         # a mask and terms of the chunk's columns alone have one row, and a product starts from all of them
-        flat = ok == "seen[None, :]" and not any(map(self.by_row, (spec.residual, spec.bias or ir.ZERO)))
+        flat = ok == "seen[None, :]" and not any(map(self.by_row, (self.residual, spec.bias or ir.ZERO)))
         if self.tiled:
             self.ok = ok
             self.bias_tile(ok)
             return "bias"
-        if spec.residual != ir.TRUE and not self.allowed:
-            test = self.pair(spec.residual, ok)
-            if self.of_one_row(spec.residual):  # the interpreter makes integers of it, and takes none as a mask
+        if self.residual != ir.TRUE and not self.allowed:
+            test = self.pair(self.residual, ok)
+            if self.of_one_row(self.residual):  # the interpreter makes integers of it, and takes none as a mask
                 test = f"({test}) != 0"
             self.put(f"ok = {ok} & ({test})" if ok else f"ok = tl.broadcast_to({test}, [{self.bm}, {self.bn}])")
             ok = "ok"
@@ -181,9 +192,9 @@ class Scores(Shapes):
         if spec.bias != ir.ZERO:
             self.tables_at(spec.bias)
             value = f"({self.pair(spec.bias, ok)}) * (1.0 / scale)"
-            if self.repeats and spec.residual == ir.TRUE and any(p.wrap for p in self.plans):
+            if self.repeats and self.residual == ir.TRUE and any(p.wrap for p in self.plans):
                 value += f" + tl.where({ok}, 0.0, {INF})"
-            elif self.repeats and spec.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
+            elif self.repeats and self.residual == ir.TRUE:  # every load is in range: -inf is added, not selected
                 value += f" + tl.where(seen, 0.0, {INF})[None, :]"
             elif ok:
                 value = f"tl.where({ok}, {value}, {INF})"

@@ -271,9 +271,32 @@ class Shapes:
         """Columns are real queries, while the ends count virtual ones too."""
         return self.spec.padded and self.side == "k" and not p.columns
 
+    def own_block(self) -> None:
+        """Print the block that the tile passes over along an axis: its first column, and how many columns it has."""
+        for p in self.plans:
+            if p.others is None:
+                continue
+            n, (size, shift), length, first = p.name, p.others, self.bound(p, self.other)[1], self.first(p)
+            g, off = self.spec.geometry, (size - shift) % size
+            begin = f"{first} // {size} * {size}" if not off else f"({first} + {off}) // {size} * {size} - {off}"
+            begin = first if p.rows == size and not off else begin
+            whole = g is not None and not off and g.axes[p.axis].queries % size == 0
+            past = f"tl.minimum({n}_own + {size}, {length})"
+            self.put(f"{n}_own = {begin}")
+            self.put(f"{n}_skip = {size if whole else f'{past} - tl.maximum({n}_own, 0)' if off else f'{past} - {n}_own'}")
+
+    def pass_over(self, p: AxisPlan) -> None:
+        """Print where a chunk's columns lie along an axis where the tile passes over its own block: all of them, or each."""
+        n, part = p.name, self.column_parts()[p.axis]
+        if p.lies_apart:
+            self.put(f"c{n} += tl.where(c{n} < {n}_own, 0, {n}_skip)")
+        elif p.others is not None:
+            self.put(f"{n}_in = tl.where(c{n} + {part} < {n}_own, {part}, {part} + {n}_skip)")
+
     def box(self) -> None:
         """Print the columns that the tile sees, and the interval of each row where rows differ."""
         whole: list[tuple[str, str]] = []
+        self.own_block()
         for p in self.plans:
             low, past = self.box_of(p)
             whole += [(f"{p.name}_from", low)] if self.keeps_from(p) else []
@@ -313,6 +336,8 @@ class Shapes:
         low, beyond = self.bound(p, self.other)
         if p.columns:
             return low, beyond
+        if p.others is not None:
+            return low, f"{beyond} - {p.name}_skip"
         last = f"{p.name}b" if p.rows > 1 else self.first(p)
         call, low_text, _ = self.ends(p, self.first(p))
         call_last, _, high_text = self.ends(p, last)
@@ -358,7 +383,9 @@ class Shapes:
     def columns(self, plans: tuple[AxisPlan, ...] | list[AxisPlan]) -> None:
         """Print indices of all columns of the chunk along some axes."""
         parts = self.column_parts()
-        where = [(p, f"c{p.name} + {parts[p.axis] if parts[p.axis] != '0' else 'n * 0'}") for p in plans]
+        inside = {p.axis: "n * 0" if parts[p.axis] == "0" else parts[p.axis] for p in plans}
+        inside |= {p.axis: f"{p.name}_in" for p in plans if p.cut}
+        where = [(p, f"c{p.name} + {inside[p.axis]}") for p in plans]
         self.together([(f"{self.other}{p.name}", self.around(at, p) if p.wrap else at) for p, at in where])
 
     def around(self, at: str, p: AxisPlan) -> str:
@@ -444,6 +471,7 @@ class Shapes:
             "query_mask" if additive else "visible_queries",
         )
         at = {f"{p.name}_row": self.row(p) for p in self.plans}
+        at |= {f"{p.name}_to": self.bound(p, self.other)[1] for p in self.plans if p.lies_apart}
         values = [at.get(x, x) for x in params] + [str(p.chunk) for p in self.plans] + [str(self.bm), str(self.bn)]
         return f"{name}({', '.join(values)})"
 
@@ -484,7 +512,7 @@ class Shapes:
         """Pointers to the chunk's rows."""
         origin = [self.coordinate(f"c{p.name}", p, self.other, real=True) for p in self.plans]
         inside = [
-            f"{self.other}{p.name} - c{p.name}" if p.wrap else self.times_split(part, p)
+            f"{self.other}{p.name} - c{p.name}" if p.wrap else f"{p.name}_in" if p.cut else self.times_split(part, p)
             for part, p in zip(self.column_parts(), self.plans, strict=True)
         ]
         return self.rows(pointer, strides, head, origin, inside, lanes)

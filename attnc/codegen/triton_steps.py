@@ -42,8 +42,8 @@ class Steps(Scores):
             inside = []
             for part, p in zip(self.column_parts(), self.plans, strict=True):
                 later = [self.spec.names[x.axis].real_queries for x in self.plans if x.axis > p.axis]
-                if p.wrap:
-                    inside.append(" * ".join([f"(q{p.name} - c{p.name})", *later]))
+                if p.wrap or p.cut:
+                    inside.append(" * ".join([f"(q{p.name} - c{p.name})" if p.wrap else f"{p.name}_in", *later]))
                 elif part != "0":
                     part = self.times_split(part, p)
                     inside.append(" * ".join([f"({part})" if later and " " in part and not part.startswith("(") else part, *later]))

@@ -66,6 +66,8 @@ def of(g: Geometry, kernels: Kernels, heads: int, batch: int, tables: Known) -> 
     if obstacle(g) is not None or g.structure.residual == ir.TRUE:
         return None
     own = tiles.tiles(g, kernels.head_dim, kernels.value_dim, kernels.itemsize, kernels.target)
+    if not any(tiles.asks(g, t) for t in (own.forward, own.dq, own.dkv)):
+        return None
     found = listed(g, kernels.limits, own.forward.rows, heads, batch, tables)
     if found is None:
         return None

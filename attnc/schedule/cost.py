@@ -130,7 +130,7 @@ def of_geometry(g: Geometry, kind: str, tile: Tile, sizes: Sizes, target: str) -
         chunks=math.prod(w.steps for w in ws),
         rows=math.prod(r for r, _ in rows),
         columns=math.prod(c for _, c in rows),
-        masked=schedule.masked(g, ws),
+        masked=schedule.masked(ws, schedule.asks(g, tile)),
         target=target,
     )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from attnc import ir
 from attnc.analysis.axis import AxisForm
 from attnc.analysis.evaluate import evaluate
-from attnc.analysis.structure import Structure, analyse
+from attnc.analysis.structure import Blocks, Structure, analyse
 from attnc.errors import ShapeError
 
 Ints = NDArray[np.int32]
@@ -44,6 +44,7 @@ class Axis:
     gap_lo: Ints | None = None  # as lo and hi: the run of keys between them that the axis's conditions leave out (none: hi < lo);
     gap_hi: Ints | None = None  # None where they leave out nothing, or what is no one run
     exact: bool = True  # the interval without the gap is all that the axis's conditions allow
+    others: Blocks | None = None  # a query sees every key but those of its own block, where that is all of the residual
 
     @property
     def classes(self) -> int:
@@ -288,5 +289,6 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
             gap = gap_lo if some else None, gap_hi if some else None, exact
         block = 0 if form.block is None else int(evaluate(form.block, sizes, np))
         shift = int(evaluate(form.shift, sizes, np)) % block if block else 0
-        axes.append(Axis(n_q, n_k, rq, rk, bq, bk, split, lo, hi, block, shift, *gap))
+        others = s.others[i] if same and not padded else None
+        axes.append(Axis(n_q, n_k, rq, rk, bq, bk, split, lo, hi, block, shift, *gap, others))
     return Geometry(s, a, tuple(axes), q_grid, k_grid, program.queries.prefix, program.keys.prefix)

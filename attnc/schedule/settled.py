@@ -53,6 +53,22 @@ def listed(tile: Tile, kind: Kind, width: int, target: str) -> Tile:
     return replace(tile, warps=8) if wide else tile
 
 
+def around(kind: Kind, width: int, target: str) -> tuple[int, int, int] | None:
+    """Rows, columns and stages of tiles that pass over their own block, whose rows are few: four warps, and as many columns as
+    their registers have room for. None: as they cost."""
+    family, _, version = target.partition(":")
+    if family == "hip":
+        return None
+    late, columns, stages = int(version) >= 90, 64, 2
+    if kind == "forward" and (late or width <= 64):
+        columns = 128
+    elif kind == "dq" and late and width <= 64:
+        columns, stages = 128, 1
+    elif kind == "dkv" and not late and width > 32:
+        columns = 32
+    return 64, columns, stages
+
+
 def scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:
     """Sides with the longest of them doubled or halved."""
     at = sides.index(max(sides))

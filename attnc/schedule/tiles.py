@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from attnc import ir
+from attnc.analysis.structure import Blocks
 from attnc.schedule.geometry import Axis, Geometry
-from attnc.schedule.settled import Facts, listed, settled
+from attnc.schedule.settled import Facts, around, listed, settled
 
 Side = Literal["q", "k"]
 Kind = Literal["forward", "dq", "dkv"]
@@ -111,9 +113,43 @@ def joins(axis: Axis) -> bool:
     return alone and bool(axis.block and axis.shift) and n % axis.block == 0
 
 
+def passes_over(others: Sequence[Blocks | None], rows: tuple[int, ...]) -> bool:
+    """Whether tiles of these rows leave out the same keys each, their own block on axes where queries see the other ones. Such a
+    tile's columns are counted without them, and nothing is asked of a pair."""
+    cut = [(*blocks, n) for blocks, n in zip(others, rows, strict=True) if blocks is not None]
+    return bool(cut) and all(size % n == 0 and shift % n == 0 for size, shift, n in cut)
+
+
+def asks(g: Geometry, tile: Tile) -> bool:
+    """Whether a condition is evaluated for each pair of a tile."""
+    return g.structure.residual != ir.TRUE and not passes_over([a.others for a in g.axes], tile.rows)
+
+
+def _walk_others(axis: Axis, others: Blocks, rows: int, chunk: int) -> Walk:
+    """Count an axis whose tiles pass over their own block."""
+    n, (size, shift) = axis.queries, others
+    own = (np.arange(0, n, rows) - shift) // size * size + shift
+    seen = n - (np.minimum(own + size, n) - np.maximum(own, 0))
+    steps = -(-seen // chunk)
+    if steps.max(initial=0) <= 1:  # no loop is printed
+        steps = np.maximum(steps, 1)
+    exact = bool(((seen % chunk == 0) & (seen > 0)).all())
+    full = int((seen // chunk).sum())
+    total = int(steps.sum())
+    return Walk(
+        len(own), total, int(steps.max(initial=0)), full, total - full, left=0, overruns=not exact, exact=exact, one_box=True,
+        passes=not exact,
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=65536)
-def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False, wrap: bool = False) -> Walk:
-    """Count one axis. `columns`: there is no inverse in closed form, so dk and dv programs visit the whole axis."""
+def walk(
+    axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False, wrap: bool = False, others: Blocks | None = None
+) -> Walk:
+    """Count one axis. `columns`: there is no inverse in closed form, so dk and dv programs visit the whole axis. others: the blocks
+    of which tiles pass over their own."""
+    if others is not None:
+        return _walk_others(axis, others, rows, chunk)
     if wrap:
         n = axis.queries // rows
         return Walk(n, n, most=1, full=0, partial=n, left=0, overruns=False, exact=True, one_box=True, passes=False)
@@ -161,9 +197,10 @@ def walk(axis: Axis, side: Side, rows: int, chunk: int, *, columns: bool = False
 
 def walks(g: Geometry, side: Side, tile: Tile) -> tuple[Walk, ...]:
     """Every axis of a geometry."""
-    out = []
+    out, over = [], passes_over([a.others for a in g.axes], tile.rows)
     for i, (axis, form, rows, chunk) in enumerate(zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True)):
-        out.append(walk(axis, side, rows, chunk, columns=side == "k" and form.inverse_lo is None, wrap=tile.wrapped(i)))
+        how = {"columns": side == "k" and form.inverse_lo is None, "wrap": tile.wrapped(i), "others": axis.others if over else None}
+        out.append(walk(axis, side, rows, chunk, **how))
     return tuple(out)
 
 
@@ -218,13 +255,18 @@ def _cost(g: Geometry, side: Side, tile: Tile, width: int) -> float:
     """Instructions of one head's programs."""
     ws = walks(g, side, tile)
     steps, programs = math.prod(w.steps for w in ws), math.prod(w.programs for w in ws)
-    return float(instructions(tile, width, steps, programs, masked(g, ws)))
+    return float(instructions(tile, width, steps, programs, masked(ws, asks(g, tile))))
 
 
-def masked(g: Geometry, ws: tuple[Walk, ...]) -> float:
-    """The share of chunks with a mask: none where chunks are exact; where one axis is not, its chunks that are not full."""
+def masked(ws: tuple[Walk, ...], asked: bool) -> float:
+    """The share of chunks with a mask: none where chunks are exact; where one axis is not, its chunks that are not full.
+
+    asked: a condition is evaluated for each pair.
+    """
+    if asked:
+        return 1.0
     cut = [w for w in ws if not w.exact]
-    if len(cut) == 1 and cut[0].steps and g.structure.residual == ir.TRUE:
+    if len(cut) == 1 and cut[0].steps:
         return cut[0].partial / cut[0].steps
     return 1.0 if cut else 0.0
 
@@ -265,9 +307,9 @@ def _like(target: str) -> tuple[str, int, bool]:
     return "rdna" if rdna(target) else kind, shared_limit(target), kind == "cuda" and int(version) >= 90
 
 
-def per_pair(g: Geometry) -> bool:
+def per_pair(g: Geometry, tile: Tile) -> bool:
     """Whether a table or a condition is evaluated for each pair."""
-    return bool(g.attend.tables) or g.structure.residual != ir.TRUE
+    return bool(g.attend.tables) or asks(g, tile)
 
 
 def shared_bytes(kind: Kind, tile: Tile, width: int, itemsize: int, target: str = "cuda:80", pairs: bool = False) -> int:
@@ -340,7 +382,7 @@ def _facts(g: Geometry, side: Side, tile: Tile) -> Facts:
         most=max(w.most for w in ws),
         passes=any(w.passes for w in ws),
         mixed=any(0 < w.full < w.steps and not w.exact for w in ws),
-        residual=g.structure.residual != ir.TRUE,
+        residual=asks(g, tile),
         tables=bool(set(g.attend.tables) - set(g.attend.int_tables)),
     )
 
@@ -355,10 +397,33 @@ def choose(g: Geometry, width: int, kind: Kind = "forward", itemsize: int = 2, t
     if not fitting:
         return _launched(g, kind, least, target)
     best = min(fitting, key=lambda x: x[0])[1]
+    if itemsize <= 2 and g.structure.residual != ir.TRUE and not asks(g, best):
+        best = _around(g, kind, width, target, fitting) or best
+        return _launched(g, kind, best, target)
     if itemsize <= 2:
         side: Side = "k" if kind == "dkv" else "q"
         best = settled(best, kind, width, target, lambda t: _facts(g, side, t))
     return _launched(g, kind, best, target)
+
+
+def _around(g: Geometry, kind: Kind, width: int, target: str, fitting: list[tuple[float, Tile]]) -> Tile | None:
+    """The cheapest tile of those that pass over their own block and have one chunk on every other axis, with as many columns as
+    such tiles have registers for."""
+    wanted = around(kind, width, target)
+    if wanted is None:
+        return None
+    rows, columns, stages = wanted
+    side: Side = "k" if kind == "dkv" else "q"
+    lines = [i for i, a in enumerate(g.axes) if a.others]
+
+    def alone(t: Tile) -> bool:
+        return all(w.most <= 1 or i in lines for i, w in enumerate(walks(g, side, t)))
+
+    for _, t in sorted(fitting, key=lambda x: x[0]):
+        rest, at = math.prod(t.chunk) // t.chunk[lines[0]], lines[0]
+        if t.bm == rows and t.bn >= 32 and not asks(g, t) and columns % rest == 0 and alone(t):
+            return replace(t, chunk=(*t.chunk[:at], columns // rest, *t.chunk[at + 1 :]), stages=stages)
+    return None
 
 
 def _launched(g: Geometry, kind: Kind, tile: Tile, target: str) -> Tile:
@@ -383,6 +448,8 @@ def _fitting(
         if axis.block:
             rows += [t for t in range(1, min(axis.block, most) + 1) if axis.block % t == 0]
             rows += [t for t in range(axis.block, most + 1, axis.block) if packed and t < length + axis.block]
+        if axis.others:
+            rows += [t for t in range(1, most + 1) if axis.others[0] % t == 0]
         chunks = [c for c in _powers(most) if c < max(2 * span + 2 * max(rows), 32)]
         if rdna(target) and axis.block:  # no group is a tile there, and a loop over whole chunks alone holds less than two loops
             chunks += [c for c in range(3, min(axis.block, 16) + 1) if axis.block % c == 0 and c not in chunks]
@@ -400,7 +467,7 @@ def _fitting(
             tile = Tile(rows_, chunk_, 0, _warps(bm, bn, width, itemsize, target))
             if least is None or bm * bn < least.bm * least.bn:
                 least = tile
-            if shared_bytes(kind, tile, width, itemsize, target, per_pair(g)) > shared_limit(target):
+            if shared_bytes(kind, tile, width, itemsize, target, per_pair(g, tile)) > shared_limit(target):
                 continue
             if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
                 continue
