@@ -269,6 +269,7 @@ LIBRARY = {
         ("causal-2d", lambda: patterns.causal(), (9, 17), None),
         ("band", lambda: patterns.band(2, 5), (9, 17), None),
         ("full", lambda: patterns.full(), (9, 17), None),
+        ("beside-a-strip", lambda: patterns.strip("y", 8) & ~patterns.strip("x", 8), (40, 8), None),
     )
 }
 

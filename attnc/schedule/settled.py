@@ -55,18 +55,16 @@ def listed(tile: Tile, kind: Kind, width: int, target: str) -> Tile:
 
 def around(kind: Kind, width: int, target: str) -> tuple[int, int, int] | None:
     """Rows, columns and stages of tiles that pass over their own block, whose rows are few: four warps, and as many columns as
-    their registers have room for. None: as they cost."""
+    their registers have room for, which several programs on a multiprocessor load in turn. None: as they cost."""
     family, _, version = target.partition(":")
     if family == "hip":
         return None
-    late, columns, stages = int(version) >= 90, 64, 2
-    if kind == "forward" and (late or width <= 64):
-        columns = 128
-    elif kind == "dq" and late and width <= 64:
-        columns, stages = 128, 1
-    elif kind == "dkv" and not late and width > 32:
-        columns = 32
-    return 64, columns, stages
+    late = int(version) >= 90
+    if kind == "dkv":
+        return (64, 128, 1) if int(version) >= 100 and width <= 64 else (64, 64 if late or width <= 32 else 32, 2)
+    if width <= 64:
+        return (64, 128, 1) if late or kind == "forward" else (64, 64, 2)
+    return (64, 128, 1) if late and kind == "forward" else (64, 64, 2 if late or kind == "forward" else 1)
 
 
 def scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:

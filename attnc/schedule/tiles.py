@@ -421,8 +421,10 @@ def _around(g: Geometry, kind: Kind, width: int, target: str, fitting: list[tupl
 
     for _, t in sorted(fitting, key=lambda x: x[0]):
         rest, at = math.prod(t.chunk) // t.chunk[lines[0]], lines[0]
-        if t.bm == rows and t.bn >= 32 and not asks(g, t) and columns % rest == 0 and alone(t):
-            return replace(t, chunk=(*t.chunk[:at], columns // rest, *t.chunk[at + 1 :]), stages=stages)
+        if t.bm != rows or t.bn < 32 or asks(g, t) or columns % rest or not alone(t):
+            continue
+        wide = replace(t, chunk=(*t.chunk[:at], columns // rest, *t.chunk[at + 1 :]), stages=stages)
+        return wide if shared_bytes(kind, wide, width, 2, target, per_pair(g, wide)) <= shared_limit(target) else None
     return None
 
 
