@@ -153,3 +153,12 @@ def test_softmax_over_queries_has_no_kernel_of_its_own():
 
     with pytest.raises(UnsupportedError, match=r"softmax over queries in a kernel; an operator .* with queries and keys exchanged"):
         emit_triton(program(p()), (4, 4), (4, 4), heads=1, head_dim=16, value_dim=16, dtype="float16", target="cuda:90")
+
+
+def test_a_tile_without_keys_masks_the_one_chunk_it_computes():
+    across = attnc.compile(patterns.axial("x"), grid=(5, 40), kv_grid=(3, 40), backend="triton").program(2)
+    tile = tiles.Tile((1, 16), (1, 16))
+    own, _ = tiles.walks(geometry(across, (5, 40), (3, 40)), "q", tile)
+    assert (own.steps, own.most, own.exact) == (5, 1, False)
+    own, _ = tiles.walks(geometry(across, (3, 40), (5, 40)), "q", tile)
+    assert (own.steps, own.most, own.exact) == (3, 1, True)

@@ -156,6 +156,9 @@ CASES: dict[str, dict[str, Case]] = {
         "dilated-blocks-bias": Case(lambda: patterns.dilated_blocks(3, 2, bias="relative"), (7, 10), batch=3, **BIAS),
         "axial-x": Case(lambda: patterns.axial("x"), (4, 19)),
         "axial-y": Case(lambda: patterns.axial("y"), (19, 4)),
+        # rows of queries that have no keys, and a tile of their own
+        "axial-x-fewer-rows": Case(lambda: patterns.axial("x"), (5, 40), key_grid=(3, 40)),
+        "dilated-points-fewer-classes": Case(lambda: patterns.dilated_blocks(1, 2), (2, 5), key_grid=(1, 1)),
         "strip": Case(lambda: patterns.strip("x", 2), (5, 9)),
     },
     "bands": {

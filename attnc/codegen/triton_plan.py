@@ -355,9 +355,10 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     one_box = not columns and (rows == 1 or kind in CONSTANT_KINDS or inside or alike)
     # a block's keys are its own tokens only where it is an equivalence: overlapping windows and strides see more
     single = one_box and ((kind == "point" and same) or (inside and form.equivalence and chunk >= block))
-    exact = one_box and chunk == 1 and not whole  # (of a virtual key's own place there is no query)
     most = widest(form, rows) if side == "q" else None
     single = single or (most is not None and most <= chunk)
+    # (of a virtual key's own place there is no query, and a key grid may have none there: a loop sees that, one chunk is masked)
+    exact = one_box and chunk == 1 and not whole and (spec.program.same_grid or not single)
     full = not single and (kind in (*CONSTANT_KINDS, "causal") or exact) and not columns
     return AxisPlan(
         axis,

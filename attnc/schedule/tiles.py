@@ -170,7 +170,8 @@ def walk(
     if columns:
         left, right = 0 * left, count + 0 * right
     steps = np.maximum(-(-(right - left) // chunk), 0)
-    if steps.max(initial=0) <= 1:  # no loop is printed, so a tile that sees nothing computes a chunk as well
+    alone = bool(steps.max(initial=0) <= 1)  # no loop is printed, so a tile that sees nothing computes a chunk as well
+    if alone:
         steps = np.maximum(steps, 1)
     inner_left, inner_right = lo[r, last], hi[r, first] + 1
     skip = np.minimum(-(-np.maximum(inner_left - left, 0) // chunk), steps)
@@ -180,7 +181,7 @@ def walk(
     same = bool(((lo[r, first] == lo[r, last]) & (hi[r, first] == hi[r, last])).all()) and not columns
     floor = 0 * r if side == "q" else -(-(axis.before_queries - r) // axis.split)
     moved = left if same or columns else np.maximum(np.minimum(left, count - np.maximum(steps, 1) * chunk), floor)
-    exact = same and bool((np.maximum(right - left, 0) % chunk == 0).all())
+    exact = same and bool((np.maximum(right - left, 0) % chunk == 0).all()) and not (alone and bool((right <= left).any()))
     return Walk(
         programs=tiles * classes,
         steps=int(steps.sum()),
