@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"printers": 0.4, "geometry": 0.4, "headers": 0.2}  # the quickest first
 CHOICES = {  # file: its functions, or all of it
     "choose.py": "all", "cost.py": "all", "chips.py": "all", "counts.py": "all", "settled.py": "all",
-    "tiles.py": "_grouped instructions _cost _warps _whole _facts choose _launched _fitting candidates reread tiles _powers "
-                "_lengths alike _like unrolled",
+    "tiles.py": "_grouped instructions _cost _warps _whole _facts choose _around _launched _fitting candidates reread tiles "
+                "_powers _lengths alike _like unrolled",
 }  # fmt: skip
 DESCRIPTIONS = "describe described show __repr__ kernels_version"
 BOTH = "< <=,> >=,== !=,+ -,and or,& |,&& ||,min max,minimum maximum,True False,true false,+= -=,&= |=,is is_not,in not_in"
@@ -205,7 +205,7 @@ TESTS = {  # what a path begins with: the stages of its tests
     "attnc/analysis/implied": ["implied", FORMS, "geometry explain", MEANT],
     "attnc/analysis/lift": ["lift printed", FORMS, f"{NO_TRITON} lists compat_flex"],
     "attnc/analysis/intervals": [f"{PLAIN} lists", f"{NO_TRITON} lists explain"],
-    "attnc/analysis": [FORMS, "geometry explain cost", f"{MEANT} lists"],
+    "attnc/analysis": [FORMS, "geometry explain cost", f"{NO_TRITON} own_blocks", f"{MEANT} lists"],
     "attnc/schedule/boxes": ["-k 'text or modules or segments' printed tuning", f"{CPP} report tuning", "bands"],
     "attnc/schedule/bounds": [
         "-k 'ranges or refused or outside or virtual' geometry errors",
@@ -223,10 +223,19 @@ TESTS = {  # what a path begins with: the stages of its tests
     "attnc/schedule/list": [f"{PLAIN} lists", "lists explain"],
     "attnc/schedule/split": [f"{PLAIN} parts", f"{NO_TRITON} parts explain", MEANT],
     "attnc/schedule/plan": ["explain", "cost cli"],
-    "attnc/schedule/tiles": ["printed cost report", "explain tuning_gpu", "-k interpret lists triton parts"],
+    "attnc/schedule/tiles": [
+        "printed cost report",
+        f"{NO_TRITON} own_blocks",
+        "explain tuning_gpu",
+        "-k interpret own_blocks lists triton parts",
+    ],
     "attnc/report/issued": ["report cost", "explain", "emit gpu_static"],
     "attnc/codegen/triton_channel": ["printed", "-k channel emit davit"],
-    "attnc/codegen/triton": ["printed", "-k interpret lists parts", "-k interpret triton normalizers dropout rotary emit_dropout"],
+    "attnc/codegen/triton": [
+        "printed",
+        "-k interpret lists parts own_blocks",
+        "-k interpret triton normalizers dropout rotary emit_dropout",
+    ],
     "attnc/codegen/channel": ["cpp_channel", "cpp_memory", "-k channel cpp cpp_bfloat16 cpp_builds"],
     "attnc/codegen/band": ["cpp_memory cpp_ahead", "bands"],
     "attnc/codegen/random": ["-k cpp dropout"],

@@ -153,8 +153,14 @@ def test_columns_are_counted_without_the_own_block(n: int, rows: int) -> None:
             continue
         assert not tiles.asks(g, Tile((rows,), (chunk,)))
         steps = [-(-s // chunk) for s in seen]
-        assert found.steps == sum(steps if max(steps) > 1 else [1] * len(steps))
-        assert found.full == sum(s // chunk for s in seen)
+        steps = steps if max(steps) > 1 else [1] * len(steps)
+        whole = all(s and s % chunk == 0 for s in seen)
+        counts = (found.programs, found.steps, found.most, found.full, found.partial, found.left)
+        full = sum(s // chunk for s in seen)
+        assert counts == (len(seen), sum(steps), max(steps), full, sum(steps) - full, 0)
+        assert (found.exact, found.overruns, found.passes, found.one_box) == (whole, not whole, not whole, True)
+    allowed = (np.arange(n)[:, None] + 4) // 8 != (np.arange(n) + 4) // 8
+    assert g.axes[0].pairs(gaps=True) == allowed.sum()
 
 
 def test_nothing_is_asked_and_no_list_is_walked() -> None:

@@ -173,6 +173,7 @@ class Scores(Shapes):
     def score(self, ok: str) -> str:
         """Print tiles the product starts from. Gives "bias" (an accumulator), "seen" (masked after), "" or "general"."""
         spec = self.spec
+        self.addresses: dict[ir.Expr, str] = {}  # those of another loop's chunks are not known here
         # a mask and terms of the chunk's columns alone have one row, and a product starts from all of them
         flat = ok == "seen[None, :]" and not any(map(self.by_row, (self.residual, spec.bias or ir.ZERO)))
         if self.tiled:
@@ -294,7 +295,6 @@ class Scores(Shapes):
 
     def tables_at(self, e: ir.Expr) -> None:
         """Print the parts of a table's index that queries and keys decide apart, where the sum splits that way."""
-        self.addresses: dict[ir.Expr, str] = {}
         for n in dict.fromkeys(x for x in ir.walk(e) if x.op == "load"):
             parts = self.address_parts(n, f"{n.args[0]}_st")
             if parts[""] or not parts["q"] or not parts["k"]:
