@@ -244,6 +244,10 @@ def _counts(s: Subject, g: Geometry) -> list[str]:
                     f"  {name}: what it leaves out between them is one run of keys for each query; where queries of a tile share"
                 )
                 lines.append("     it, CPU kernels walk the two boxes beside it, without a mask")
+            if a.others is not None:
+                lines.append(
+                    f"     (it is the query's own block of {a.others[0]}, which GPU kernels pass over in tiles that divide it)"
+                )
     return lines
 
 
