@@ -17,14 +17,18 @@ from attnc.patterns import window
 FOUND = sorted(fuzz.FOLDER.glob("*.json"))
 
 
-@pytest.mark.parametrize("path", FOUND, ids=[p.stem for p in FOUND])
+@pytest.mark.parametrize("path", [p for p in FOUND if not p.stem.startswith("triton")], ids=lambda p: p.stem)
 def test_found_once(path: Path) -> None:
     kept = fuzz.Kept(**json.loads(path.read_text()))
-    if kept.backend != "triton":
-        draws.hold(kept.restored(), kept.backend)
-        return
+    draws.hold(kept.restored(), kept.backend)
+
+
+@pytest.mark.parametrize("constants", [8, 0], ids=["sizes known", "sizes open"])
+@pytest.mark.parametrize("path", [p for p in FOUND if p.stem.startswith("triton")], ids=lambda p: p.stem)
+def test_found_once_interpreted(path: Path, constants: int) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    text = f"import test_fuzzed as t; t.draws.hold(t.fuzz.Kept(**t.json.loads({path.read_text()!r})).restored(), 'triton')"
+    text = f"from attnc.runtime import triton; triton.CONSTANT_GRIDS = {constants}; import test_fuzzed as t; "
+    text += f"t.draws.hold(t.fuzz.Kept(**t.json.loads({path.read_text()!r})).restored(), 'triton')"
     done = subprocess.run(
         [sys.executable, "-c", text], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

@@ -78,7 +78,7 @@ def test_text_for_gpus(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["padded_window", "dilated_bias", "volume"])
 def test_text_for_every_grid(name: str) -> None:
-    """What operators run: sizes are arguments."""
+    """What operators run on grids beyond the first: sizes are arguments."""
     made, grid, keys, options = program(name)
     text = text_for(made, grid, keys, 32, options["value_dim"], 2, plain=True, target=options["target"])
     snapshot.matches(f"triton_{name}_any_size.txt", text)

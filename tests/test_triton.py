@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton_cases
 from strategies import weighted
 
@@ -52,6 +53,28 @@ def test_interpreted_kernels_agree_with_the_meaning(group):
 def program(pattern, axes=("y", "x"), **tokens):
     t = ir.Tokens((None,) * len(axes), **tokens)
     return ir.Program(pattern.trace(axes), t, t)
+
+
+def test_the_first_grids_of_a_statement_are_constants_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of later ones take sizes as arguments, and are one for all grids with the same tiles. Forward and backward of a call
+    have the same kernels."""
+    from attnc.runtime import triton
+
+    triton._constants.cache_clear()
+    monkeypatch.setattr(triton, "CONSTANT_GRIDS", 2)
+    texts = []
+    for n in (14, 21, 28, 35, 14):
+        case = triton_cases.Case(lambda: patterns.window(7), (n, n))
+        call = triton_cases.problem(case)[0]
+        rows = (torch.empty(1, 2, n * n, 16),) * 3
+        texts.append(triton.text_of(call, rows, None, "cuda:90"))
+        assert texts[-1] == triton.text_of(call, rows, None, "cuda:90")
+    first, second, third, fourth, again = texts
+    assert first == again != second
+    assert third == fourth
+    assert "GRID = (14, 14)" in first and "NY: tl.constexpr" in first
+    assert "GRID" not in third and "NY: tl.constexpr" not in third
+    assert "def attention(" not in "".join(texts)  # an operator launches the kernels itself
 
 
 COMPILED = {

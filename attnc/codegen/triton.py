@@ -112,11 +112,13 @@ def source(
     target: str = "",
     whole: ir.Attend | None = None,
     tuned: Any = None,
+    alone: bool = True,
 ) -> str:
     """The module's text. parts: those of a union, which run one after the other (see `part_specs`). whole: the statement with the
-    row maps and the sink that its `attention` puts around the kernels. tuned: what was measured of it, data that it carries."""
+    row maps and the sink that its `attention` puts around the kernels. tuned: what was measured of it, data that it carries.
+    alone: it has an `attention` and an operator of its own, for which its sizes are known; otherwise the launches of its kernels."""
     module, every = printed(spec, parts)
-    hosts = [Host(s, kernels, flat, module, whole) for s, kernels, flat in every]
+    hosts = [Host(s, kernels, flat, module, whole, alone) for s, kernels, flat in every]
     kernels, flat = [k for _, mine, _ in every for k in mine], [k for _, _, mine in every for k in mine]
     extra = [
         table_kernel(s, k, module)

@@ -69,32 +69,23 @@ if not hasattr(torch.ops.attnc_emitted, NAME):  # a second import of the same mo
 
     def function(self) -> str:
         """The autograd function."""
-        grids = [] if self.spec.geometry is not None else ["grid"] + ([] if self.spec.program.same_grid else ["kv_grid"])
         names = [*self.tables, *self.pads]
-        rest = ["scale", *grids]
-        args = "".join(f", {x}" for x in (*rest, *names))
-        named = f"dict({', '.join(f'{n}={n}' for n in names)})"
-        tail = "".join(f", {g}" for g in grids)
-        gradients = "".join(f', found.get("{n}")' for n in names)
+        learned = [*dict.fromkeys(n.args[0] for n in self.spec.learned), *self.pads]
+        gradients = "".join(f", found[{learned.index(n)}]" if n in learned else ", None" for n in names)
         saved = "".join(f", {n}" for n in names)
         lse = ", lse" if self.sink else ""
         cotangents = ("grad_out, grad_lse", "grad_lse.contiguous()") if self.sink else ("grad_out", "None")
         given = f"[{', '.join(names)}]"
-        forward = f"run_forward(q, k, v, {named}, scale{tail})"
-        backward = f"run_backward(q, k, v, out, lse, grad_out, {cotangents[1]}, {named}, *ctx.rest)"
-        if not grids:
-            forward = f"getattr(torch.ops.attnc_emitted, NAME)(q, k, v, {given}, scale)"
-            name = 'getattr(torch.ops.attnc_emitted, NAME + "_backward")'
-            backward = f"{name}(q, k, v, out, lse, grad_out, {cotangents[1]}, {given}, *ctx.rest)"
-            learned = [*dict.fromkeys(n.args[0] for n in self.spec.learned), *self.pads]
-            gradients = "".join(f", found[{learned.index(n)}]" if n in learned else ", None" for n in names)
+        forward = f"getattr(torch.ops.attnc_emitted, NAME)(q, k, v, {given}, scale)"
+        name = 'getattr(torch.ops.attnc_emitted, NAME + "_backward")'
+        backward = f"{name}(q, k, v, out, lse, grad_out, {cotangents[1]}, {given}, ctx.scale)"
         return f"""\
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v{args}):
+    def forward(ctx, q, k, v, scale{saved}):
         out, lse = {forward}
         ctx.save_for_backward(q, k, v, out, lse{saved})
-        ctx.rest = ({", ".join(rest)},)
+        ctx.scale = scale
         return out{lse}
 
     @staticmethod
@@ -102,23 +93,21 @@ class _Attention(torch.autograd.Function):
 {once.REFUSAL.rstrip()}
         q, k, v, out, lse{saved} = ctx.saved_tensors
         dq, dk, dv, {"found" if names else "_"} = {backward}
-        return dq, dk, dv, {", ".join(["None"] * len(rest))}{gradients}
+        return dq, dk, dv, None{gradients}
 """
 
     def attention(self) -> str:
         spec = self.spec
-        known = spec.geometry is not None
-        same = spec.program.same_grid
-        grids = [] if known else ["grid"] + ([] if same else ["kv_grid"])
+        g = spec.geometry
+        assert g is not None
         sink = [self.sink] if self.sink else []
         drops = ["dropout_p=0.0", f"{TABLE}=None"] if spec.attend.dropout is not None else []
         given = [t for t in self.tables if t != TABLE]
-        keywords = ["scale=None", *drops, *grids, *given, *sink, *[f"{p}=None" for p in self.pads]]
+        keywords = ["scale=None", *drops, *given, *sink, *[f"{p}=None" for p in self.pads]]
         d, dv = spec.head_dim, spec.value_dim
-        grid = "GRID" if known else "grid"
-        kv = grid if same else "KV_GRID" if known else "kv_grid"
+        kv = "GRID" if spec.program.same_grid else "KV_GRID"
         pq, pk = spec.program.queries.prefix, spec.program.keys.prefix
-        n_q = f"math.prod({grid})" + (f" + {pq}" if pq else "")
+        n_q = "math.prod(GRID)" + (f" + {pq}" if pq else "")
         n_k = f"math.prod({kv})" + (f" + {pk}" if pk else "")
         lines = [f"def attention(q, k, v, *, {', '.join(keywords)}):"]
         lines.append(
@@ -133,8 +122,8 @@ class _Attention(torch.autograd.Function):
         text = "q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one batch (at most 65535) and matching heads are wanted"
         lines.append(f'        raise ValueError(f"{text}")')
         lines += self.run_checks()
-        kinds = {4: ["float32"], 2: ["float16", "bfloat16"]}[spec.itemsize] if known else ["float16", "bfloat16", "float32"]
-        shown = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+        kinds = {4: ["float32"], 2: ["float16", "bfloat16"]}[spec.itemsize]
+        shown = " or ".join(kinds)
         listed = ", ".join(f"torch.{k}" for k in kinds) + ("," if len(kinds) == 1 else "")
         lines.append(f"    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in ({listed}):")
         lines.append(f'        raise ValueError(f"dtypes {{q.dtype}}, {{k.dtype}}, {{v.dtype}}; this module wants {shown}")')
@@ -168,12 +157,9 @@ class _Attention(torch.autograd.Function):
         for name in sink:
             lines.append(f"    if {name}.dim() != 1 or {name}.shape[0] not in (1, q.shape[1]):")
             lines.append(f'        raise ValueError(f"{name} has shape {{tuple({name}.shape)}}; this module wants [H or 1]")')
-        rest = "".join(f", {n}" for n in (*grids, *self.tables, *self.pads))
-        g = spec.geometry
-        sizes = None if g is None else (g.q_grid, g.k_grid)
-        lines += [
-            f"    {line}" for line in around.lines(spec.program, self.whole, sizes, f"_Attention.apply(q, k, v, scale{rest})", "{}")
-        ]
+        rest = "".join(f", {n}" for n in (*self.tables, *self.pads))
+        call, sizes = f"_Attention.apply(q, k, v, scale{rest})", (g.q_grid, g.k_grid)
+        lines += [f"    {line}" for line in around.lines(spec.program, self.whole, sizes, call, "{}")]
         return "\n".join(lines)
 
     def run_checks(self) -> list[str]:
@@ -188,7 +174,8 @@ class _Attention(torch.autograd.Function):
         return [f"    if q.shape[1] != {heads} or {tests}:", f'        raise ValueError(f"{told}")']
 
     def table_checks(self, name: str) -> list[str]:
-        spec = self.spec
+        spec, g = self.spec, self.spec.geometry
+        assert g is not None
         rank = spec.attend.table_rank(name)
         node = next(
             (
@@ -205,11 +192,9 @@ class _Attention(torch.autograd.Function):
                 if e == ir.HEAD:
                     tests.append(f"{name}.shape[{d}] not in (1, q.shape[1])")
                     wants[d] = "H or 1"
-                elif spec.geometry is not None:
-                    least = longest_index(spec.geometry, e)
-                    if least is not None:
-                        tests.append(f"1 < {name}.shape[{d}] < {least}")
-                        wants[d] = f">= {least}"
+                elif (least := longest_index(g, e)) is not None:
+                    tests.append(f"1 < {name}.shape[{d}] < {least}")
+                    wants[d] = f">= {least}"
         text = f"    if {' or '.join(tests)}:"
         return [
             text,

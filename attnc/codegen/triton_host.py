@@ -47,9 +47,15 @@ class Host(Face):
     """Text of the functions that launch a module's kernels, and of those around them."""
 
     def __init__(
-        self, spec: Spec, kernels: list[Kernel], flat: list[Kernel], module: Module, whole: ir.Attend | None = None
+        self,
+        spec: Spec,
+        kernels: list[Kernel],
+        flat: list[Kernel],
+        module: Module,
+        whole: ir.Attend | None = None,
+        alone: bool = True,
     ) -> None:
-        self.module = module
+        self.module, self.alone = module, alone
         self.whole = whole or spec.attend  # with the row maps and the sink that surround the kernels
         self.sink = self.whole.normalizer.sink
         self.spec, self.kernels, self.flat = spec, {k.kind: k for k in kernels}, {k.kind: k for k in flat}
@@ -222,8 +228,7 @@ class Host(Face):
         if any(k.tiled for h in self.hosts for k in h.kernels.values()):
             parts.append(TABLE_LENGTHS)
         parts += [self.forward(), self.backward(), *around.texts(self.whole)]
-        parts += [self.operator()] if spec.geometry is not None else []
-        parts += [] if spec.listed else [self.function(), self.attention()]  # whoever makes the lists launches the kernels, too
+        parts += [self.operator(), self.function(), self.attention()] if self.alone else []
         return "\n\n".join(p.strip("\n") + "\n" for p in parts)
 
     def signature(self, start: str) -> str:

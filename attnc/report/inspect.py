@@ -160,8 +160,9 @@ def inspect(
 ) -> Report:
     """A report on the kernels of a statement: strategy, work, and each kernel's machine code. No GPU is needed.
 
-    They are those that `attnc.emit` would print, and an operator runs. Where an operator's calls walk lists of blocks, which a
-    stand-alone module does not, they are the operator's, and the strategy ends in "by lists".
+    They are those that `attnc.emit` would print, and an operator runs on the first grids of a process (those that it meets after
+    eight share kernels that take sizes as arguments). Where an operator's calls walk lists of blocks, which a stand-alone module
+    does not, they are the operator's, and the strategy ends in "by lists".
 
     Args:
         p: a pattern.
@@ -272,7 +273,7 @@ class _Module:
 
     def text(self, dtype: str, target: str) -> str:
         """The module."""
-        return source(self.printed, parts=self.parts, heads=self.heads, dtype=dtype, target=target)
+        return source(self.printed, parts=self.parts, heads=self.heads, dtype=dtype, target=target, alone=False)
 
     def kernels(self) -> dict[str, tuple[Spec, Kernel]]:
         """Its kernels by name, but for those of prefix tokens, with their statements."""
