@@ -169,7 +169,7 @@ def test_nothing_is_asked_and_no_list_is_walked() -> None:
     for target in ("cuda:80", "cuda:90"):
         for symbolic in (False, True):
             spec = make_spec(second, (64, 64), (64, 64), head_dim=64, value_dim=64, target=target, symbolic=symbolic, part=True)
-            text = source(spec, dtype="float16", target=target)
+            text = source(spec, dtype="float16", target=target, alone=not symbolic)
             assert text.count("x_own = x0") == 3  # the tile is a block wide
             assert "!=" not in text.split("def strides")[0]
         g = geometry(second, (64, 64), (64, 64))

@@ -280,6 +280,7 @@ LIBRARY = {
 # problems for operators, which put row maps and sinks around the kernels
 REST: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 16, "dv": 5, "batch": 1}
 IMAGES: dict[str, Any] = {"batch": 3, "sizes": ((4, 5), (2, 3), (2, 3)), "kv_heads": 1, "d": 16}
+LINES = patterns.axial("y") | patterns.axial("x")
 BIASED = {"neighborhood": patterns.neighborhood(3, bias="relative"), "window": patterns.window(3, bias="relative")}
 HELD: dict[str, dict[str, Problem]] = {
     "no sum": {
@@ -309,6 +310,18 @@ HELD: dict[str, dict[str, Problem]] = {
         "prefix": Problem(weighted(patterns.window(3), "queries", maps=True), (4, 5), prefix=2, **REST),
         "causal": Problem(weighted(patterns.causal(), "queries"), (3, 6), **REST),
         "virtual keys": Problem(weighted(patterns.window(3), "queries"), (4, 5), pad=((1, 1), (0, 1)), **REST),
+    },
+    "unions": {  # each part goes on from what those before it wrote
+        "heads that share keys": Problem(LINES, (6, 7), strides="channels first", **REST),
+        "packed": Problem(LINES, (6, 7), strides="packed", d=16, dv=16),
+        "tokens first": Problem(LINES, (5, 8), strides="tokens first", heads=4, kv_heads=4, d=8, dv=5),
+        "float16": Problem(LINES, (6, 7), dtype=torch.float16, batch=1),
+        "bfloat16": Problem(patterns.cross(2), (8, 10), dtype=torch.bfloat16, batch=1),
+        "prefix": Problem(LINES, (4, 5), prefix=2, **REST),
+        "groups": Problem(patterns.window(3) | patterns.grid(2), (6, 6), heads=4, kv_heads=1),
+        "three": Problem(LINES | patterns.window(3), (6, 6), batch=1),
+        "one key head of two runs": Problem(patterns.per_head([patterns.window(3), LINES]), (6, 6), heads=4, kv_heads=1),
+        "runs": Problem(patterns.per_head([patterns.grid(3), LINES]), (6, 6), strides="tokens first"),
     },
     "sizes": {
         "window": Problem(BIASED["window"], (4, 5), dropout=0.3, **IMAGES),
@@ -474,7 +487,7 @@ def run(groups: list[str]) -> None:
         if group == "library":
             count_scores()
         for n, (name, case) in enumerate(GROUPS[group].items()):
-            triton.CONSTANT_GRIDS = GRIDS * (1 - n % 2 if "TRITON_INTERPRET" in os.environ else 1)
+            triton.CONSTANT_GRIDS = GRIDS * (n % 2 if "TRITON_INTERPRET" in os.environ else 1)
             try:
                 line: dict[str, Any] = {"case": name}
                 if isinstance(case, Problem):

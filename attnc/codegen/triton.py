@@ -56,11 +56,13 @@ def make_spec(
     wide: bool = False,
     listed: bool = False,
     filled: bool = False,
+    adds: int = 0,
 ) -> Spec:
     """The printer's input. Tiles are chosen at these sizes; `symbolic` leaves the sizes open in the text.
 
     listed: its tiles, which are `chosen`, walk lists of chunks; filled: none of which needs a mask.
     part: the statement is a part of a union, whose output and LSE its backward gets; no group of it holds all keys of a row.
+    adds: it goes on from what earlier parts wrote, see `Spec`.
     wide: offsets have 64 bits, for batch items or tables of 2**31 elements and more.
     """
     check(program)
@@ -71,7 +73,7 @@ def make_spec(
     chosen = chosen or tiles(g, head_dim, value_dim, itemsize, target)
     return Spec(
         program, structure, chosen, head_dim, value_dim, None if symbolic else g, plain, part, itemsize=itemsize, wide=wide,
-        listed=listed, filled=filled,
+        listed=listed, filled=filled, adds=adds,
     )  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def source(
 ) -> str:
     """The module's text. parts: those of a union, which run one after the other (see `part_specs`). whole: the statement with the
     row maps and the sink that its `attention` puts around the kernels. tuned: what was measured of it, data that it carries.
-    alone: it has an `attention` and an operator of its own, for which its sizes are known; otherwise the launches of its kernels."""
+    alone: it has an `attention` and an operator of its own, for which its sizes are known; else the launches of its kernels."""
     module, every = printed(spec, parts)
     hosts = [Host(s, kernels, flat, module, whole, alone) for s, kernels, flat in every]
     kernels, flat = [k for _, mine, _ in every for k in mine], [k for _, _, mine in every for k in mine]
@@ -244,7 +246,7 @@ def part_specs(
     for r in runs:
         each = [make_spec(p, q_grid, k_grid, **sizes, part=len(r.parts) > 1, target=target) for p in r.parts]
         run = (r.first, r.last) if len(runs) > 1 else None
-        parts += [replace(s, run=run, adds=bool(i)) for i, s in enumerate(each)]
+        parts += [replace(s, run=run, adds=3 * bool(i)) for i, s in enumerate(each)]
     if any(s.learned or s.padded for s in parts) or len({s.structure.flat for s in parts}) > 1:
         return ()
     return tuple(replace(s, suffix=f"_{i + 1}" if i else "") for i, s in enumerate(parts))

@@ -238,6 +238,7 @@ class Host(Face):
         if not self.spec.program.same_grid:
             grids.append("kv_grid=KV_GRID" if known else "kv_grid")
         grids += ["lists"] if self.spec.listed else []
+        grids += [] if self.alone else ["into=None"]
         return f"{start}, {', '.join(grids)}"
 
     def common(self) -> list[str]:
@@ -257,12 +258,10 @@ class Host(Face):
         body += self.common()
         if shape:
             body += ["shape = q.shape[2:-1]", "q, k, v = (t.flatten(2, -2) for t in (q, k, v))"]
-        body.append(f"out = {self.empty('q', self.spec.value_dim)}")
-        body.append(
-            "lse = torch.empty(B, H, N, device=q.device)"
-            if self.spec.softmax
-            else 'lse = torch.full((B, H, N), float("-inf"), device=q.device)'
-        )
+        out_like, lse_like = self.empty("q", self.spec.value_dim), "torch.empty(B, H, N, device=q.device)"
+        given = "(into[0].flatten(2, -2), into[1]) if into else" if shape else "into or"
+        body += [f"out = {out_like}", f"lse = {lse_like}"] if self.alone else [f"out, lse = {given} ({out_like}, {lse_like})"]
+        body += [] if self.spec.softmax else ['lse.fill_(float("-inf"))']
         for each in self.hosts:
             body += each.bias_tiles(each.kernels["forward"])
             body += each.launch(each.kernels["forward"])
@@ -283,7 +282,8 @@ class Host(Face):
         body += self.common()
         if shape:
             body.append("q, k, v, out, grad_out = (t.flatten(2, -2) for t in (q, k, v, out, grad_out))")
-        body.append(f"dq, dk, dv = {fresh}")
+        given = "(t.flatten(2, -2) for t in into) if into else" if shape else "into or"
+        body.append(f"dq, dk, dv = {fresh}" if self.alone else f"dq, dk, dv = {given} ({fresh})")
         fused = self.kernels["backward_dkv"].fused
         dq = self.kernels["backward_dkv" if fused else "backward_dq"]
         if spec.learned:
@@ -296,13 +296,15 @@ class Host(Face):
         if fused:
             body.append("# where query heads share a key head, each writes its own share first")
             body.append("dk_heads, dv_heads = dk, dv")
-            with_heads = "torch.empty(B, H, *t.shape[2:], dtype=torch.float32, device=q.device)"
+            goes_on = spec.adds & 2  # the first of a module's statements does where an operator runs each by itself
+            with_heads = f"torch.{'zeros' if goes_on else 'empty'}(B, H, *t.shape[2:], dtype=torch.float32, device=q.device)"
             body += ["if H != HK:", f"    dk_heads, dv_heads = ({with_heads} for t in (dk, dv))"]
             for each in self.hosts:
                 body += each.bias_tiles(each.kernels["backward_dkv"]) if each is not self else []
                 body += each.launch(each.kernels["backward_dkv"])
             body += ["if H != HK:", "    for t, heads in ((dk, dk_heads), (dv, dv_heads)):"]
-            body.append("        t.copy_(heads.unflatten(1, (HK, H // HK)).sum(2))")
+            total = "heads.unflatten(1, (HK, H // HK)).sum(2)"
+            body.append(f"        t.add_({total})" if goes_on else f"        t.copy_({total})")
         else:
             if spec.softmax:
                 body.append("less, lse2 = torch.empty_like(lse), torch.empty_like(lse)")

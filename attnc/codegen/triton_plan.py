@@ -46,7 +46,7 @@ class Spec:
     part: bool = False  # one of several statements that share their queries: a group does not hold all keys of a row
     suffix: str = ""  # of the names of its kernels, where one module holds several statements
     itemsize: int = 2  # bytes of an element that tiles were chosen for
-    adds: bool = False  # its kernels go on from the output, LSE and gradients of an earlier part
+    adds: int = 0  # its kernels go on from what earlier parts wrote: output, LSE and gradients of queries (1), of keys (2)
     wide: bool = False  # a batch item or a table may span 2**31 elements: offsets have 64 bits
     lengths: tuple[str, ...] = ()  # real lengths of another statement's grids that its dropout reads
     listed: bool = False  # tiles walk lists of chunks, which launches are given, and no box

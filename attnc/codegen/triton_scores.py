@@ -103,7 +103,7 @@ class Scores(Shapes):
     def store(self, pointers: str, value: str, tensor: str, mask: str) -> None:
         """Print a store of rows."""
         masks = " & ".join(m for m in (mask, self.channels(tensor)) if m)
-        if self.spec.adds:
+        if self.spec.adds & (2 if tensor in ("dk", "dv") else 1):
             value = f"{value} + {self.load(pointers, masks)}.to(tl.float32)"
         value = value if value.isidentifier() else f"({value})"
         masks = f", mask={masks}" if masks else ""
@@ -184,8 +184,9 @@ class Scores(Shapes):
             test = self.pair(self.residual, ok)
             if self.of_one_row(self.residual):  # the interpreter makes integers of it, and takes none as a mask
                 test = f"({test}) != 0"
-            self.put(f"ok = {ok} & ({test})" if ok else f"ok = tl.broadcast_to({test}, [{self.bm}, {self.bn}])")
-            ok = "ok"
+            name = "asked" if self.side == "k" and self.hoist else "ok"  # each query head asks anew, of the same geometry
+            self.put(f"{name} = {ok} & ({test})" if ok else f"{name} = tl.broadcast_to({test}, [{self.bm}, {self.bn}])")
+            ok = name
         self.ok = ok
         if spec.bias is None:
             return "general"
@@ -205,7 +206,7 @@ class Scores(Shapes):
             self.ok = "" if ok == "bias" else ok
             return ok
         if ok == "ok" or self.hoist:
-            zero = "0.0" if ok == "ok" and not flat else f"tl.zeros({shape}, tl.float32)"
+            zero = "0.0" if ok in ("ok", "asked") and not flat else f"tl.zeros({shape}, tl.float32)"
             self.put(f"bias = tl.where({ok}, {zero}, {INF})")
             return "bias"
         return "seen"

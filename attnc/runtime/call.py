@@ -31,7 +31,7 @@ class Call:
     part: one of several calls that share their queries (a union); its backward gets the out and lse of all of them together.
     into: tensors that a forward may write out and lse into, a backward dq, dk and dv, and return as such.
     continues: `into` holds the out and lse of the part's earlier calls, and a forward goes on from there; or gradients of earlier
-    calls, to which a backward adds dq (1), dk and dv (2). Backends that have CONTINUES only.
+    calls, to which a backward adds dq (1), dk and dv (2), in the dtypes of the backend's CONTINUES.
     kept: what a backend keeps for all calls of this statement at these sizes (and batch and heads), by keys of its own.
     choice: how it runs, one of the backend's candidates; None leaves it to the backend.
     """

@@ -32,7 +32,7 @@ from attnc.schedule.choose import Choice, bucket, candidates
 from attnc.schedule.geometry import Geometry
 from attnc.schedule.list_choice import Known, Listed, listed
 
-CONTINUES = True  # a forward can go on from another's out and lse, a backward add to another's gradients
+CONTINUES = (torch.float32, torch.float64)  # in which gradients are added to another's (outputs go on in every dtype)
 __all__ = ["CONTINUES", "backward", "channel_backward", "channel_forward", "forward", "tunable"]
 
 

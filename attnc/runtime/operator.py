@@ -128,7 +128,7 @@ def _run(
     if not calls:  # queries without keys
         q, _, v = rows
         return empty_like_order(q, v.shape[-1]).zero_(), lse_like(q).fill_(float("-inf"))
-    if len(calls) > 1 and not getattr(module, "CONTINUES", False):
+    if len(calls) > 1 and not getattr(module, "CONTINUES", ()):
         merge = _merge if calls[0].attend.normalizer.kind == "softmax" else _add
         return merge([module.forward(call, *rows) for call in calls])
     calls[0].into = into
@@ -243,11 +243,12 @@ def _in_turn(
     module: ModuleType, runs: list[tuple[Part, list[Call]]], rows: tuple[Any, ...], tables: dict[str, Tensor], into: Any
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None:
     """Gradients of several calls, each written in its place, or added to what earlier ones left there. None where the backend does
-    no such thing, or would round sums."""
+    no such thing."""
     q, k, v, _, lse, *_ = rows
     found = list(going_on(runs, backward=True))
     apart = not any(call.continues for _, call in found)
-    if not getattr(module, "CONTINUES", False) or not (apart or q.dtype == lse.dtype):
+    adds = getattr(module, "CONTINUES", ())
+    if not adds or not (apart or q.dtype in adds):
         return None
     if any(call.attend.q_map is not None or call.attend.k_map is not None for _, call in found):
         return None

@@ -25,6 +25,7 @@ from attnc.schedule.list_choice import Known
 from attnc.schedule.tiles import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CONTINUES = DTYPES  # in which gradients are added to another's; outputs go on as well
 # grids that a statement's kernels have as constants, in the order in which a process meets them; kernels for all others take sizes
 # as arguments: nothing is compiled for one more grid, but masks stay where constants would prove that no pair needs one. Counted
 # for sm_90, 64 channels: 1.03 (dense) to 2.8 times the instructions, 1.3 in the middle, and registers that spill.
@@ -78,12 +79,13 @@ def text_for(
     listed: bool = False,
     filled: bool = False,
     constant: bool = False,
+    adds: int = 0,
 ) -> str:
     """The module of a program, as text. Grids decide the tiles; unless they are constants of the text, two with the same tiles
     share it and its kernels."""
     dims: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": itemsize, "plain": plain}
     dims |= {"chosen": chosen, "listed": listed, "filled": filled}
-    spec = make_spec(program, q_grid, k_grid, **dims, symbolic=not constant, part=part, target=target, wide=wide)
+    spec = make_spec(program, q_grid, k_grid, **dims, symbolic=not constant, part=part, target=target, wide=wide, adds=adds)
     return source(spec, alone=False)
 
 
@@ -139,7 +141,8 @@ def _prepare(call: Call, *rows: Tensor, backward: bool) -> tuple[ModuleType, tup
     """The module that runs a call, kept beside the statement, and the grids its launches take. rows: q, k, v and other inputs."""
     q, k, v = rows[:3]
     where, large = device.of(q.device), _large(call, *rows)
-    key = backward, q.dtype, q.shape[-1], v.shape[-1], call.scale > 0, where, tuner.version(), call.choice, large
+    adds = call.continues if backward else 3 * call.continues  # one text of both directions where one is enough
+    key = backward, q.dtype, q.shape[-1], v.shape[-1], call.scale > 0, where, tuner.version(), call.choice, large, adds
     found = call.kept.get(key)
     if found is None:
         _check(call, q)
@@ -147,9 +150,9 @@ def _prepare(call: Call, *rows: Tensor, backward: bool) -> tuple[ModuleType, tup
         lists = _lists(call, q, v, target, tables)
         more: tuple[Any, ...] = ()
         if lists is None:
-            text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target, large)
+            text = text_of(call, (q, k, v), _choice(call, (q, k, v), backward), target, large, adds)
         else:
-            text = _text(call, (q, k, v), lists.tiles, target, large, listed=True, filled=lists.filled)
+            text = _text(call, (q, k, v), lists.tiles, target, large, adds, listed=True, filled=lists.filled)
             more = (triton_lists.on(lists, q.device),)
         found = _module(text), more
         if not tables:  # or the next call's tables may hold other numbers
@@ -168,17 +171,24 @@ def _widths(q: Tensor, v: Tensor) -> tuple[int, int, int]:
     return q.shape[-1], v.shape[-1], q.element_size()
 
 
-def text_of(call: Call, rows: tuple[Tensor, ...], choice: Choice | None, target: str, wide: bool = False) -> str:
-    """The text of the module that runs a choice, or the model's own. wide: offsets have 64 bits."""
-    return _text(call, rows, None if choice is None else tiles(call, rows, choice, target), target, wide)
+def text_of(call: Call, rows: tuple[Tensor, ...], choice: Choice | None, target: str, wide: bool = False, adds: int = 0) -> str:
+    """The text of the module that runs a choice, or the model's own. wide: offsets have 64 bits. adds: see `Spec`."""
+    return _text(call, rows, None if choice is None else tiles(call, rows, choice, target), target, wide, adds)
 
 
 def _text(
-    call: Call, rows: tuple[Tensor, ...], chosen: Tiles | None, target: str, wide: bool, listed: bool = False, filled: bool = False
+    call: Call,
+    rows: tuple[Tensor, ...],
+    chosen: Tiles | None,
+    target: str,
+    wide: bool,
+    adds: int,
+    listed: bool = False,
+    filled: bool = False,
 ) -> str:
     q, _, v = rows
     sizes = call.geometry.q_grid, call.geometry.k_grid, *_widths(q, v), call.scale > 0
-    return text_for(call.program, *sizes, chosen, call.part, target, wide, listed, filled, not listed and constant(call))
+    return text_for(call.program, *sizes, chosen, call.part, target, wide, listed, filled, not listed and constant(call), adds)
 
 
 def _choice(call: Call, rows: tuple[Tensor, ...], backward: bool) -> Choice | None:
@@ -223,10 +233,27 @@ def _check(call: Call, q: Tensor) -> None:
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """See runtime.call.Call."""
+    if call.into is not None:
+        return _forward_into(call, q, k, v, *call.into)
     module, grids = _prepare(call, q, k, v, backward=False)
     out, lse = module.run_forward(q, k, v, call.tables, call.scale, *grids)
     wanted = empty_like_order(q, v.shape[-1])  # where a grid did not collapse to one axis, rows were copied
     return (out if out.stride() == wanted.stride() else wanted.copy_(out)), lse
+
+
+def _forward_into(call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    module, grids = _prepare(call, q, k, v, out, backward=False)
+    rows = lse.contiguous()  # of a run of heads it is a slice; the kernels walk it as [B, H, N]
+    written, _ = module.run_forward(q, k, v, call.tables, call.scale, *grids, into=(out, rows))
+    _put(out, written)
+    _put(lse, rows)
+    return out, lse
+
+
+def _put(place: Tensor, written: Tensor) -> None:
+    """What was written, in its place: a copy where kernels could not be given that."""
+    if written.data_ptr() != place.data_ptr():
+        place.copy_(written)
 
 
 def backward(
@@ -240,10 +267,13 @@ def backward(
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """See runtime.call.Call."""
-    module, grids = _prepare(call, q, k, v, out, grad_out, backward=True)
+    module, grids = _prepare(call, q, k, v, out, grad_out, *(call.into or ()), backward=True)
     lse = lse.contiguous()  # a run of heads hands over a slice; the kernels walk it as [B, H, N]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv, found = module.run_backward(q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids)
+    given = q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids
+    dq, dk, dv, found = module.run_backward(*given, into=call.into)
+    for place, written in zip(call.into or (), (dq, dk, dv), strict=False):
+        _put(place, written)
     flat = {n: torch.zeros_like(t) for n, t in call.tables.items() if t.is_floating_point() and n not in found}  # decide, no more
     return dq, dk, dv, {**flat, **found}
 
