@@ -272,8 +272,10 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     given = q, k, v, out, lse, grad_out, grad_lse, call.tables, call.scale, *grids
     dq, dk, dv, found = module.run_backward(*given, into=call.into)
-    for place, written in zip(call.into or (), (dq, dk, dv), strict=False):
-        _put(place, written)
+    if call.into is not None:
+        for place, written in zip(call.into, (dq, dk, dv), strict=True):
+            _put(place, written)
+        dq, dk, dv = call.into
     flat = {n: torch.zeros_like(t) for n, t in call.tables.items() if t.is_floating_point() and n not in found}  # decide, no more
     return dq, dk, dv, {**flat, **found}
 
