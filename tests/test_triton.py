@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -156,6 +157,23 @@ def test_chosen_tiles_waste_little(pattern, most):
         tile = tiles.choose(g, 32, kind)
         assert tiles.issued(g, side, tile) / g.allowed() <= most
         assert tiles.issued(g, side, tile) / tile.bm / 56**2 <= 8.7  # rows of K and V loaded for each query
+
+
+@pytest.mark.parametrize("grid, odd", [((80,), 16), ((96,), 32), ((70,), 0), ((10, 8), 16), ((64,), 0), ((5, 16), 16)])
+def test_columns_that_fill_no_whole_chunk_are_a_chunk_of_their_own(grid, odd):
+    """Where they fill registers: nothing is masked, and nothing is issued in vain."""
+    made, tile = program(patterns.full(), ir.AXES[len(grid)]), tiles.Tile((16,), (64,))
+    g = geometry(made, grid, grid)
+    (found,) = tiles.walks(g, "q", tile)
+    columns = math.prod(grid)
+    rows = -(-columns // 16)
+    assert found.odd == odd
+    assert found.exact == (odd > 0 or columns % 64 == 0)
+    assert tiles.issued(g, "q", tile) == rows * 16 * (columns if found.exact else -(-columns // 64) * 64)
+    options = {"heads": 1, "head_dim": 16, "value_dim": 16, "dtype": "float16", "target": "cuda:80"}
+    text = emit_triton(made, grid, grid, chosen=tiles.Tiles(*[tile] * 4), **options)
+    assert text.count("few = tl.arange(0, ") == (3 if odd else 0)
+    assert text.count("in tl.range(0, 1):  # the columns that fill no whole chunk") == (3 if odd else 0)
 
 
 def test_floor_division_is_printed_where_the_sign_is_open():

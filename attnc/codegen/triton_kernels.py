@@ -7,6 +7,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from attnc import ir
 from attnc.analysis.dropout import TABLE
@@ -184,6 +185,10 @@ class Kernel(Steps):
             self.depth = depth
             return
         steps = f"tl.cdiv({n}_to - {n}_from, {k})"
+        assert not any(x.odd for x in self.outer)  # the inner axis has the most chunks
+        if p.odd:
+            self.odd_chunk(p)
+            steps = f"({n}_to - {n}_from) // {k}"
         if p.exact:
             with self.loop(p, "0", steps):
                 self.chunk(full=True)
@@ -216,9 +221,21 @@ class Kernel(Steps):
         """A pipelined loop over chunks of the inner axis."""
         n = p.name
         with self.block(f"for i{n} in tl.range({begin}, {end}, num_stages={self.tile_choice.stages}):"):
-            self.put(f"c{n} = {n}_from + i{n} * {p.chunk}")
+            self.put(f"c{n} = {n}_from{f' + {p.odd}' if p.odd else ''} + i{n} * {p.chunk}")
             self.pass_over(p)
             yield
+
+    def odd_chunk(self, p: AxisPlan) -> None:
+        """The columns that fill no whole chunk, as a chunk of their own: before the others, whose registers it then needs not."""
+        plans, bn = self.plans, self.bn
+        few = replace(p, chunk=p.odd, odd=0)
+        self.plans, self.bn, self.lane = (*plans[: p.axis], few, *plans[p.axis + 1 :]), bn // p.chunk * p.odd, "few"
+        self.put(f"few = tl.arange(0, {self.bn})")
+        with self.block(f"for i{p.name} in tl.range(0, 1):  # the columns that fill no whole chunk"):
+            self.put(f"c{p.name} = {p.name}_from")
+            self.pass_over(few)
+            self.chunk(full=True)
+        self.plans, self.bn, self.lane = plans, bn, "n"
 
     def moved_chunks(self, plans: list[AxisPlan]) -> None:
         """Print how many chunks axes have, and where the first of them begins so that the last ends inside the axis."""

@@ -16,7 +16,7 @@ from attnc.analysis.structure import Blocks, Structure, analyse
 from attnc.codegen import around
 from attnc.errors import UnsupportedError
 from attnc.schedule.geometry import Geometry
-from attnc.schedule.tiles import Side, Tile, Tiles, passes_over, walk
+from attnc.schedule.tiles import Side, Tile, Tiles, passes_over, walks
 
 CONSTANT_KINDS = ("full", "residue")
 LARGE = 2**31  # elements that offsets of 32 bits do not reach over
@@ -232,6 +232,7 @@ class AxisPlan:
     passes: bool = True  # a chunk that is not moved may reach beyond the axis
     wrap: bool = False  # the tile before the first row takes the last rows too: two groups in one tile
     others: Blocks | None = None  # blocks, of which the tile passes over its own: columns are counted without them
+    odd: int = 0  # columns of the box that fill no whole chunk and come first, as a chunk of their own
 
     @property
     def lies_apart(self) -> bool:
@@ -257,6 +258,7 @@ def listed_axis(p: AxisPlan) -> AxisPlan:
         partial=True,
         start=ir.ZERO,
         group=False,
+        odd=0,
     )
 
 
@@ -311,12 +313,12 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
     kind = form.kind.split(" of ")[-1]
     others = spec.others(tile)[axis]
     if others is not None:
-        seen = None if spec.geometry is None else walk(spec.geometry.axes[axis], side, rows, chunk, others=others)
+        seen = None if spec.geometry is None else walks(spec.geometry, side, tile)[axis]
         return AxisPlan(
             axis, name, rows, chunk, form.split, lo, hi, columns=False, one_box=True, exact=seen is not None and seen.exact,
             single=seen is not None and seen.most <= 1, overruns=seen is None or seen.overruns, full=seen is None or seen.full > 0,
             partial=seen is None or (seen.partial > 0 and not seen.exact), start=ir.ZERO, group=False,
-            passes=seen is None or seen.passes, others=others,
+            passes=seen is None or seen.passes, others=others, odd=0 if seen is None else seen.odd,
         )  # fmt: skip
     group = rows == chunk and kind in (*CONSTANT_KINDS, "point", "block", "shifted block") and not columns
     if tile.wrapped(axis):
@@ -325,9 +327,8 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
             full=False, partial=False, start=begin, group=group, wrap=True,
         )  # fmt: skip
     if spec.geometry is not None:
-        g = spec.geometry.axes[axis]
         begin = ir.const(int(evaluate(begin, _sizes(spec.geometry, axis), None)))
-        w = walk(g, side, rows, chunk, columns=columns)
+        w = walks(spec.geometry, side, tile)[axis]
         return AxisPlan(
             axis,
             name,
@@ -346,6 +347,7 @@ def plan_axis(spec: Spec, axis: int, side: Side, tile: Tile) -> AxisPlan:
             begin,
             w.one_box and group,
             w.passes,
+            odd=w.odd,
         )
     block = int(form.block.args[0]) if form.block is not None and form.block.op == "const" else 0
     same = side == "q" or symmetric(form)

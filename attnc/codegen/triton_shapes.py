@@ -64,6 +64,7 @@ class Shapes:
         self.other: Side = "q" if side == "k" else "k"
         self.lines: list[str] = []
         self.depth = 1
+        self.lane = "n"  # what numbers the columns of a chunk
         self.vector = all(p.one_box for p in plans) and not spec.listed  # one interval for all rows: a mask is one row of columns
         self.moves = any(p.start != ir.ZERO or p.split != ir.ONE or self.bound(p, side)[0] != "0" for p in plans)
 
@@ -365,12 +366,12 @@ class Shapes:
             after *= p.chunk
         for i, p in enumerate(self.plans):
             after //= p.chunk
-            part = "n" if after == 1 else f"n // {after}"
+            part = self.lane if after == 1 else f"{self.lane} // {after}"
             if any(q.chunk > 1 for q in self.plans[:i]):
                 part += f" % {p.chunk}"
             out.append(part if p.chunk > 1 else "0")
         if all(x == "0" for x in out):
-            out[-1] = "n * 0"
+            out[-1] = f"{self.lane} * 0"
         return out
 
     def chunk_count(self) -> int:
@@ -383,7 +384,7 @@ class Shapes:
     def columns(self, plans: tuple[AxisPlan, ...] | list[AxisPlan]) -> None:
         """Print indices of all columns of the chunk along some axes."""
         parts = self.column_parts()
-        inside = {p.axis: "n * 0" if parts[p.axis] == "0" else parts[p.axis] for p in plans}
+        inside = {p.axis: f"{self.lane} * 0" if parts[p.axis] == "0" else parts[p.axis] for p in plans}
         inside |= {p.axis: f"{p.name}_in" for p in plans if p.cut}
         where = [(p, f"c{p.name} + {inside[p.axis]}") for p in plans]
         self.together([(f"{self.other}{p.name}", self.around(at, p) if p.wrap else at) for p, at in where])

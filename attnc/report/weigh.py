@@ -161,7 +161,7 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
     inner = ws[k.inner.axis]
     full = chunks * inner.full // max(inner.steps, 1) if k.has_full() else 0
     left = chunks * inner.left // max(inner.steps, 1) if k.has_full() else 0
-    right = chunks - full - left
+    right = 0 if inner.odd else int(chunks) - full - left  # odd columns are no loop
     maskless = k.residual == ir.TRUE  # else every pair is asked, in tiles that the intervals fill as well
     outer_loops = [p for p in k.outer if not p.single and not k.hoist]
     expected = (

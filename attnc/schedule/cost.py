@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -91,8 +92,10 @@ def work(
     mine = s.kv_heads if kind == "dkv" else s.heads  # a program of dk and dv walks the heads that share its keys
     per, each = s.batch * s.heads, s.batch * mine
     lanes = schedule.LANES * tile.warps
-    flops = per * chunks * tile.bm * tile.bn * 2 * int(dims @ _PRODUCTS[kind])
-    loaded = each * programs * tile.bm * int(real @ _ROWS[kind]) + per * chunks * tile.bn * int(real @ _COLUMNS[kind])
+    visited = chunks * tile.bn
+    visited = int(visited) if isinstance(visited, Fraction) else visited  # a smaller chunk beside whole ones
+    flops = per * visited * tile.bm * 2 * int(dims @ _PRODUCTS[kind])
+    loaded = each * programs * tile.bm * int(real @ _ROWS[kind]) + per * visited * int(real @ _COLUMNS[kind])
     stored = each * rows * int(real @ _WRITES[kind])
     others = s.batch * (s.heads if kind == "dkv" else s.kv_heads)
     least = each * rows * int(real @ _ROWS[kind]) + others * columns * int(real @ _COLUMNS[kind])
@@ -104,7 +107,7 @@ def work(
         shared = s.itemsize * tile.bm * (tile.bn + s.width * (1 if kind == "forward" else 2))
     launched = each * programs if tile.batch == 1 else _packed(each * programs, tile, s.batch, lanes)
     return Work(
-        shared_kind, tile, launched, per * chunks * tile.bm * tile.bn, flops, s.itemsize * loaded, s.itemsize * stored,
+        shared_kind, tile, launched, per * visited * tile.bm, flops, s.itemsize * loaded, s.itemsize * stored,
         s.itemsize * (least + stored), instructions, shared,
     )  # fmt: skip
 

@@ -53,18 +53,22 @@ def listed(tile: Tile, kind: Kind, width: int, target: str) -> Tile:
     return replace(tile, warps=8) if wide else tile
 
 
-def around(kind: Kind, width: int, target: str) -> tuple[int, int, int] | None:
-    """Rows, columns and stages of tiles that pass over their own block, whose rows are few: four warps, and as many columns as
-    their registers have room for, which several programs on a multiprocessor load in turn. None: as they cost."""
+def around(kind: Kind, width: int, target: str) -> tuple[tuple[int, int, int, int], ...]:
+    """Rows, columns, warps and stages of tiles that pass over their own block, whose rows are few: four warps, and as many columns
+    as their registers have room for, which several programs on a multiprocessor load in turn. The first is for columns that whole
+    chunks hold, but for a smaller one. (): as they cost."""
     family, _, version = target.partition(":")
     if family == "hip":
-        return None
-    late = int(version) >= 90
+        return ()
+    late, wide, square = int(version) >= 90, (64, 128, 4, 1), (64, 64, 4, 2)
+    if kind == "dkv" and width <= 64:
+        narrow = square if width <= 32 else (64, 32, 2, 2)  # 32 rows of a warp read each chunk once
+        return (wide, wide if int(version) >= 100 else square) if late else (narrow, narrow)
     if kind == "dkv":
-        return (64, 128, 1) if int(version) >= 100 and width <= 64 else (64, 64 if late or width <= 32 else 32, 2)
+        return (square, square) if late else ((64, 32, 4, 2),) * 2
     if width <= 64:
-        return (64, 128, 1) if late or kind == "forward" else (64, 64, 2)
-    return (64, 128, 1) if late and kind == "forward" else (64, 64, 2 if late or kind == "forward" else 1)
+        return (wide, wide) if late or kind == "forward" else (square, square)
+    return (wide, wide) if late and kind == "forward" else (square if late or kind == "forward" else (64, 64, 4, 1),) * 2
 
 
 def scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:
@@ -97,10 +101,10 @@ def _ampere(tile: Tile, kind: Kind, width: int, facts: Facts) -> Tile:
         if width == 64 and sides == (64, 64) and facts.residual:
             return _half(tile)
         if width == 128 and tile.bm == 128 and facts.most <= 8:  # a loop so short is unrolled, and its chunks overlap
-            return _half(tile)
+            return replace(tile, rows=scaled(tile.rows, up=False), warps=4, stages=1)
     elif sides == (128, 128) and width <= 32 and facts.exact and facts.most > 8:
         return replace(_half(tile), warps=4)
-    elif sides == (128, 128) and (facts.residual if width <= 64 else facts.one_box and not facts.exact):
+    elif sides == (128, 128) and (facts.residual if width <= 64 else facts.one_box and not (facts.exact and facts.whole)):
         return _half(tile)
     elif width == 128 and sides == (64, 128) and crowded:
         return _half(tile, stages=1)

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ class Walk:
     """What one axis of a tiling does, counted over all its programs."""
 
     programs: int
-    steps: int  # chunks visited
+    steps: Fraction | int  # chunks visited; with `odd` columns a part of one counts as such
     most: int  # chunks of one program at most
     full: int  # chunks in which every row sees every column
     partial: int
@@ -79,6 +80,8 @@ class Walk:
     exact: bool  # chunks never hold a column outside the rows' common interval
     one_box: bool  # the rows of a tile always share one interval
     passes: bool  # some chunk that is not moved reaches beyond the axis
+    rest: int = 0  # columns of each program that fill no whole chunk, where all have as many
+    odd: int = 0  # and these are a chunk of their own, before the others, so that no chunk has a mask
 
 
 def padded(n: int) -> int:
@@ -138,8 +141,14 @@ def _walk_others(axis: Axis, others: Blocks, rows: int, chunk: int) -> Walk:
     total = int(steps.sum())
     return Walk(
         len(own), total, int(steps.max(initial=0)), full, total - full, left=0, overruns=not exact, exact=exact, one_box=True,
-        passes=not exact,
+        passes=not exact, rest=_rest(seen, chunk),
     )  # fmt: skip
+
+
+def _rest(seen: np.ndarray, chunk: int) -> int:
+    """Columns beyond whole chunks, where all programs see as many and more than one chunk."""
+    same = bool(seen.size) and bool((seen == seen.flat[0]).all()) and int(seen.flat[0]) > chunk
+    return int(seen.flat[0]) % chunk if same else 0
 
 
 @lru_cache(maxsize=65536)
@@ -193,6 +202,7 @@ def walk(
         exact=exact,
         one_box=same,
         passes=bool((left + np.maximum(steps, 1) * chunk > count).any()),
+        rest=_rest(right - left, chunk) if same else 0,
     )
 
 
@@ -202,12 +212,29 @@ def walks(g: Geometry, side: Side, tile: Tile) -> tuple[Walk, ...]:
     for i, (axis, form, rows, chunk) in enumerate(zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True)):
         how = {"columns": side == "k" and form.inverse_lo is None, "wrap": tile.wrapped(i), "others": axis.others if over else None}
         out.append(walk(axis, side, rows, chunk, **how))
-    return tuple(out)
+    return _evened(tuple(out), tile.chunk)
+
+
+def _evened(ws: tuple[Walk, ...], chunk: tuple[int, ...]) -> tuple[Walk, ...]:
+    """With columns that fill no whole chunk as a chunk of their own, where the inner loop's axis alone has such, and enough."""
+    i = innermost(ws)
+    w, rest = ws[i], ws[i].rest * math.prod(chunk) // chunk[i]
+    fills = math.prod(chunk) == padded(math.prod(chunk)) and rest == padded(rest)
+    if w.exact or not w.rest or not fills or not all(other.exact for other in ws if other is not w):
+        return ws
+    steps = w.steps - w.programs * (1 - Fraction(w.rest, chunk[i]))
+    even = replace(w, steps=steps, partial=0, overruns=False, exact=True, passes=False, odd=w.rest)
+    return (*ws[:i], even, *ws[i + 1 :])
+
+
+def innermost(ws: tuple[Walk, ...]) -> int:
+    """The axis whose chunks form the inner loop: the one with the most, and the first of these."""
+    return max(range(len(ws)), key=lambda a: (ws[a].most, -a))
 
 
 def issued(g: Geometry, side: Side, tile: Tile) -> int:
     """Score elements one head's programs compute for grid pairs."""
-    return math.prod(w.steps for w in walks(g, side, tile)) * tile.bm * tile.bn
+    return int(math.prod(w.steps for w in walks(g, side, tile)) * tile.bm * tile.bn)
 
 
 def _powers(most: int) -> list[int]:
@@ -268,7 +295,7 @@ def masked(ws: tuple[Walk, ...], asked: bool) -> float:
         return 1.0
     cut = [w for w in ws if not w.exact]
     if len(cut) == 1 and cut[0].steps:
-        return cut[0].partial / cut[0].steps
+        return float(cut[0].partial / cut[0].steps)
     return 1.0 if cut else 0.0
 
 
@@ -411,9 +438,6 @@ def _around(g: Geometry, kind: Kind, width: int, target: str, fitting: list[tupl
     """The cheapest tile of those that pass over their own block and have one chunk on every other axis, with as many columns as
     such tiles have registers for."""
     wanted = around(kind, width, target)
-    if wanted is None:
-        return None
-    rows, columns, stages = wanted
     side: Side = "k" if kind == "dkv" else "q"
     lines = [i for i, a in enumerate(g.axes) if a.others]
 
@@ -422,17 +446,19 @@ def _around(g: Geometry, kind: Kind, width: int, target: str, fitting: list[tupl
 
     for _, t in sorted(fitting, key=lambda x: x[0]):
         rest, at = math.prod(t.chunk) // t.chunk[lines[0]], lines[0]
-        if t.bm != rows or t.bn < 32 or asks(g, t) or columns % rest or not alone(t):
-            continue
-        wide = replace(t, chunk=(*t.chunk[:at], columns // rest, *t.chunk[at + 1 :]), stages=stages)
-        return wide if shared_bytes(kind, wide, width, 2, target, per_pair(g, wide)) <= shared_limit(target) else None
+        for (rows, columns, warps, stages), uneven in zip(wanted, (False, True), strict=False):
+            if t.bm != rows or t.bn < 32 or asks(g, t) or columns % rest or not alone(t):
+                continue
+            wide = replace(t, chunk=(*t.chunk[:at], columns // rest, *t.chunk[at + 1 :]), warps=warps, stages=stages)
+            if uneven or all(w.exact for w in walks(g, side, wide)):
+                return wide if shared_bytes(kind, wide, width, 2, target, per_pair(g, wide)) <= shared_limit(target) else None
     return None
 
 
 def _launched(g: Geometry, kind: Kind, tile: Tile, target: str) -> Tile:
     """A tile with its inner axis, the one with the most chunks, and its stages."""
     ws = walks(g, "k" if kind == "dkv" else "q", tile)
-    inner = max(range(len(ws)), key=lambda a: (ws[a].most, -a))
+    inner = innermost(ws)
     most = 1 if tile.warps == 1 or rdna(target) else 2
     return Tile(tile.rows, tile.chunk, inner, tile.warps, min(tile.stages, most))
 
@@ -521,7 +547,7 @@ DEARER = 1.7  # times the least cost that a tile may have which spares memory
 def reread(g: Geometry, side: Side, tile: Tile) -> float:
     """Columns loaded for each row: what a tile costs the memory."""
     rows = math.prod(a.queries if side == "q" else a.keys for a in g.axes)
-    return math.prod(w.steps for w in walks(g, side, tile)) * tile.bn / max(rows, 1)
+    return float(math.prod(w.steps for w in walks(g, side, tile)) * tile.bn / max(rows, 1))
 
 
 def of_lists(sides: tuple[tuple[int, ...], tuple[int, ...]], width: int, itemsize: int, target: str, flat: Tile) -> Tiles | None:
