@@ -26,7 +26,8 @@ from attnc.codegen.around import core_program
 from attnc.codegen.triton import make_spec, part_specs
 from attnc.codegen.triton_plan import Spec
 from attnc.report.inspect import lists_of
-from attnc.schedule.tiles import Kind, Tiles, padded, per_pair, shared_bytes, shared_limit
+from attnc.schedule.tiles import Kind, Tiles, per_pair, shared_bytes, shared_limit
+from attnc.schedule.walks import padded
 
 HERE = Path(__file__).parent
 KEPT, PAGE, PEER = HERE / "gpu-static.json", HERE / "gpu-static.md", HERE / "flex-static.json"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from attnc.codegen.triton_kernels import Kernel
-from attnc.schedule import tiles
+from attnc.schedule import walks
 from attnc.schedule.geometry import Geometry
 
 WEIGHTS = re.compile(r"^( +)(p = tl\.(?:exp2|sigmoid)\(.*)$", re.MULTILINE)
@@ -30,4 +30,4 @@ def counting(text: str) -> tuple[str, list[str]]:
 
 def issued(kernels: Iterable[tuple[Geometry, Kernel]], heads: int, batch: int) -> dict[str, int]:
     """What the report says that each kernel computes, by its name."""
-    return {k.name: heads * batch * tiles.issued(g, k.side, k.tile_choice) for g, k in kernels}
+    return {k.name: heads * batch * walks.issued(g, k.side, k.tile_choice) for g, k in kernels}

@@ -229,6 +229,11 @@ TESTS = {  # what a path begins with: the stages of its tests
         "explain tuning_gpu",
         "-k interpret own_blocks lists triton parts",
     ],
+    "attnc/schedule/walks": [
+        "printed cost report",
+        "-k 'columns or own or tile' triton own_blocks",
+        "-k interpret own_blocks lists triton parts normalizers",
+    ],
     "attnc/report/issued": ["report cost", "explain", "emit gpu_static"],
     "attnc/codegen/triton_channel": ["printed", "-k channel emit davit"],
     "attnc/codegen/triton": [

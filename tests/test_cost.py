@@ -18,7 +18,7 @@ from attnc.analysis.algebra import FloorDiv, FloorMod, symbol
 from attnc.report import costs, inspect, weigh
 from attnc.report.issued import issued
 from attnc.report.subject import subject
-from attnc.schedule import cost, tiles
+from attnc.schedule import cost, tiles, walks
 from attnc.schedule.chips import chip, chips
 from attnc.schedule.counts import counts, value
 from attnc.schedule.geometry import geometry
@@ -50,7 +50,7 @@ def test_counts_as_functions_of_the_sizes_are_those_of_the_tiling(p: attnc.Patte
         for grid in ((13, 8), (20, 31), (1, 64)):
             g = geometry(program, grid, grid)
             sizes = {symbol(ir.size("q", i)): a.queries for i, a in enumerate(g.axes)}
-            ws = tiles.walks(g, side, tile)  # type: ignore[arg-type]
+            ws = walks.walks(g, side, tile)  # type: ignore[arg-type]
             found = [value(e, sizes) for e in symbolic]
             expected = [1, 1]
             for w in ws:
@@ -78,14 +78,14 @@ def test_a_walk_counts_what_its_tiles_visit(p: attnc.Pattern, pad: tuple[int, in
         visits = []
         for r in range(min(axis.split, end)):
             last = (end - 1 - r) // axis.split
-            for t in range(tiles.start(axis, "q", rows), -(-end // axis.split), rows):
+            for t in range(walks.start(axis, "q", rows), -(-end // axis.split), rows):
                 real = [j for j in range(max(t, 0), t + rows) if before <= j * axis.split + r < end]
                 seen = [(int(axis.lo[r, j]), int(axis.hi[r, j]) + 1) for j in real or [max(min(t + rows - 1, last), 0)]]
                 left, right = min(a for a, _ in seen), max(b for _, b in seen)
                 chunks = [(at, at + chunk) for at in range(left, right, chunk)]
                 visits.append((len(chunks), sum(all(a <= x and y <= b for a, b in seen) for x, y in chunks)))
         most = max(n for n, _ in visits)
-        w = tiles.walk(axis, "q", rows, chunk)
+        w = walks.walk(axis, "q", rows, chunk)
         steps = sum(max(n, 1) if most <= 1 else n for n, _ in visits)
         assert (w.programs, w.steps, w.most, w.full) == (len(visits), steps, max(most, 1), sum(n for _, n in visits)), (rows, chunk)
         assert w.full + w.partial == w.steps

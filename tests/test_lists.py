@@ -30,7 +30,8 @@ from attnc.schedule.geometry import Geometry, geometry
 from attnc.schedule.list_choice import Limits, Listed, box_work, listed
 from attnc.schedule.lists import BlockLists, Walk, cut
 from attnc.schedule.split import split
-from attnc.schedule.tiles import Tile, of_lists
+from attnc.schedule.tiles import of_lists
+from attnc.schedule.walks import Tile
 
 CPP = importlib.util.find_spec("attnc.runtime.cpp") is not None and has_compiler()
 BACKENDS = ["torch", *(["cpp"] if CPP else [])]

@@ -25,7 +25,7 @@ from attnc.codegen.triton import make_spec, source
 from attnc.runtime import triton_lists
 from attnc.schedule import tiles
 from attnc.schedule.geometry import Geometry, geometry
-from attnc.schedule.tiles import Tile
+from attnc.schedule.walks import Tile, asks, walks
 
 
 @attnc.pattern
@@ -87,7 +87,7 @@ def only_tiles_that_pass_over() -> None:
 
     def some(g: Geometry, *args: Any, **named: Any) -> Any:
         found, least = every(g, *args, **named)
-        mine = [x for x in found if passing(g) and not tiles.asks(g, x[1])]
+        mine = [x for x in found if passing(g) and not asks(g, x[1])]
         return mine[::3] or found, least
 
     tiles._fitting, tiles._whole = some, lambda *_: None  # type: ignore[assignment]
@@ -145,13 +145,13 @@ def test_columns_are_counted_without_the_own_block(n: int, rows: int) -> None:
     g = of(Problem(relation(of=lambda q, k: (k.x + 4) // 8 != (q.x + 4) // 8), (n,)))
     assert g.axes[0].others == (8, 4)
     for chunk in (1, 4, 16):
-        (found,) = tiles.walks(g, "q", Tile((rows,), (chunk,)))
+        (found,) = walks(g, "q", Tile((rows,), (chunk,)))
         allowed = (np.arange(n)[:, None] + 4) // 8 != (np.arange(n) + 4) // 8
         seen = [int(allowed[first].sum()) for first in range(0, n, rows)]
         if rows == 8:  # of several blocks: pairs are asked
-            assert tiles.asks(g, Tile((rows,), (chunk,)))
+            assert asks(g, Tile((rows,), (chunk,)))
             continue
-        assert not tiles.asks(g, Tile((rows,), (chunk,)))
+        assert not asks(g, Tile((rows,), (chunk,)))
         steps = [-(-s // chunk) for s in seen]
         steps = steps if max(steps) > 1 else [1] * len(steps)
         whole = all(s and s % chunk == 0 for s in seen)

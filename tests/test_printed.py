@@ -22,7 +22,8 @@ from attnc.codegen.triton import emit_triton
 from attnc.codegen.triton_channel import emit_channel
 from attnc.lang import functions as fn
 from attnc.runtime.triton import text_for
-from attnc.schedule.tiles import Tile, Tiles
+from attnc.schedule.tiles import Tiles
+from attnc.schedule.walks import Tile
 
 
 @attnc.pattern

@@ -22,6 +22,7 @@ from attnc.codegen.triton_expr import text
 from attnc.errors import UnsupportedError
 from attnc.schedule import tiles
 from attnc.schedule.geometry import geometry
+from attnc.schedule.walks import Tile, issued, walks
 
 HERE = Path(__file__).parent
 
@@ -155,21 +156,21 @@ def test_chosen_tiles_waste_little(pattern, most):
     g = geometry(program(pattern), (56, 56), (56, 56))
     for kind, side in (("forward", "q"), ("dq", "q"), ("dkv", "k")):
         tile = tiles.choose(g, 32, kind)
-        assert tiles.issued(g, side, tile) / g.allowed() <= most
-        assert tiles.issued(g, side, tile) / tile.bm / 56**2 <= 8.7  # rows of K and V loaded for each query
+        assert issued(g, side, tile) / g.allowed() <= most
+        assert issued(g, side, tile) / tile.bm / 56**2 <= 8.7  # rows of K and V loaded for each query
 
 
 @pytest.mark.parametrize("grid, odd", [((80,), 16), ((96,), 32), ((70,), 0), ((10, 8), 16), ((64,), 0), ((5, 16), 16)])
 def test_columns_that_fill_no_whole_chunk_are_a_chunk_of_their_own(grid, odd):
     """Where they fill registers: nothing is masked, and nothing is issued in vain."""
-    made, tile = program(patterns.full(), ir.AXES[len(grid)]), tiles.Tile((16,), (64,))
+    made, tile = program(patterns.full(), ir.AXES[len(grid)]), Tile((16,), (64,))
     g = geometry(made, grid, grid)
-    (found,) = tiles.walks(g, "q", tile)
+    (found,) = walks(g, "q", tile)
     columns = math.prod(grid)
     rows = -(-columns // 16)
     assert found.odd == odd
     assert found.exact == (odd > 0 or columns % 64 == 0)
-    assert tiles.issued(g, "q", tile) == rows * 16 * (columns if found.exact else -(-columns // 64) * 64)
+    assert issued(g, "q", tile) == rows * 16 * (columns if found.exact else -(-columns // 64) * 64)
     options = {"heads": 1, "head_dim": 16, "value_dim": 16, "dtype": "float16", "target": "cuda:80"}
     text = emit_triton(made, grid, grid, chosen=tiles.Tiles(*[tile] * 4), **options)
     assert text.count("few = tl.arange(0, ") == (3 if odd else 0)
@@ -198,8 +199,8 @@ def test_softmax_over_queries_has_no_kernel_of_its_own():
 
 def test_a_tile_without_keys_masks_the_one_chunk_it_computes():
     across = attnc.compile(patterns.axial("x"), grid=(5, 40), kv_grid=(3, 40), backend="triton").program(2)
-    tile = tiles.Tile((1, 16), (1, 16))
-    own, _ = tiles.walks(geometry(across, (5, 40), (3, 40)), "q", tile)
+    tile = Tile((1, 16), (1, 16))
+    own, _ = walks(geometry(across, (5, 40), (3, 40)), "q", tile)
     assert (own.steps, own.most, own.exact) == (5, 1, False)
-    own, _ = tiles.walks(geometry(across, (3, 40), (5, 40)), "q", tile)
+    own, _ = walks(geometry(across, (3, 40), (5, 40)), "q", tile)
     assert (own.steps, own.most, own.exact) == (3, 1, True)

@@ -24,6 +24,7 @@ from attnc.runtime.call import Call
 from attnc.runtime.device import Device
 from attnc.schedule import tiles
 from attnc.schedule.geometry import geometry
+from attnc.schedule.walks import Tile
 
 Launches = list[tuple[str, int]]
 SHAPE: dict[str, Any] = {"grid": (28, 28), "heads": 2, "head_dim": 32, "dtype": "float16"}
@@ -263,7 +264,7 @@ def test_candidates_spare_memory_pack_blocks_and_vary_batch_items() -> None:
 def test_what_spills_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for the target, without a device: a tile that one warp cannot hold is dropped, the model's choice is not."""
     p, (q, k, v) = patterns.full(), rows(256, d=64)
-    call, tile = call_of(p, (256,)), tiles.Tile((64,), (64,), 0, 1, 1)
+    call, tile = call_of(p, (256,)), Tile((64,), (64,), 0, 1, 1)
     choice = triton_choice.Choice(forward=tile)
     own = triton_choice.candidates(call.geometry, triton_choice.sizes_of(q, k, v), False, "cuda:90", "")[0][1]
     assert fit.flaw(call, (q, k, v), own, "cuda:90") is None

@@ -31,7 +31,7 @@ from attnc.lang.pattern import Pattern
 from attnc.runtime import device, triton
 from attnc.runtime.call import Call
 from attnc.runtime.triton_choice import target_of
-from attnc.schedule import tiles
+from attnc.schedule import tiles, walks
 from attnc.schedule.geometry import geometry
 
 GRIDS = triton.CONSTANT_GRIDS
@@ -440,12 +440,12 @@ def counted(c: Case) -> None:
     call, _ = problem(c)
     g, target = call.geometry, target_of(device.of(torch.device("cpu")))
     chosen = tiles.tiles(g, c.dim, c.value_dim, torch.empty(0, dtype=c.dtype).element_size(), target)
-    side: tiles.Side = "k" if "backward_dq" in COUNTED else "q"  # else one kernel makes all gradients of a group
+    side: walks.Side = "k" if "backward_dq" in COUNTED else "q"  # else one kernel makes all gradients of a group
     back = 2 if any(x.is_floating_point() for x in call.tables.values()) else 1
     walked = {"forward": ("q", chosen.forward, 1), "backward_dq": ("q", chosen.dq, back), "backward_dkv": (side, chosen.dkv, back)}
     for name, n in COUNTED.items():
         of, tile, runs = walked[name]
-        issued = runs * c.heads * c.batch * tiles.issued(g, of, tile)  # type: ignore[arg-type]
+        issued = runs * c.heads * c.batch * walks.issued(g, of, tile)  # type: ignore[arg-type]
         assert int(n) == issued, f"{name} counted {int(n)} score elements, the report says {issued}"
     assert {"forward", "backward_dkv"} <= set(COUNTED)
 

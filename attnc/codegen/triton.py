@@ -25,7 +25,8 @@ from attnc.codegen.triton_shapes import Module
 from attnc.codegen.triton_tables import table_kernel
 from attnc.schedule.geometry import geometry
 from attnc.schedule.split import split
-from attnc.schedule.tiles import Tiles, issued, tiles
+from attnc.schedule.tiles import Tiles, tiles
+from attnc.schedule.walks import issued
 
 HEAD = """\
 import math

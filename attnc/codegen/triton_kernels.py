@@ -15,7 +15,7 @@ from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, listed_axis, order,
 from attnc.codegen.triton_scores import Kind
 from attnc.codegen.triton_shapes import INF, Module, mentions
 from attnc.codegen.triton_steps import Steps
-from attnc.schedule.tiles import Side, Tile
+from attnc.schedule.walks import Side, Tile
 
 DOCS = {
     "forward": "One tile of queries: online softmax over the box of keys it sees.",

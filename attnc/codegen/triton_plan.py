@@ -16,7 +16,8 @@ from attnc.analysis.structure import Blocks, Structure, analyse
 from attnc.codegen import around
 from attnc.errors import UnsupportedError
 from attnc.schedule.geometry import Geometry
-from attnc.schedule.tiles import Side, Tile, Tiles, passes_over, walks
+from attnc.schedule.tiles import Tiles
+from attnc.schedule.walks import Side, Tile, passes_over, walks
 
 CONSTANT_KINDS = ("full", "residue")
 LARGE = 2**31  # elements that offsets of 32 bits do not reach over

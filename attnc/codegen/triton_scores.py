@@ -8,7 +8,7 @@ from attnc import ir
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_plan import AxisPlan, lanes, terms
 from attnc.codegen.triton_shapes import INF, Shapes, long
-from attnc.schedule.tiles import Tile
+from attnc.schedule.walks import Tile
 
 Kind = Literal["forward", "backward_dq", "backward_dkv", "backward_table"]
 

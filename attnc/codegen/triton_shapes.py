@@ -16,7 +16,7 @@ from attnc import ir
 from attnc.analysis.axis import J, R
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_plan import AxisPlan, Spec
-from attnc.schedule.tiles import Side
+from attnc.schedule.walks import Side
 
 INF = 'float("-inf")'
 

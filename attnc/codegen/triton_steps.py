@@ -7,7 +7,7 @@ from attnc.analysis.derivative import derivative
 from attnc.codegen.triton_plan import lanes
 from attnc.codegen.triton_scores import Scores, dot
 from attnc.codegen.triton_shapes import INF, long
-from attnc.schedule.tiles import Tile
+from attnc.schedule.walks import Tile
 
 
 class Steps(Scores):

@@ -17,6 +17,7 @@ from attnc.schedule import cost, tiles
 from attnc.schedule.chips import Chip, chips
 from attnc.schedule.cost import Sizes, Time, Work
 from attnc.schedule.geometry import Geometry
+from attnc.schedule.walks import Tile
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
 DIM, DTYPE = 32, "float16"  # what a statement does not say, and a cost needs
@@ -54,7 +55,7 @@ def modelled(s: Subject, chip: Chip, *, head_dim: int = DIM, dtype: str = DTYPE,
 
 
 @lru_cache(maxsize=256)
-def _kernels(program: ir.Program, g: Geometry, sizes: Sizes, target: str, part: bool) -> tuple[tuple[str, tiles.Tile], ...]:
+def _kernels(program: ir.Program, g: Geometry, sizes: Sizes, target: str, part: bool) -> tuple[tuple[str, Tile], ...]:
     """Kinds and tiles of the kernels that a module of the program has."""
     dims: dict[str, Any] = {"head_dim": sizes.head_dim, "value_dim": sizes.value_dim, "itemsize": sizes.itemsize}
     spec = make_spec(program, g.q_grid, g.k_grid, **dims, target=target, part=part)

@@ -27,9 +27,10 @@ from attnc.errors import BuildError, ShapeError, UnsupportedError
 from attnc.lang.mechanism import Mechanism
 from attnc.lang.pattern import Pattern
 from attnc.report.weigh import WARP, KernelReport, Launch, code_of, kernel_report, together
-from attnc.schedule import tiles as schedule
+from attnc.schedule import walks as schedule
 from attnc.schedule.geometry import Geometry
 from attnc.schedule.lists import BlockLists
+from attnc.schedule.tiles import Tiles
 
 if TYPE_CHECKING:
     from attnc.arguments import GridLike, PadLike
@@ -210,7 +211,7 @@ def inspect_triton(
     dtype: str,
     target: str,
     batch: int = 1,
-    chosen: schedule.Tiles | None = None,
+    chosen: Tiles | None = None,
 ) -> Report:
     """Compile a program's module for a target and report on it."""
     if target not in TARGETS:

@@ -25,8 +25,8 @@ def issued(backend: str, program: ir.Program, g: Geometry, *, heads: int, head_d
     beside = heads * (g.q_prefix * g.n_keys + math.prod(g.q_grid) * g.k_prefix)
     if backend == "triton":
         from attnc.runtime import triton_lists
-        from attnc.schedule.tiles import issued as of_tile
         from attnc.schedule.tiles import tiles
+        from attnc.schedule.walks import issued as of_tile
 
         itemsize = 4 if dtype == "float32" else 2
         lists = triton_lists.of(g, triton_lists.Kernels(head_dim, value_dim, itemsize, "cuda:80"), heads, 1, ())

@@ -10,7 +10,7 @@ from attnc import ir
 from attnc.codegen.triton_kernels import Kernel
 from attnc.codegen.triton_plan import Spec
 from attnc.report import sass
-from attnc.schedule import tiles as schedule
+from attnc.schedule import walks as schedule
 from attnc.schedule.lists import BlockLists
 
 WARP = {"gfx942": 64}
@@ -185,8 +185,7 @@ def _weigh(spec: Spec, k: Kernel, code: sass.Code, programs: int, heads: int, ba
                 if k.batched:
                     here = each // heads * programs // (-(-batch // k.tile_choice.batch))
                 elif depth < len(outer_loops):
-                    here = programs // ws[k.inner.axis].programs * inner.programs
-                    here = each * math.prod(w.steps for w in ws if w is not inner) * inner.programs
+                    here = each * int(math.prod(w.steps for w in ws if w is not inner)) * inner.programs
                 executed += loop.instructions * here
                 visit(loop.inner, depth + 1, here)
             elif k.hoist:

@@ -21,7 +21,8 @@ from attnc.schedule import tiles as schedule
 from attnc.schedule.chips import chip
 from attnc.schedule.choose import bucket
 from attnc.schedule.geometry import Geometry
-from attnc.schedule.tiles import Kind, Tile, Tiles
+from attnc.schedule.tiles import Kind, Tiles
+from attnc.schedule.walks import Tile
 
 PAIRED = 5  # tiles of dq, and of dk and dv, that are paired with each other
 DEARER = 2.5  # times the model's least time that a candidate may be said to take

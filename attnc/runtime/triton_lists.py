@@ -14,6 +14,7 @@ from attnc.schedule import tiles
 from attnc.schedule.geometry import Geometry
 from attnc.schedule.list_choice import Known, Limits, listed
 from attnc.schedule.lists import BlockLists, Ints
+from attnc.schedule.walks import asks, padded
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Kernels:
     @property
     def width(self) -> int:
         """Channels in registers."""
-        return max(tiles.padded(self.head_dim), tiles.padded(self.value_dim))
+        return max(padded(self.head_dim), padded(self.value_dim))
 
     @property
     def limits(self) -> Limits:
@@ -66,7 +67,7 @@ def of(g: Geometry, kernels: Kernels, heads: int, batch: int, tables: Known) -> 
     if obstacle(g) is not None or g.structure.residual == ir.TRUE:
         return None
     own = tiles.tiles(g, kernels.head_dim, kernels.value_dim, kernels.itemsize, kernels.target)
-    if not any(tiles.asks(g, t) for t in (own.forward, own.dq, own.dkv)):
+    if not any(asks(g, t) for t in (own.forward, own.dq, own.dkv)):
         return None
     found = listed(g, kernels.limits, own.forward.rows, heads, batch, tables)
     if found is None:

@@ -19,7 +19,8 @@ import numpy as np
 from attnc.schedule import tiles as schedule
 from attnc.schedule.chips import Chip
 from attnc.schedule.geometry import Geometry
-from attnc.schedule.tiles import Kind, Side, Tile
+from attnc.schedule.tiles import Kind
+from attnc.schedule.walks import Side, Tile, asks, padded, walks
 
 Count = Any  # an int, a float, or a sympy expression in sizes
 
@@ -43,7 +44,7 @@ class Sizes:
     @property
     def width(self) -> int:
         """The larger dimension in registers."""
-        return max(schedule.padded(self.head_dim), schedule.padded(self.value_dim))
+        return max(padded(self.head_dim), padded(self.value_dim))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def work(
 ) -> Work:
     """One launch, from the programs and chunks of one head. rows, columns: tokens on the tile's side and on the other."""
     s = sizes
-    dims = np.array([schedule.padded(s.head_dim), schedule.padded(s.value_dim)])
+    dims = np.array([padded(s.head_dim), padded(s.value_dim)])
     real = np.array([s.head_dim, s.value_dim])
     mine = s.kv_heads if kind == "dkv" else s.heads  # a program of dk and dv walks the heads that share its keys
     per, each = s.batch * s.heads, s.batch * mine
@@ -123,7 +124,7 @@ def _packed(programs: Count, tile: Tile, batch: int, lanes: int) -> Count:
 def of_geometry(g: Geometry, kind: str, tile: Tile, sizes: Sizes, target: str) -> Work:
     """One launch at concrete sizes (pairs of prefix tokens aside)."""
     side: Side = "k" if kind == "dkv" else "q"
-    ws = schedule.walks(g, side, tile)
+    ws = walks(g, side, tile)
     rows = [(a.before_queries + a.real_queries, a.keys)[:: 1 if side == "q" else -1] for a in g.axes]
     return work(
         kind,
@@ -133,7 +134,7 @@ def of_geometry(g: Geometry, kind: str, tile: Tile, sizes: Sizes, target: str) -
         chunks=math.prod(w.steps for w in ws),
         rows=math.prod(r for r, _ in rows),
         columns=math.prod(c for _, c in rows),
-        masked=schedule.masked(ws, schedule.asks(g, tile)),
+        masked=schedule.masked(ws, asks(g, tile)),
         target=target,
     )
 

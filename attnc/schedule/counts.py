@@ -14,7 +14,7 @@ from attnc.analysis.algebra import Choice, FloorDiv, FloorMod, NotAlgebraic, sym
 from attnc.analysis.axis import AxisForm, I, J, R
 from attnc.analysis.structure import Structure
 from attnc.errors import UnsupportedError
-from attnc.schedule.tiles import Side, Tile
+from attnc.schedule.walks import Side, Tile
 
 
 class Let(sp.Function):  # type: ignore[misc]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attnc.schedule.tiles import Kind, Tile
+    from attnc.schedule.tiles import Kind
+    from attnc.schedule.walks import Tile
 
 
 @dataclass(frozen=True)
