@@ -360,8 +360,8 @@ bodies times their trips. It is a floor on issue slots, and says nothing of late
 issued for each one allowed. *rows*: rows of K (and of V) that the forward loads for each query. In brackets: registers, bytes
 spilled if any, shared memory, tensor-core instructions, global load instructions by the bits a lane loads, and compares and selects
 in the loops over full tiles. "-" under dq: one kernel makes all gradients. A spill is memory: scalar registers of AMD's that
-are kept in lanes of vector registers are none. Grids and strides are constants of these kernels, as in stand-alone modules and on the
-first eight grids that an operator meets.
+are kept in lanes of vector registers are none. Grids and strides are constants of these kernels, as in stand-alone modules and on
+the first eight grids that an operator meets.
 
 ## Six patterns beside FlexAttention
 
