@@ -160,6 +160,16 @@ def test_chosen_tiles_waste_little(pattern, most):
         assert issued(g, side, tile) / tile.bm / 56**2 <= 8.7  # rows of K and V loaded for each query
 
 
+def test_tiles_walk_the_ends_that_kernels_compute():
+    """On an axis that conditions no rule knows narrow at this size, a kernel visits what its form gives."""
+    g = geometry(program(triton_cases.strange()), (7, 8), (7, 8))
+    assert g.axes[0].lo.min() == 2 and g.axes[0].hi.max() == 4
+    own, _ = walks(g, "q", Tile((8, 4), (4, 4)))
+    assert (own.steps, own.most) == (2, 2)
+    whole, _ = walks(g, "k", Tile((8, 4), (8, 4)))
+    assert whole.one_box and whole.exact is False
+
+
 @pytest.mark.parametrize("grid, odd", [((80,), 16), ((96,), 32), ((70,), 0), ((10, 8), 16), ((64,), 0), ((5, 16), 16)])
 def test_columns_that_fill_no_whole_chunk_are_a_chunk_of_their_own(grid, odd):
     """Where they fill registers: nothing is masked, and nothing is issued in vain."""

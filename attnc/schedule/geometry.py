@@ -45,6 +45,7 @@ class Axis:
     gap_hi: Ints | None = None  # None where they leave out nothing, or what is no one run
     exact: bool = True  # the interval without the gap is all that the axis's conditions allow
     others: Blocks | None = None  # a query sees every key but those of its own block, where that is all of the residual
+    proved: Axis | None = None  # with the ends of its form, which GPU kernels compute; None: lo and hi are these
 
     @property
     def classes(self) -> int:
@@ -282,13 +283,14 @@ def geometry(program: ir.Program, q_grid: tuple[int, ...], k_grid: tuple[int, ..
         (bq, aq), (bk, ak) = pads[0][i], pads[1][i]
         n_q, n_k = rq + bq + aq, rk + bk + ak
         split, lo, hi = _ends(form, n_q, n_k, sizes)
+        others, proved = s.others[i] if same and not padded else None, None
+        block = 0 if form.block is None else int(evaluate(form.block, sizes, np))
+        shift = int(evaluate(form.shift, sizes, np)) % block if block else 0
         gap: tuple[Ints | None, Ints | None, bool] = None, None, not s.unknown[i]
         if s.unknown[i] and max(n_q, n_k) <= LONGEST_TABLE:
+            proved = Axis(n_q, n_k, rq, rk, bq, bk, split, lo, hi, block, shift, others=others)
             lo, hi, gap_lo, gap_hi, exact = _tightened(s, i, n_q, n_k, split, lo, hi, sizes)
             some = exact and bool((gap_lo <= gap_hi).any())
             gap = gap_lo if some else None, gap_hi if some else None, exact
-        block = 0 if form.block is None else int(evaluate(form.block, sizes, np))
-        shift = int(evaluate(form.shift, sizes, np)) % block if block else 0
-        others = s.others[i] if same and not padded else None
-        axes.append(Axis(n_q, n_k, rq, rk, bq, bk, split, lo, hi, block, shift, *gap, others))
+        axes.append(Axis(n_q, n_k, rq, rk, bq, bk, split, lo, hi, block, shift, *gap, others, proved))
     return Geometry(s, a, tuple(axes), q_grid, k_grid, program.queries.prefix, program.keys.prefix)

@@ -195,7 +195,7 @@ def walks(g: Geometry, side: Side, tile: Tile) -> tuple[Walk, ...]:
     out, over = [], passes_over([a.others for a in g.axes], tile.rows)
     for i, (axis, form, rows, chunk) in enumerate(zip(g.axes, g.structure.axes, tile.rows, tile.chunk, strict=True)):
         how = {"columns": side == "k" and form.inverse_lo is None, "wrap": tile.wrapped(i), "others": axis.others if over else None}
-        out.append(walk(axis, side, rows, chunk, **how))
+        out.append(walk(axis.proved or axis, side, rows, chunk, **how))
     return _evened(tuple(out), tile.chunk)
 
 
