@@ -173,7 +173,8 @@ def walk(
         full = 0 * full
     same = bool(((lo[r, first] == lo[r, last]) & (hi[r, first] == hi[r, last])).all()) and not columns
     floor = 0 * r if side == "q" else -(-(axis.before_queries - r) // axis.split)
-    moved = left if same or columns else np.maximum(np.minimum(left, count - np.maximum(steps, 1) * chunk), floor)
+    # (a chunk of one column is moved nowhere, and reaches beyond the axis where a tile sees nothing)
+    moved = left if same or columns or chunk == 1 else np.maximum(np.minimum(left, count - np.maximum(steps, 1) * chunk), floor)
     exact = same and bool((np.maximum(right - left, 0) % chunk == 0).all()) and not (alone and bool((right <= left).any()))
     return Walk(
         programs=tiles * classes,
