@@ -508,7 +508,7 @@ def run(groups: list[str]) -> None:
         if group == "library":
             count_scores()
         for n, (name, case) in enumerate(GROUPS[group].items()):
-            triton.CONSTANT_GRIDS = GRIDS * (1 - n % 2 if "TRITON_INTERPRET" in os.environ else 1)
+            triton.CONSTANT_GRIDS = GRIDS * (1 - n % 2 if os.environ.get("TRITON_INTERPRET") == "1" else 1)
             try:
                 line: dict[str, Any] = {"case": name}
                 if isinstance(case, Problem):

@@ -28,7 +28,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CONTINUES = DTYPES  # in which gradients are added to another's; outputs go on as well
 # grids that a statement's kernels have as constants, in the order in which a process meets them; kernels for all others take sizes
 # as arguments: nothing is compiled for one more grid, but masks stay where constants would prove that no pair needs one. Counted
-# for sm_90, 64 channels: 1.03 (dense) to 2.8 times the instructions, 1.3 in the middle, and registers that spill.
+# for sm_90, 64 channels: 1.03 (causal) to 2.8 times the instructions, 1.3 in the middle, and registers that spill.
 CONSTANT_GRIDS = 8
 
 
