@@ -279,6 +279,7 @@ LIBRARY = {
 
 # problems for operators, which put row maps and sinks around the kernels
 REST: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 16, "dv": 5, "batch": 1}
+HALF: dict[str, Any] = {"dtype": torch.float16, "batch": 1, "heads": 2}
 IMAGES: dict[str, Any] = {"batch": 3, "sizes": ((4, 5), (2, 3), (2, 3)), "kv_heads": 1, "d": 16}
 LINES = patterns.axial("y") | patterns.axial("x")
 BIASED = {"neighborhood": patterns.neighborhood(3, bias="relative"), "window": patterns.window(3, bias="relative")}
@@ -335,6 +336,32 @@ HELD: dict[str, dict[str, Problem]] = {
         "sigmoid": Problem(weighted(patterns.full(), "sigmoid"), (80,), **REST),
         "prefix": Problem(patterns.full(), (48,), prefix=2, **REST),
         "virtual keys": Problem(patterns.full(), (44,), pad=((2, 2),), **REST),
+    },
+    "outputs in parts of channels": {
+        "window": Problem(patterns.window(7), (14, 7), d=128, dv=128, kv_heads=1, **HALF),
+        "shift": Problem(patterns.window(7, shift=3, bias="relative"), (10, 9), d=32, dv=80, **HALF),
+        "bfloat16": Problem(patterns.window(8), (8, 16), d=96, dv=96, strides="channels first", **{**HALF, "dtype": torch.bfloat16}),
+        "loop": Problem(patterns.neighborhood(7, bias="relative"), (9, 10), d=128, dv=128, **HALF),
+        "prefix and pad": Problem(patterns.window(7), (6, 6), prefix=2, pad=((0, 1), (1, 0)), d=16, dv=96, **HALF),
+        "virtual keys": Problem(patterns.neighborhood(5, bias="relative"), (9, 9), pad=((1, 1), (0, 2)), d=16, dv=128, **HALF),
+        "sigmoid": Problem(weighted(patterns.window(7), "sigmoid"), (7, 7), d=16, dv=128, **HALF),
+        "union": Problem(patterns.cross(8), (16, 24), d=16, dv=72, **HALF),
+    },
+    "pairs of blocks": {
+        "line": Problem(patterns.cross(8), (8, 48), d=64, dv=64, **HALF),
+        "plane": Problem(patterns.cross(8), (16, 64), d=16, dv=16, kv_heads=1, **HALF),
+        "wide": Problem(patterns.cross(8), (8, 64), d=128, dv=128, **HALF),
+        "blocks that are no pairs": Problem(patterns.cross(8), (8, 40), d=64, dv=64, **HALF),
+    },
+    "last tiles that begin earlier": {
+        **{f"line {n}": Problem(patterns.full(), (n,), d=64, dv=64, **HALF) for n in (129, 200)},
+        "unlike": Problem(patterns.full(), (70,), kv_grid=(131,), **REST),
+        "grid": Problem(patterns.full(bias="relative"), (9, 17), tables={"bias": (2, 17, 33)}, d=32, dv=32, **HALF),
+        "strip": Problem(patterns.strip("y", 8), (16, 37), **REST),
+        "dropout": Problem(patterns.full(), (75,), dropout=0.4, **REST),
+        "grad of lse": Problem(weighted(patterns.full(), "sink"), (75,), **REST),
+        "prefix": Problem(patterns.full(), (75,), prefix=2, **REST),
+        "union": Problem(patterns.cross(8), (16, 37), **REST),
     },
     "sizes": {
         "window": Problem(BIASED["window"], (4, 5), dropout=0.3, **IMAGES),

@@ -12,7 +12,7 @@ from dataclasses import replace
 from attnc import ir
 from attnc.analysis.dropout import TABLE
 from attnc.codegen.triton_plan import AxisPlan, Spec, lanes, listed_axis, order, plan_axis, symmetric, tile_invariant, tiled_bias
-from attnc.codegen.triton_scores import Kind
+from attnc.codegen.triton_scores import READ_AGAIN, Kind
 from attnc.codegen.triton_shapes import INF, Module, mentions
 from attnc.codegen.triton_steps import Steps
 from attnc.schedule.walks import Side, Tile
@@ -109,10 +109,12 @@ class Kernel(Steps):
             self.put(f"last = tl.load({TABLE}_table + 2 * {TABLE}_st[0]).to(tl.int32)")
         self.box()
         if spec.padded:
-            for t in ("k", "v"):
-                at = f"pad_{t}_table + ({self.head('k')}) * pad_{t}_st[0] + tl.arange(0, {lanes(self.dim(t))}) * pad_{t}_st[1]"
-                less = self.channels(t).removesuffix("[None, :]")
-                self.put(f"pad_{t} = {self.load(at, less)}.to({t.upper()}.dtype.element_ty)[None, :]")
+            for t, part in [(x, part) for x in ("k", "v") for part in self.parts(x)]:
+                which = f"tl.arange(0, {part.lanes})"
+                which = f"({part.first} + {which})" if part.first else which
+                at = f"pad_{t}_table + ({self.head('k')}) * pad_{t}_st[0] + {which} * pad_{t}_st[1]"
+                less = self.channels(t, part).removesuffix("[None, :]")
+                self.put(f"pad_{t}{part.suffix} = {self.load(at, less)}.to({t.upper()}.dtype.element_ty)[None, :]")
         if self.hoist:
             self.together([(f"c{p.name}", self.single_origin(p)) for p in self.plans])
             for p in self.plans:
@@ -221,7 +223,7 @@ class Kernel(Steps):
         """A pipelined loop over chunks of the inner axis."""
         n = p.name
         with self.block(f"for i{n} in tl.range({begin}, {end}, num_stages={self.tile_choice.stages}):"):
-            self.put(f"c{n} = {n}_from{f' + {p.odd}' if p.odd else ''} + i{n} * {p.chunk}")
+            self.put(f"c{n} = {'' if p.paired else f'{n}_from + {p.odd} + ' if p.odd else f'{n}_from + '}i{n} * {p.chunk}")
             self.pass_over(p)
             yield
 
@@ -232,10 +234,16 @@ class Kernel(Steps):
         self.plans, self.bn, self.lane = (*plans[: p.axis], few, *plans[p.axis + 1 :]), bn // p.chunk * p.odd, "few"
         self.put(f"few = tl.arange(0, {self.bn})")
         with self.block(f"for i{p.name} in tl.range(0, 1):  # the columns that fill no whole chunk"):
-            self.put(f"c{p.name} = {p.name}_from")
-            self.pass_over(few)
+            if p.paired:
+                self.put(f"c{p.name} = 2 * {p.name}_pair + {p.odd} - {p.name}_own  # the other block of the pair")
+            else:
+                self.put(f"c{p.name} = {p.name}_from")
+                self.pass_over(few)
             self.chunk(full=True)
         self.plans, self.bn, self.lane = plans, bn, "n"
+        if self.kind == "forward" and self.spec.tiles.sync:
+            again = self.module.use("read_again", READ_AGAIN)
+            self.put(f"q = {again}({self.own('q')}, {self.channels('q') or 'None'})")
 
     def moved_chunks(self, plans: list[AxisPlan]) -> None:
         """Print how many chunks axes have, and where the first of them begins so that the last ends inside the axis."""
@@ -302,7 +310,8 @@ class Kernel(Steps):
             elif not self.hoist or self.with_prefix:
                 state = [("m_i", f"tl.full([{self.bm}], -1e30, tl.float32)"), ("l_i", f"tl.zeros([{self.bm}], tl.float32)")]
                 state = state if self.spec.softmax else []
-                self.together([*state, ("acc", f"tl.zeros([{self.bm}, {lanes(self.spec.value_dim)}], tl.float32)")], 120)
+                sums = [(f"acc{part.suffix}", f"tl.zeros([{self.bm}, {part.lanes}], tl.float32)") for part in self.parts("o")]
+                self.together([*state, *sums], 120)
             if self.with_prefix and self.kind != "backward_table":
                 self.prefix_columns()
             if self.hoist:
@@ -310,7 +319,8 @@ class Kernel(Steps):
             else:
                 self.walk_columns()
             if self.kind == "forward" and not self.spec.softmax:
-                self.store(self.own("o"), "acc", "o", "live[:, None]")
+                for part in self.parts("o"):
+                    self.store(self.own("o", part), f"acc{part.suffix}", "o", "live[:, None]", part)
             elif self.kind == "forward":
                 self.output()
             elif self.kind == "backward_dq":
@@ -327,17 +337,20 @@ class Kernel(Steps):
         lse = lse if self.certain else f"tl.where(l_i > 0, {lse}, {INF})"
         place = f"Lse + (b * H + h) * N + {self.row_token()}"
         if not self.spec.adds:
-            self.store(self.own("o"), f"acc * (1.0 / {total})[:, None]", "o", "live[:, None]")
+            for part in self.parts("o"):
+                self.store(self.own("o", part), f"acc{part.suffix} * (1.0 / {total})[:, None]", "o", "live[:, None]", part)
             self.put(f"lse = {lse}", f"tl.store({place}, lse, mask=live)")
             return
         self.put(f"lse = {lse}", f"before = tl.load({place}, mask=live, other=0.0)")
         self.put("top = tl.maximum(tl.maximum(lse, before), -1e30)")
         self.put("mine, theirs = tl.exp(lse - top), tl.exp(before - top)", "both = mine + theirs")
         self.put("share = 1.0 / tl.where(both > 0, both, 1.0)")
-        self.put(f"o = {self.load(self.own('o'), 'live[:, None]', self.channels('o'))}.to(tl.float32)")
-        value = f"acc * (mine * share / {total})[:, None] + o * (theirs * share)[:, None]"
-        masks = " & ".join(m for m in ("live[:, None]", self.channels("o")) if m)
-        self.put(f"tl.store({self.own('o')}, ({value}).to(O.dtype.element_ty), mask={masks})")
+        for part in self.parts("o"):
+            own, acc = self.own("o", part), f"acc{part.suffix}"
+            self.put(f"o = {self.load(own, 'live[:, None]', self.channels('o', part))}.to(tl.float32)")
+            value = f"{acc} * (mine * share / {total})[:, None] + o * (theirs * share)[:, None]"
+            masks = " & ".join(m for m in ("live[:, None]", self.channels("o", part)) if m)
+            self.put(f"tl.store({own}, ({value}).to(O.dtype.element_ty), mask={masks})")
         self.put(f"tl.store({place}, tl.where(both > 0, top + tl.log(both), {INF}), mask=live)")
 
     def less(self) -> None:

@@ -241,9 +241,14 @@ class AxisPlan:
         return self.others is not None and all(n % self.chunk == 0 for n in self.others)
 
     @property
+    def paired(self) -> bool:
+        """Chunks are pairs of blocks: what the pair of the block that is passed over has beside it is the odd one."""
+        return self.others is not None and self.others == (self.odd, 0) and self.chunk == 2 * self.odd
+
+    @property
     def cut(self) -> bool:
         """Chunks may lie around it."""
-        return self.others is not None and not self.lies_apart
+        return self.others is not None and not self.lies_apart and not self.paired
 
 
 def listed_axis(p: AxisPlan) -> AxisPlan:

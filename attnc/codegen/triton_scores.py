@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from attnc import ir
 from attnc.codegen import triton_expr
@@ -17,6 +17,13 @@ READ = '''\
 def @@(pointers, mask):
     """Rows of a tensor, zeros where masked; float32 for bfloat16 in the interpreter, which multiplies that wrongly."""
     x = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+    return x.to(tl.float32) if INTERPRETED and x.dtype == tl.bfloat16 else x
+'''
+READ_AGAIN = '''\
+@triton.jit
+def @@(pointers, mask):
+    """The same rows once more: what is multiplied before a loop and in it would stay in registers, beside the loop's own."""
+    x = tl.load(pointers, mask=mask, other=None if mask is None else 0.0, cache_modifier=".cg")
     return x.to(tl.float32) if INTERPRETED and x.dtype == tl.bfloat16 else x
 '''
 
@@ -41,6 +48,14 @@ def @@(first, second, token):
     x = (x ^ (x >> 15)) * 0x31848BAB
     return ((x ^ (x >> 14)) >> 1).to(tl.int32)
 '''
+
+
+class Part(NamedTuple):
+    """Channels of a tensor that one load, product or store is of."""
+
+    suffix: str  # of the names of what is of it
+    first: int
+    lanes: int
 
 
 def dot(a: str, b: str, acc: str = "") -> str:
@@ -72,10 +87,26 @@ class Scores(Shapes):
         """Channels of a tensor."""
         return self.spec.value_dim if tensor in ("v", "o", "g", "dv") else self.spec.head_dim
 
-    def channels(self, tensor: str) -> str:
+    def parts(self, tensor: str) -> list[Part]:
+        """The channels of a tensor: all of them, but for an output and its values where they are summed in parts of as many
+        channels as the tile has rows (see `Tiles.sync`)."""
+        dim, bm, tile = self.dim(tensor), self.bm, self.tile_choice
+        parted = self.kind == "forward" and tensor in ("v", "o") and self.spec.tiles.sync
+        if not parted or not 1 < tile.warps <= bm // 16 or bm >= dim:
+            return [Part("", 0, lanes(dim))]
+        return [Part(str(i), i * bm, bm) for i in range(-(-dim // bm))]
+
+    def channels(self, tensor: str, part: Part | None = None) -> str:
         """Mask over channels in registers, "" where there are no more than the tensor has."""
-        dim = self.dim(tensor)
-        return "" if lanes(dim) == dim else f"(tl.arange(0, {lanes(dim)}) < {dim})[None, :]"
+        part = part or Part("", 0, lanes(self.dim(tensor)))
+        left = self.dim(tensor) - part.first
+        return "" if part.lanes <= left else f"(tl.arange(0, {part.lanes}) < {left})[None, :]"
+
+    def base(self, tensor: str, part: Part | None) -> tuple[str, str, str, int]:
+        """Where rows of a tensor begin: its pointer, at the first channel of a part, its strides, its head, and its lanes."""
+        part = part or Part("", 0, lanes(self.dim(tensor)))
+        away = f" + {part.first} * {long(f'{tensor}_st[{len(self.plans) + 2}]', self.spec.wide)}" if part.first else ""
+        return f"{tensor.upper()}{away}", f"{tensor}_st", self.head(tensor), part.lanes
 
     def head(self, tensor: str) -> str:
         """The head whose rows are meant: keys may be shared by a group of query heads."""
@@ -90,19 +121,19 @@ class Scores(Shapes):
         some = [m for m in masks if m]
         return f"{self.module.use('read', READ)}({pointers}, {' & '.join(some) or 'None'})"
 
-    def own(self, tensor: str) -> str:
+    def own(self, tensor: str, part: Part | None = None) -> str:
         """Pointers to the tile's rows of a tensor. A group's rows are its columns, and so share their offsets."""
         if self.fused:
             return self.chunk_of(tensor)
-        return self.own_rows(tensor.upper(), f"{tensor}_st", self.head(tensor), lanes(self.dim(tensor)))
+        return self.own_rows(*self.base(tensor, part))
 
-    def chunk_of(self, tensor: str) -> str:
+    def chunk_of(self, tensor: str, part: Part | None = None) -> str:
         """Pointers to the chunk's rows of a tensor."""
-        return self.chunk_rows(tensor.upper(), f"{tensor}_st", self.head(tensor), lanes(self.dim(tensor)))
+        return self.chunk_rows(*self.base(tensor, part))
 
-    def store(self, pointers: str, value: str, tensor: str, mask: str) -> None:
+    def store(self, pointers: str, value: str, tensor: str, mask: str, part: Part | None = None) -> None:
         """Print a store of rows."""
-        masks = " & ".join(m for m in (mask, self.channels(tensor)) if m)
+        masks = " & ".join(m for m in (mask, self.channels(tensor, part)) if m)
         if self.spec.adds & (2 if tensor in ("dk", "dv") else 1):
             value = f"{value} + {self.load(pointers, masks)}.to(tl.float32)"
         value = value if value.isidentifier() else f"({value})"

@@ -16,7 +16,7 @@ from attnc import ir
 from attnc.analysis.axis import J, R
 from attnc.codegen import triton_expr
 from attnc.codegen.triton_plan import AxisPlan, Spec
-from attnc.schedule.walks import Side
+from attnc.schedule.walks import Side, whole
 
 INF = 'float("-inf")'
 
@@ -144,6 +144,16 @@ class Shapes:
         sides = zip(self.plans, g.axes, strict=True)
         return not any(p.wrap or (a.queries if self.side == "q" else a.keys) % p.rows for p, a in sides)
 
+    def pushed(self) -> list[AxisPlan]:
+        """Axes whose last tile begins earlier, so that it has all of its rows, where all axes' tiles then have (see `whole`)."""
+        g = self.spec.geometry
+        if g is None or self.filled() or self.spec.listed or self.bm != math.prod(p.rows for p in self.plans):
+            return []
+        axes = [(p, a, f) for p, a, f in zip(self.plans, g.axes, self.spec.structure.axes, strict=True)]
+        if self.moves or any(p.wrap for p in self.plans) or not all(whole(a, f, self.side, p.rows) for p, a, f in axes):
+            return []
+        return [p for p, a, _ in axes if (a.queries if self.side == "q" else a.keys) % p.rows]
+
     def tile(self) -> None:
         """Print the call of a function that locates a program's tile."""
         digits = self.digits()
@@ -176,8 +186,12 @@ class Shapes:
                 origins.append(f"{text} * {size}" if start == "0" else f"{start} + {text} * {size}")
             put = ["pid, m = tl.program_id(0), tl.arange(0, BM)"] if len(digits) > 1 else ["m = tl.arange(0, BM)"]
             put.append(f"{', '.join(f'{p.name}0' for _, p in digits)} = {', '.join(origins)}")
+        pushed = self.pushed()
+        for p in pushed:
+            put.append(f"{p.name}_first = {p.name}0")
+            put.append(f"{p.name}0 = tl.minimum({p.name}0, {self.bound(p, self.side)[1]} - T{p.name.upper()})")
         live: list[str] = []
-        filled = self.filled()
+        filled = self.filled() or bool(pushed)
         ends, leads, inner = [], [], []
         wrapped: dict[str, str] = {}
         for i, p in enumerate(self.plans):
@@ -194,7 +208,7 @@ class Shapes:
                 leads.append((f"{n}a", f"tl.minimum(tl.maximum({n}0, {first}), {n}b)"))
                 inside = f"tl.maximum({inside}, {n}a)"
             inner.append((n, inside))
-            live.append(f"({n} == {raw})")
+            live += [] if pushed and p not in pushed else [f"({n} >= {n}_first)" if pushed else f"({n} == {raw})"]
         for named in (ends, leads, inner):
             if named:
                 put.append(f"{', '.join(a for a, _ in named)} = {', '.join(b for _, b in named)}")
@@ -202,7 +216,7 @@ class Shapes:
         back = [f"r{p.name}" for p in self.plans if p.split != ir.ONE] + [f"{n}0" for n in names]
         back += [f"{n}a" for n in names] if self.moves else []
         back += [f"{n}b" for n in names]
-        exist = "tl.full([BM], True, tl.int1)" if filled else " & ".join(live)
+        exist = "tl.full([BM], True, tl.int1)" if filled and not pushed else " & ".join(live)
         put.append(f"return {', '.join([*back, *[wrapped.get(n, n) for n in names], exist])}")
         body = "\n".join(f"    {line}" for line in put)
         sizes = [s for s in self.size_arguments() if mentions(s, body)]
@@ -284,12 +298,16 @@ class Shapes:
             whole = g is not None and not off and g.axes[p.axis].queries % size == 0
             past = f"tl.minimum({n}_own + {size}, {length})"
             self.put(f"{n}_own = {begin}")
+            if p.paired:
+                self.put(f"{n}_pair = {n}_own // {p.chunk} * {p.chunk}")
             self.put(f"{n}_skip = {size if whole else f'{past} - tl.maximum({n}_own, 0)' if off else f'{past} - {n}_own'}")
 
     def pass_over(self, p: AxisPlan) -> None:
         """Print where a chunk's columns lie along an axis where the tile passes over its own block: all of them, or each."""
         n, part = p.name, self.column_parts()[p.axis]
-        if p.lies_apart:
+        if p.paired:
+            self.put(f"c{n} += tl.where(c{n} < {n}_pair, 0, {p.chunk})")
+        elif p.lies_apart:
             self.put(f"c{n} += tl.where(c{n} < {n}_own, 0, {n}_skip)")
         elif p.others is not None:
             self.put(f"{n}_in = tl.where(c{n} + {part} < {n}_own, {part}, {part} + {n}_skip)")

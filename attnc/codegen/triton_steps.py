@@ -34,9 +34,9 @@ class Steps(Scores):
             before = [p for p in self.plans if self.from_tile(p) and not self.spec.before(p.axis, "k")]
             count += "".join(f" & (k{p.name} >= 0)" for p in before)  # a first group that the axis cuts
             self.put(f"real = {self.real_keys([f'k{p.name}' for p in self.plans])}{count}")
-        for t in columns:
-            value = self.load(self.chunk_of(t), real or reach, self.channels(t))
-            self.put(f"{t} = tl.where({real}, {value}, pad_{t})" if real else f"{t} = {value}")
+        for t, part in [(x, part) for x in columns for part in self.parts(x)]:
+            value, name = self.load(self.chunk_of(t, part), real or reach, self.channels(t, part)), f"{t}{part.suffix}"
+            self.put(f"{name} = tl.where({real}, {value}, pad_{name})" if real else f"{name} = {value}")
         if self.side == "k":
             origin = self.token([self.coordinate(f"c{p.name}", p, "q", real=True) for p in self.plans], "q")
             inside = []
@@ -68,8 +68,13 @@ class Steps(Scores):
             self.softmax_step(first=first, post=post)
             return
         self.weights()
-        weight = self.weight(post)
-        self.put(f"acc = {dot(f'{weight}.to(v.dtype)', 'v', '' if first else 'acc')}")
+        self.sum_values(self.weight(post), "" if first else "{}")
+
+    def sum_values(self, weight: str, before: str) -> None:
+        """The output, or each part of its channels: the weighted values on top of a text of what was summed before."""
+        for suffix, *_ in self.parts("v"):
+            v, acc = f"v{suffix}", f"acc{suffix}"
+            self.put(f"{acc} = {dot(f'{weight}.to({v}.dtype)', v, before.format(acc))}")
 
     def weights(self) -> None:
         """p, the weights of a normalizer without a sum; a pair that is not there has the score -inf, whose weight is 0."""
@@ -97,8 +102,7 @@ class Steps(Scores):
         else:
             self.put(f"m_new = tl.maximum(m_i, tl.max({s}, 1))", f"p = tl.exp2({s}{c} - (m_new{c})[:, None])")
             self.put(f"alpha = tl.exp2({'(m_i - m_new) * c' if c else 'm_i - m_new'})", "l_i = l_i * alpha + tl.sum(p, 1)")
-        weight = self.weight(post)
-        self.put(f"acc = {dot(f'{weight}.to(v.dtype)', 'v', '' if first else 'acc * alpha[:, None]')}")
+        self.sum_values(self.weight(post), "" if first else "{} * alpha[:, None]")
         if not first:
             self.put("m_i = m_new")
 
@@ -260,8 +264,10 @@ class Steps(Scores):
                     f" + {long('tl.arange(0, LANES)[None, :]', wide)} * st[3]\n"
                 )
                 name = self.module.use("rows_flat", text)
-                at = f"{name}({t.upper()}p, {t}p_st, b, {self.head(t)}, i * {self.bn}, n, {lanes(self.dim(t))})"
-                self.put(f"{t} = {self.load(at, 'inside[:, None]', self.channels(t))}")
+                for part in self.parts(t):
+                    away = f" + {part.first} * {long(f'{t}p_st[3]', wide)}" if part.first else ""
+                    at = f"{name}({t.upper()}p{away}, {t}p_st, b, {self.head(t)}, i * {self.bn}, n, {part.lanes})"
+                    self.put(f"{t}{part.suffix} = {self.load(at, 'inside[:, None]', self.channels(t, part))}")
             if self.side == "k":
                 self.put(f"token = (b * H + h) * N + i * {self.bn} + n - P")
             if self.side == "k" and self.spec.softmax:

@@ -67,9 +67,9 @@ def around(kind: Kind, width: int, target: str) -> tuple[tuple[int, int, int, in
         return (wide, wide if int(version) >= 100 else square) if late else (narrow, narrow)
     if kind == "dkv":
         return (square, square) if late else ((64, 32, 4, 2),) * 2
-    if width <= 64:
-        return (wide, wide) if late or kind == "forward" else (square, square)
-    return (wide, wide) if late and kind == "forward" else (square if late or kind == "forward" else (64, 64, 4, 1),) * 2
+    if kind == "forward" and not late and width > 64:
+        return (64, 128, 4, 2), square
+    return (wide, wide) if kind == "forward" or (late and width <= 64) else (square, square)
 
 
 def scaled(sides: tuple[int, ...], up: bool) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from attnc import ir
 from attnc.schedule.geometry import Axis, Geometry
 from attnc.schedule.settled import Facts, around, listed, settled
-from attnc.schedule.walks import Side, Tile, Walk, asks, innermost, joins, padded, walks
+from attnc.schedule.walks import Side, Tile, Walk, asks, innermost, joins, padded, walks, whole
 
 Kind = Literal["forward", "dq", "dkv"]
 MOST = 128  # rows or columns of a tile at most
@@ -29,6 +29,9 @@ class Tiles:
     dq: Tile
     dkv: Tile
     flat: Tile
+    # products are mma.sync's: Triton lays all warps along the columns of one that has fewer rows than columns, where each then has
+    # a part of every row, so that an output of more channels than its tile has rows is summed in parts
+    sync: bool = False
 
 
 def _powers(most: int) -> list[int]:
@@ -110,6 +113,11 @@ _RDNA = {"forward": 4096, "dq": 1024, "dkv": 1024}
 def rdna(target: str) -> bool:
     """Whether a target is of RDNA: 256 registers a lane, and products of 16 rows by a wave of 32."""
     return target.startswith("hip:gfx11")
+
+
+def by_sync(itemsize: int, target: str) -> bool:
+    """Whether products of a target are mma.sync's."""
+    return itemsize <= 2 and target.startswith("cuda") and target not in _WARPGROUPS
 
 
 def shared_limit(target: str) -> int:
@@ -199,7 +207,7 @@ def _facts(g: Geometry, side: Side, tile: Tile) -> Facts:
     ws = walks(g, side, tile)
     return Facts(
         exact=all(w.exact for w in ws),
-        whole=all((a.queries if side == "q" else a.keys) % n == 0 for a, n in zip(g.axes, tile.rows, strict=True)),
+        whole=all(whole(a, f, side, n) for a, f, n in zip(g.axes, g.structure.axes, tile.rows, strict=True)),
         one_box=all(w.one_box for w in ws),
         most=max(w.most for w in ws),
         passes=any(w.passes for w in ws),
@@ -357,7 +365,8 @@ def of_lists(sides: tuple[tuple[int, ...], tuple[int, ...]], width: int, itemsiz
         kinds = [(kind, listed(t, kind, width, target)) for kind, t in kinds]
     small = all(shared_bytes(kind, t, width, itemsize, target, pairs=True) <= shared_limit(target) for kind, t in kinds)
     forward, dq, dkv = (t for _, t in kinds)
-    return Tiles(forward, dq, dkv, flat) if small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED) else None
+    fits = small and (itemsize <= 2 or unrolled(tile, width) <= _UNROLLED)
+    return Tiles(forward, dq, dkv, flat, by_sync(itemsize, target)) if fits else None
 
 
 def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target: str = "cuda:80") -> Tiles:
@@ -366,4 +375,4 @@ def tiles(g: Geometry, head_dim: int, value_dim: int, itemsize: int = 2, target:
     forward, dq, dkv = (choose(g, width, kind, itemsize, target) for kind in ("forward", "dq", "dkv"))
     wide = itemsize > 2 and width > 64
     flat = Tile((16,), (16 if wide else 32 if width > 128 or itemsize > 2 else 64,), 0, 4 if wide else 2, 2)
-    return Tiles(forward, dq, dkv, flat)
+    return Tiles(forward, dq, dkv, flat, by_sync(itemsize, target))

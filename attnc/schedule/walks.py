@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from attnc import ir
+from attnc.analysis.axis import AxisForm, I, J
 from attnc.analysis.structure import Blocks
 from attnc.schedule.geometry import Axis, Geometry
 
@@ -98,6 +99,17 @@ def joins(axis: Axis) -> bool:
     n = axis.real_queries
     alone = axis.split == 1 and axis.queries == axis.keys == axis.real_keys == n
     return alone and bool(axis.block and axis.shift) and n % axis.block == 0
+
+
+def whole(axis: Axis, form: AxisForm, side: Side, rows: int) -> bool:
+    """Whether all tiles of an axis have all of their rows: they fill it, or the last one begins earlier and stores what no other
+    does, for which all rows must see the same columns."""
+    n, real = (axis.queries, axis.real_queries) if side == "q" else (axis.keys, axis.real_keys)
+    if n % rows == 0:
+        return True
+    ends = (form.lo, form.hi) if side == "q" else (form.inverse_lo, form.inverse_hi)
+    alike = all(e is not None and not any(leaf in (I, J) for leaf in ir.walk(e)) for e in ends)
+    return alike and rows <= n == real and axis.split == 1 and not axis.block
 
 
 def passes_over(others: Sequence[Blocks | None], rows: tuple[int, ...]) -> bool:
