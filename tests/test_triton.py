@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from attnc.codegen.triton_expr import text
 from attnc.errors import UnsupportedError
 from attnc.schedule import tiles
 from attnc.schedule.geometry import geometry
-from attnc.schedule.walks import Tile, issued, walks
+from attnc.schedule.walks import Tile, issued, walks, whole
 
 HERE = Path(__file__).parent
 
@@ -185,6 +186,33 @@ def test_columns_that_fill_no_whole_chunk_are_a_chunk_of_their_own(grid, odd):
     text = emit_triton(made, grid, grid, chosen=tiles.Tiles(*[tile] * 4), **options)
     assert text.count("few = tl.arange(0, ") == (3 if odd else 0)
     assert text.count("in tl.range(0, 1):  # the columns that fill no whole chunk") == (3 if odd else 0)
+
+
+def test_outputs_wider_than_tiles_are_summed_in_parts_where_warps_would_share_rows():
+    """On sm_80; warpgroups of sm_90 have rows of their own."""
+    for dim, target, parts in ((128, "cuda:80", 2), (80, "cuda:89", 2), (64, "cuda:80", 1), (128, "cuda:90", 1)):
+        options = {"heads": 1, "head_dim": dim, "value_dim": dim, "dtype": "float16", "target": target}
+        text = emit_triton(program(patterns.window(8), ("y", "x")), (8, 16), (8, 16), **options)
+        assert len(set(re.findall(r"acc\d?(?= = tl.dot)", text))) == parts
+
+
+def test_last_tiles_begin_earlier_where_all_rows_see_the_same():
+    options = {"heads": 1, "head_dim": 16, "value_dim": 16, "dtype": "float16", "target": "cuda:80"}
+    tile = Tile((64,), (64,))
+    for pattern, n, earlier in ((patterns.full(), 200, True), (patterns.full(), 192, False), (patterns.causal(), 200, False)):
+        text = emit_triton(program(pattern, ("x",)), (n,), (n,), chosen=tiles.Tiles(*[tile] * 4), **options)
+        assert ("x0 = tl.minimum(x0, NX - TX)" in text) == earlier
+        g = geometry(program(pattern, ("x",)), (n,), (n,))
+        assert whole(g.axes[0], g.structure.axes[0], "q", 64) == (earlier or n == 192)
+    g = geometry(program(patterns.full(), ("x",)), (40,), (40,))
+    assert not whole(g.axes[0], g.structure.axes[0], "q", 64)  # no tile has as many rows as it may
+
+
+def test_chunks_beside_a_passed_over_block_are_pairs():
+    options = {"heads": 1, "head_dim": 64, "value_dim": 64, "dtype": "float16", "target": "cuda:90"}
+    for n, paired in ((64, 3), (72, 0)):
+        text = emit_triton(program(patterns.cross(8), ("y", "x")), (64, n), (64, n), **options)
+        assert text.count("x_pair = x_own // 16 * 16") == paired
 
 
 def test_floor_division_is_printed_where_the_sign_is_open():

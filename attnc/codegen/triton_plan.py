@@ -402,7 +402,8 @@ def dense_spec(spec: Spec) -> Spec:
         lengths = tuple(dict.fromkeys(n.args[0] for n in ir.walk(dropout) if n.op == "var"))
     a = ir.Attend(spec.attend.name, 1, normalizer=spec.attend.normalizer, dropout=dropout)
     program = ir.Program(a, ir.Tokens((None,)), ir.Tokens((None,)), same_grid=False)
-    flat = Tiles(*(replace(spec.tiles.flat) for _ in range(4)))
+    tile = spec.tiles.flat
+    flat = Tiles(tile, tile, tile, tile)
     return Spec(
         program, analyse(a, same_grid=False), flat, spec.head_dim, spec.value_dim, None, spec.plain, wide=spec.wide, lengths=lengths
     )

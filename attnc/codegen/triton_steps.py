@@ -40,13 +40,13 @@ class Steps(Scores):
         if self.side == "k":
             origin = self.token([self.coordinate(f"c{p.name}", p, "q", real=True) for p in self.plans], "q")
             inside = []
-            for part, p in zip(self.column_parts(), self.plans, strict=True):
+            for at, p in zip(self.column_parts(), self.plans, strict=True):
                 later = [self.spec.names[x.axis].real_queries for x in self.plans if x.axis > p.axis]
                 if p.wrap or p.cut:
                     inside.append(" * ".join([f"(q{p.name} - c{p.name})" if p.wrap else f"{p.name}_in", *later]))
-                elif part != "0":
-                    part = self.times_split(part, p)
-                    inside.append(" * ".join([f"({part})" if later and " " in part and not part.startswith("(") else part, *later]))
+                elif at != "0":
+                    at = self.times_split(at, p)
+                    inside.append(" * ".join([f"({at})" if later and " " in at and not at.startswith("(") else at, *later]))
             self.put(f"token = (b * H + h) * N + ({origin}) + {' + '.join(inside)}")
             mask = reach.removesuffix("[:, None]")
             mask = f", mask={mask}, other=0.0" if mask else ""

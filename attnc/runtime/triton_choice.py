@@ -152,4 +152,5 @@ def tiles(call: Call, rows: tuple[Tensor, ...], choice: Choice, target: str) -> 
     """The tiles of a module whose kernels of one direction run a choice; those of the other are the model's."""
     q, _, v = rows
     own = schedule.tiles(call.geometry, q.shape[-1], v.shape[-1], q.element_size(), target)
-    return replace(own, **choice.given())
+    given: dict[str, Any] = choice.given()
+    return replace(own, **given)

@@ -109,7 +109,7 @@ def whole(axis: Axis, form: AxisForm, side: Side, rows: int) -> bool:
         return True
     ends = (form.lo, form.hi) if side == "q" else (form.inverse_lo, form.inverse_hi)
     alike = all(e is not None and not any(leaf in (I, J) for leaf in ir.walk(e)) for e in ends)
-    return alike and rows <= n == real and axis.split == 1 and not axis.block
+    return alike and rows <= n == real and axis.split == 1 and not axis.block and axis.others is None
 
 
 def passes_over(others: Sequence[Blocks | None], rows: tuple[int, ...]) -> bool:
