@@ -69,6 +69,8 @@ def around(kind: Kind, width: int, target: str) -> tuple[tuple[int, int, int, in
         return (square, square) if late else ((64, 32, 4, 2),) * 2
     if kind == "forward" and not late and width > 64:
         return (64, 128, 4, 2), square
+    if kind == "dq" and not late and width > 64:
+        return ((64, 64, 4, 1),) * 2
     return (wide, wide) if kind == "forward" or (late and width <= 64) else (square, square)
 
 
@@ -85,7 +87,7 @@ def _half(tile: Tile, stages: int | None = None) -> Tile:
 
 def _ampere(tile: Tile, kind: Kind, width: int, facts: Facts) -> Tile:
     """Operands pass through registers."""
-    sides, crowded = (tile.bm, tile.bn), facts.residual or facts.tables
+    sides = (tile.bm, tile.bn)
     if kind == "dkv":
         if width == 64 and sides == (128, 64) and facts.whole:  # a warp's rows read each chunk anew: 32 of them are cheaper than 16
             return replace(_half(tile), warps=4)
@@ -107,8 +109,8 @@ def _ampere(tile: Tile, kind: Kind, width: int, facts: Facts) -> Tile:
         return replace(_half(tile), warps=4)
     elif sides == (128, 128) and (facts.residual if width <= 64 else facts.one_box and not (facts.exact and facts.whole)):
         return _half(tile)
-    elif width == 128 and sides == (64, 128) and crowded:
-        return _half(tile, stages=1)
+    elif width == 128 and sides == (64, 128) and (facts.residual or facts.tables):
+        return _half(_half(tile, stages=1)) if facts.tables else _half(tile, stages=1)
     return tile
 
 

@@ -194,8 +194,10 @@ def _whole(g: Geometry, width: int, kind: Kind, itemsize: int, target: str) -> T
         warps = 4 if four or (itemsize > 2 and width <= 64 and not (width > 32 and g.attend.tables)) else 8
     while itemsize > 2 and warps < 8 and tile.bm * tile.bn * width > _UNROLLED * LANES * warps:
         warps *= 2
-    # beside a table's gradient in registers there is no room for rows of 128 channels on their way to shared memory
+    # beside a table's gradient in registers there is no room for rows of 128 channels on their way to shared memory, nor beside
+    # the mask of two groups where warps have whole rows of both operands
     stages = 2 if kind != "forward" and itemsize <= 2 and width > 64 and g.attend.tables and target == "cuda:90" else 1
+    stages = 2 if kind == "forward" and width > 64 and any(wraps) and by_sync(itemsize, target) else stages
     tile = Tile(tile.rows, tile.chunk, len(tile.rows) - 1, warps, stages, 8 if tile.bm <= 64 else 1, wraps if any(wraps) else ())
     if itemsize > 2 and unrolled(tile, width) > _UNROLLED:
         return None
