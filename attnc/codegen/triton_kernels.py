@@ -221,9 +221,15 @@ class Kernel(Steps):
     @contextmanager
     def loop(self, p: AxisPlan, begin: str, end: str) -> Iterator[None]:
         """A pipelined loop over chunks of the inner axis."""
-        n = p.name
-        with self.block(f"for i{n} in tl.range({begin}, {end}, num_stages={self.tile_choice.stages}):"):
-            self.put(f"c{n} = {'' if p.paired else f'{n}_from + {p.odd} + ' if p.odd else f'{n}_from + '}i{n} * {p.chunk}")
+        n, stages = p.name, f"num_stages={self.tile_choice.stages}"
+        if p.exact and (p.paired or (p.lies_apart and not p.odd)):  # past the block, a chunk is where the next would be
+            left, skip, last = (f"{n}_pair", p.chunk, f" - {p.odd}") if p.paired else (f"{n}_own", f"{n}_skip", "")
+            with self.block(f"for {n}_at in tl.range({n}_from, {n}_to{last}, {p.chunk}, {stages}):"):
+                self.put(f"c{n} = tl.where({n}_at < {left}, {n}_at, {n}_at + {skip})")
+                yield
+            return
+        with self.block(f"for i{n} in tl.range({begin}, {end}, {stages}):"):
+            self.put(f"c{n} = {n}_from{f' + {p.odd}' if p.odd else ''} + i{n} * {p.chunk}")
             self.pass_over(p)
             yield
 

@@ -305,9 +305,7 @@ class Shapes:
     def pass_over(self, p: AxisPlan) -> None:
         """Print where a chunk's columns lie along an axis where the tile passes over its own block: all of them, or each."""
         n, part = p.name, self.column_parts()[p.axis]
-        if p.paired:
-            self.put(f"c{n} += tl.where(c{n} < {n}_pair, 0, {p.chunk})")
-        elif p.lies_apart:
+        if p.lies_apart:
             self.put(f"c{n} += tl.where(c{n} < {n}_own, 0, {n}_skip)")
         elif p.others is not None:
             self.put(f"{n}_in = tl.where(c{n} + {part} < {n}_own, {part}, {part} + {n}_skip)")
@@ -508,6 +506,8 @@ class Shapes:
         first, rows = f" + {far}", f"({near})[:, None] + {lane}"
         if self.spec.listed and not wide:  # chunks begin at tokens that exist: one number of 32 bits a row, and none is kept
             first, rows = "", f"{lane} + ({far} + ({near}))[:, None]"
+        elif any(p.others for p in self.plans) and not wide:  # origins that jump are no multiple of a loop's number
+            first, rows = f" + ({offset(axes, wide=False)})", f"(({near})[:, None] + {lane})"
         text = (
             f"@triton.jit\ndef @@(base, st, b, h, {', '.join(axes)}, {', '.join(f'd{a}' for a in axes)}, LANES: tl.constexpr):\n"
             f'    """Channels of the tokens d{", d".join(axes)} away from token ({", ".join(axes)}) of head h of batch item b."""\n'
